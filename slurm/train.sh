@@ -1,0 +1,58 @@
+#!/bin/bash
+# Train on a SLURM cluster. From the root of a checkout:
+#
+#     sbatch slurm/train.sh [CONFIG] [key=value ...]
+#
+# sbatch's own options go before the script and win over the lines below:
+#
+#     sbatch --nodes=4 --gpus-per-node=8 --cpus-per-task=64 --time=24:00:00 --partition=gpu \
+#         slurm/train.sh configs/large.yaml
+#
+# One rank runs on every GPU of the allocation; without GPUs, one on every node. The log is
+# slurm-JOB.out in the folder you submit from. T5VAE_ENV names the environment: a folder that holds
+# bin/activate, or a script to source; without it, the .venv of that folder.
+#
+# USR2 reaches the ranks 120 seconds before the time limit: they save, and the job is queued again.
+#SBATCH --job-name=t5vae
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --time=01:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=USR2@120
+
+if [[ -z ${SLURM_JOB_ID:-} ]]; then
+    echo "slurm/train.sh runs inside a job: sbatch slurm/train.sh [CONFIG] [key=value ...]" >&2
+    exit 2
+fi
+
+activate=${T5VAE_ENV:-$PWD/.venv}
+[[ -d $activate ]] && activate=$activate/bin/activate
+if [[ ! -f $activate ]]; then
+    echo "no environment at $activate: run make setup, or set T5VAE_ENV" >&2
+    exit 2
+fi
+# shellcheck source=/dev/null
+source "$activate" || exit
+set -euo pipefail
+
+ranks=${SLURM_GPUS_ON_NODE:-$SLURM_NTASKS_PER_NODE}
+# The node with the fewest CPUs decides; SLURM writes 16(x3),8 for four nodes.
+cpus=$(tr ',' '\n' <<<"$SLURM_JOB_CPUS_PER_NODE" | sed 's/(.*//' | sort -n | head -n 1)
+share=()
+if ((cpus >= ranks)); then
+    # srun does not take sbatch's --cpus-per-task over, and it may have meant one task for all GPUs.
+    share=(--cpus-per-task="$((cpus / ranks))")
+else
+    share=(--overcommit)
+fi
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus >= ranks ? cpus / ranks : 1))}
+
+# Left over where the job was submitted from inside another: the one would bind every rank to that
+# job's CPUs, the others would pass for the ranks of a launcher.
+unset SLURM_CPU_BIND SLURM_CPU_BIND_LIST SLURM_CPU_BIND_TYPE SLURM_CPU_BIND_VERBOSE
+unset RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT
+
+exec srun --kill-on-bad-exit=1 --nodes="$SLURM_JOB_NUM_NODES" \
+    --ntasks="$((SLURM_JOB_NUM_NODES * ranks))" --ntasks-per-node="$ranks" "${share[@]}" \
+    python -u train.py "$@"

@@ -1,0 +1,312 @@
+"""The configuration of a run: frozen, checked as a whole, one YAML file with dotted overrides.
+
+Imports nothing heavy: a launcher on a login node reads configurations too.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from shards.errors import UserError
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Interval = Annotated[int, Field(ge=0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Run(Section):
+    name: str = ""
+    """Name of the run; empty takes the configuration file's."""
+    output_dir: str = ""
+    """The run's folder; empty means runs/NAME."""
+    seed: int = 0
+    """Seeds weights, data order and noise."""
+
+
+class Data(Section):
+    shards: str
+    """Folder of shards that `t5vae shards build` made."""
+    global_batch_size: int = Field(default=256, ge=2)
+    """Sequences in one optimiser step, over all ranks and micro batches."""
+    micro_batch_size: int | None = Field(default=None, ge=1)
+    """Sequences in one forward pass of one rank; null takes global_batch_size / ranks."""
+    sort_by_length: bool = True
+    """Deal the rows of each global batch to ranks and micro batches by length."""
+
+
+class T5(Section):
+    """The T5 inside, in transformers' names, built with random weights."""
+
+    d_model: int = Field(default=512, ge=1)
+    d_kv: int = Field(default=64, ge=1)
+    d_ff: int = Field(default=2048, ge=1)
+    num_layers: int = Field(default=6, ge=1)
+    num_decoder_layers: int | None = Field(default=None, ge=1)
+    """Null takes num_layers."""
+    num_heads: int = Field(default=8, ge=1)
+    feed_forward_proj: Literal["relu", "gated-gelu", "gated-silu"] = "relu"
+    dropout_rate: Fraction = 0.0
+
+
+class Model(Section):
+    t5: T5 = T5()
+    vocab_size: int | None = Field(default=None, ge=4)
+    """Null takes the shards' tokenizer's."""
+    sequence_length: int | None = Field(default=None, ge=1)
+    """T, tokens of the longest sequence, end token included; null takes the shards' max_length."""
+    latent_size: int = Field(default=128, ge=1)
+    """D, coordinates of the latent code."""
+    bottleneck: Literal["flatten", "attention"] = "flatten"
+    token_size: int = Field(default=64, ge=1)
+    """Width of a token inside "flatten"."""
+    expansion_rank: int | None = Field(default=None, ge=1)
+    """Rank per token of the map from code to memory in "flatten"; null for full rank."""
+    memory_length: int = Field(default=8, ge=1)
+    """M, tokens the decoder attends to under "attention"; "flatten" makes T of them."""
+    squash: Literal["tanh"] | None = None
+    mask_padding: bool = True
+    """Hide pads from the encoder and the bottleneck."""
+    gradient_checkpointing: bool = False
+
+
+class MMD(Section):
+    kernel: Literal["rbf", "multi_rbf", "imq", "legacy"] = "imq"
+    prior: Literal["normal", "sampled"] = "normal"
+    """N(0, sigma^2 I): its expectations in closed form, or draws of it."""
+    estimator: Literal["u", "v"] = "u"
+    sigma: float = Field(default=1.0, gt=0)
+    weight: float = Field(default=10.0, ge=0)
+    schedule: Literal["constant", "linear", "sigmoid"] = "constant"
+    """weight(step): constant; linear from 0 over `warmup`; weight * sigmoid(slope * step - offset)."""
+    warmup: Fraction = 0.1
+    """Share of the steps over which "linear" rises."""
+    slope: float = 0.0025
+    offset: float = 6.25
+
+
+class Objective(Section):
+    mmd: MMD = MMD()
+    reconstruction: Literal["mean", "sum"] = "mean"
+    """Cross-entropy per real token of the global batch, or its sum, as the original had it."""
+    latent_noise: float = Field(default=0.0, ge=0)
+    """Standard deviation of the Gaussian added to the code in training."""
+    input_mask: Fraction = 0.0
+    """Share of encoder input tokens replaced by the unknown token in training."""
+    word_dropout: Fraction = 0.0
+    """The same for the decoder's input tokens."""
+
+
+class Optim(Section):
+    name: Literal["adamw", "muon"] = "muon"
+    """adamw for all weights, or muon for the matrices between embedding and logits."""
+    lr: float = Field(default=2e-3, gt=0)
+    """AdamW's learning rate."""
+    muon_lr: float = Field(default=6e-3, gt=0)
+    """Muon's: the spectral norm of an update."""
+    momentum: Fraction = 0.95
+    """Muon's."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    """Not applied to norms and biases."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: Fraction = 0.05
+    """Share of the steps over which the learning rate rises from 0."""
+    final_lr: Fraction = 0.0
+    """Share of `lr` at the last step."""
+    gradient_clipping: float = Field(default=1.0, ge=0)
+    """Largest norm of the gradient; 0 for no clipping."""
+
+
+class Train(Section):
+    steps: int = Field(default=10_000, ge=1)
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+
+
+class DeepSpeed(Section):
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    config: str | dict[str, Any] | None = None
+    """A DeepSpeed configuration, or its JSON file, merged under ours; conflicts are refused."""
+
+
+class Checkpoint(Section):
+    every: Interval = 1000
+    """Steps between checkpoints; one is always saved at the end. 0 for none in between."""
+    keep_last: int = Field(default=3, ge=1)
+    resume: Literal["auto", "never"] = "auto"
+    """auto goes on from the newest valid checkpoint; never refuses a folder that holds any."""
+
+
+class Eval(Section):
+    every: Interval = 0
+    """Steps between measurements of the held-out loss; 0 for none."""
+    sequences: int = Field(default=1000, ge=2)
+    """Held-out sequences to evaluate."""
+    samples: int = Field(default=10_000, ge=1)
+    """Draws from the prior in `t5vae eval`."""
+    interpolations: int = Field(default=100, ge=1)
+    check: str | None = None
+    """What makes a decoded text valid: python, json, smiles, regex:..., or a dotted path."""
+
+
+class Log(Section):
+    every: int = Field(default=10, ge=1)
+    """Steps between lines of metrics.jsonl."""
+    wandb: bool = False
+    """Log to Weights & Biases: online with a key, offline without."""
+
+
+class Launcher(Section):
+    nodes: int = Field(default=1, ge=1)
+    gpus_per_node: int = Field(default=0, ge=0)
+    """One rank a GPU; 0 for one rank a node, on CPU."""
+    cpus_per_task: int = Field(default=1, ge=1)
+    time: int = Field(default=60, ge=1)
+    """Time limit in minutes."""
+    partition: str | None = None
+    account: str | None = None
+
+
+class Config(Section):
+    """One run."""
+
+    run: Run = Run()
+    data: Data
+    model: Model = Model()
+    objective: Objective = Objective()
+    optim: Optim = Optim()
+    train: Train = Train()
+    deepspeed: DeepSpeed = DeepSpeed()
+    checkpoint: Checkpoint = Checkpoint()
+    eval: Eval = Eval()
+    log: Log = Log()
+    launcher: Launcher = Launcher()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Config":
+        micro, batch = self.data.micro_batch_size, self.data.global_batch_size
+        if micro and batch % micro:
+            raise ValueError(
+                f"data.global_batch_size {batch} is not a multiple of data.micro_batch_size {micro}"
+            )
+        if self.model.squash == "tanh" and self.objective.mmd.sigma >= 1:
+            if self.objective.mmd.kernel != "legacy":
+                raise ValueError(
+                    "model.squash tanh cannot match the prior: codes are bounded to (-1, 1); "
+                    "use no squash, or objective.mmd.sigma below 1 (only kernel legacy allows both)"
+                )
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's folder."""
+        return Path(self.run.output_dir or Path("runs") / self.run.name)
+
+    def accumulation(self, world_size: int) -> int:
+        """Micro batches of one rank in one step.
+
+        Raises:
+            UserError: where the global batch cannot be dealt evenly to `world_size` ranks.
+        """
+        batch = self.data.global_batch_size
+        if batch % world_size:
+            raise UserError(
+                f"data.global_batch_size {batch} cannot be dealt to {world_size} ranks; "
+                f"use a multiple of {world_size}"
+            )
+        micro = self.data.micro_batch_size or batch // world_size
+        if batch % (micro * world_size):
+            raise UserError(
+                f"data.global_batch_size {batch} is not a multiple of data.micro_batch_size "
+                f"{micro} x {world_size} ranks = {micro * world_size}"
+            )
+        return batch // (micro * world_size)
+
+    def dump(self) -> str:
+        """The whole configuration as YAML."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read a YAML file and apply `dotted.key=value` overrides.
+
+    Raises:
+        UserError: for a missing or malformed file, an unknown key (the nearest valid one is
+            suggested), a value out of range, or values that do not fit together.
+    """
+    path = Path(path)
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"no configuration at {path}; try configs/quickstart.yaml") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is not a readable YAML file: {reason}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} holds no configuration; it must be a mapping of sections")
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{path}: {_explain(error)}") from None
+    if config.run.name:
+        return config
+    run = config.run.model_copy(update={"name": path.stem})
+    return config.model_copy(update={"run": run})
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"{override!r} is not an override; write section.key=value")
+    *sections, leaf = key.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise UserError(f"{key}: {section} is a value, not a section")
+    try:
+        tree[leaf] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        tree[leaf] = value
+
+
+def keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """Every valid dotted key."""
+    found = []
+    for name, field in section.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            found += keys(inner, f"{prefix}{name}.")
+        else:
+            found.append(prefix + name)
+    return found
+
+
+def _explain(error: ValidationError) -> str:
+    """All that is wrong, in one line."""
+    lines = []
+    for problem in error.errors():
+        where = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            every = keys()
+            sections = sorted({key.rpartition(".")[0] for key in every} - {""})
+            leaf = where.rpartition(".")[2]
+            near = [key for key in every if key.rpartition(".")[2] == leaf]
+            near = near or difflib.get_close_matches(where, every + sections, n=1, cutoff=0.6)
+            near = near or [key for key in every if leaf in key]
+            hint = f"; did you mean {near[0]}?" if near else ""
+            lines.append(f"unknown key {where}{hint}")
+        elif problem["type"] == "missing":
+            lines.append(f"{where} is missing")
+        elif where:
+            lines.append(f"{where} is {problem['input']!r}: {problem['msg']}")
+        else:
+            lines.append(problem["msg"].removeprefix("Value error, "))
+    return "; ".join(lines)

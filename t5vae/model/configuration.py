@@ -1,0 +1,65 @@
+"""The configuration of a T5-VAE: a T5 configuration plus the shape of its bottleneck."""
+
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+
+class T5VAEConfig(PreTrainedConfig):
+    """Everything needed to build a :class:`~t5vae.model.T5VAE`.
+
+    Args:
+        t5: the configuration of the T5 inside, as a dictionary with its `model_type` (default
+            "t5"); any architecture of transformers with T5's interface.
+        latent_size: D, the number of coordinates of the latent code.
+        sequence_length: T, the longest sequence in tokens, end token included.
+        bottleneck: "flatten" or "attention" (see `bottleneck.py`).
+        token_size: width to which "flatten" shrinks each token before flattening.
+        expansion_rank: rank per token of the linear map from the code to the decoder's memory in
+            "flatten"; None for a full-rank map. The original T5-VAE used 10.
+        memory_length: M, tokens of memory the decoder attends to under "attention"; "flatten"
+            always expands to `sequence_length`.
+        squash: None, or "tanh" to bound each latent coordinate to (-1, 1).
+        mask_padding: hide pad positions from the encoder and the bottleneck, so that the code does
+            not depend on how far a batch was padded. False reproduces the original, which always
+            pads to `sequence_length` and lets the encoder see it.
+
+    Raises:
+        ValueError: for an unknown `bottleneck` or `squash`, or sizes below one.
+    """
+
+    model_type = "t5vae"
+
+    t5: dict[str, Any] | None = None
+    latent_size: int = 64
+    sequence_length: int = 20
+    bottleneck: str = "attention"
+    token_size: int = 64
+    expansion_rank: int | None = None
+    memory_length: int = 8
+    squash: str | None = None
+    mask_padding: bool = True
+    is_encoder_decoder: bool = True
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.t5 = {"model_type": "t5", **(self.t5 or {})}
+        if self.bottleneck not in ("flatten", "attention"):
+            raise ValueError(f"bottleneck is {self.bottleneck!r}; choose 'flatten' or 'attention'")
+        if self.squash not in (None, "tanh"):
+            raise ValueError(f"squash is {self.squash!r}; choose None or 'tanh'")
+        for name in ("latent_size", "sequence_length", "token_size", "memory_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        super().__post_init__(**kwargs)
+
+    @property
+    def t5_config(self) -> PreTrainedConfig:
+        """The configuration object of the T5 inside."""
+        return AutoConfig.for_model(**self.t5)
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None):
+        """The T5's configuration: it describes the layers that `generate` caches."""
+        return self.t5_config
+
+
+AutoConfig.register("t5vae", T5VAEConfig)

@@ -1,0 +1,6 @@
+"""What is minimised: reconstruction + weight(step) * MMD^2."""
+
+from t5vae.objective.mmd import PendingMMD, mmd, start_gather
+from t5vae.objective.schedules import mmd_weight
+
+__all__ = ["PendingMMD", "mmd", "mmd_weight", "start_gather"]

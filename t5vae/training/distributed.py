@@ -1,0 +1,133 @@
+"""Which process of how many this is, and the process group they form."""
+
+import os
+import random
+from dataclasses import dataclass
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from shards.errors import UserError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of the run."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    master_addr: str
+    master_port: int
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+
+def find_ranks(env: dict[str, str]) -> Ranks:
+    """Read the environment: a launcher's variables, then srun's, else a single process.
+
+    SLURM's variables count only inside a step of srun: a bare `salloc` or `sbatch` shell has them
+    too, with nobody else to wait for.
+
+    Raises:
+        UserError: where a launcher set only some of its variables.
+    """
+    if "RANK" in env or "WORLD_SIZE" in env:
+        try:
+            world = int(env["WORLD_SIZE"])
+            return Ranks(
+                rank=int(env["RANK"]),
+                world_size=world,
+                local_rank=int(env["LOCAL_RANK"]),
+                local_world_size=int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or world),
+                master_addr=env["MASTER_ADDR"],
+                master_port=int(env["MASTER_PORT"]),
+            )
+        except (KeyError, ValueError) as error:
+            raise UserError(
+                f"the launcher's environment is incomplete or malformed: {error}; "
+                "unset RANK and WORLD_SIZE to run one process"
+            ) from None
+    if "SLURM_PROCID" in env and env.get("SLURM_STEP_ID", "").isdigit():
+        return Ranks(
+            rank=int(env["SLURM_PROCID"]),
+            world_size=int(env["SLURM_STEP_NUM_TASKS"]),
+            local_rank=int(env["SLURM_LOCALID"]),
+            local_world_size=int(env["SLURM_STEP_TASKS_PER_NODE"].split("(")[0].split(",")[0]),
+            master_addr=first_host(env["SLURM_STEP_NODELIST"]),
+            master_port=20_000 + int(env["SLURM_JOB_ID"]) % 20_000,
+        )
+    return Ranks(0, 1, 0, 1, "127.0.0.1", 0)
+
+
+def first_host(nodelist: str) -> str:
+    """The first host of SLURM's compressed list: `gpu[03-05,9],b1` gives `gpu03`."""
+    head, bracket, rest = nodelist.partition("[")
+    if "," in head or not bracket:
+        return head.split(",")[0]
+    first = rest.split("]")[0].split(",")[0].split("-")[0]
+    return head + first
+
+
+def start_process_group(ranks: Ranks, timeout: timedelta = timedelta(minutes=10)) -> torch.device:
+    """Join the process group through DeepSpeed and choose this rank's device.
+
+    Returns:
+        The accelerator of this local rank, or the CPU (over gloo) where there is none.
+    """
+    accelerated = torch.accelerator.is_available()
+    if not accelerated:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        # DeepSpeed compiles Muon's kernels: on a CPU that takes longer than it saves.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+        if "OMP_NUM_THREADS" not in os.environ:
+            cores = len(os.sched_getaffinity(0))
+            torch.set_num_threads(max(1, cores // ranks.local_world_size))
+    os.environ.update(
+        RANK=str(ranks.rank),
+        WORLD_SIZE=str(ranks.world_size),
+        LOCAL_RANK=str(ranks.local_rank),
+        MASTER_ADDR=ranks.master_addr,
+        MASTER_PORT=str(ranks.master_port or free_port()),
+    )
+    import deepspeed
+
+    if accelerated:
+        torch.accelerator.set_device_index(ranks.local_rank)
+    deepspeed.init_distributed(
+        dist_backend=None if accelerated else "gloo",
+        auto_mpi_discovery=False,
+        timeout=timeout,
+        verbose=False,
+    )
+    if not accelerated:
+        return torch.device("cpu")
+    kind = torch.accelerator.current_accelerator()
+    return torch.device(kind.type, ranks.local_rank)
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the generators that no key of ours replaces: weights and dropout."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def all_sum(*values: float, device: torch.device) -> list[float]:
+    """Sum each value over the ranks, in fp64."""
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()

@@ -1,0 +1,129 @@
+"""DeepSpeed: its configuration from ours, its engine, and what is read back from it."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from shards.errors import UserError
+from t5vae.config import Config, Optim
+
+
+def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
+    """DeepSpeed's configuration: ours, over the user's own.
+
+    Raises:
+        UserError: where the user's own contradicts ours, with both values, or is not readable.
+    """
+    accumulation = config.accumulation(world_size)
+    ours: dict[str, Any] = {
+        "train_batch_size": config.data.global_batch_size,
+        "train_micro_batch_size_per_gpu": config.data.global_batch_size
+        // (accumulation * world_size),
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.optim.gradient_clipping,
+        "steps_per_print": 2**31,
+        "zero_optimization": {"stage": config.deepspeed.zero_stage},
+        # The optimiser is handed to DeepSpeed as an object: it is AdamW or DeepSpeed's own Muon.
+        "zero_allow_untested_optimizer": True,
+    }
+    if config.train.precision != "fp32":
+        ours[config.train.precision] = {"enabled": True}
+    return _merge(_user_config(config), ours)
+
+
+def _user_config(config: Config) -> dict[str, Any]:
+    given = config.deepspeed.config
+    if not isinstance(given, str):
+        return given or {}
+    try:
+        content = json.loads(Path(given).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"deepspeed.config: {given} is not a readable JSON file: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"deepspeed.config: {given} holds no JSON object")
+    return content
+
+
+def _merge(theirs: dict[str, Any], ours: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    merged = dict(theirs)
+    for key, value in ours.items():
+        if key not in theirs or theirs[key] == "auto":
+            merged[key] = value
+        elif isinstance(value, dict) and isinstance(theirs[key], dict):
+            merged[key] = _merge(theirs[key], value, f"{prefix}{key}.")
+        elif theirs[key] != value:
+            raise UserError(
+                f"deepspeed.config sets {prefix}{key} to {theirs[key]!r}, but the run's "
+                f"configuration makes it {value!r}; leave it out, or make them agree"
+            )
+    return merged
+
+
+def schedule(step: int, steps: int, optim: Optim) -> float:
+    """The share of the learning rate at a step (from 0), a pure function of it."""
+    warmup = round(optim.warmup * steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    if optim.schedule == "constant":
+        return 1.0
+    done = (step - warmup) / max(1, steps - warmup)
+    left = 1 - done if optim.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return optim.final_lr + (1 - optim.final_lr) * left
+
+
+def set_learning_rate(engine: Any, share: float) -> None:
+    """Set every group of parameters to a share of its own learning rate."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = share * group["full_lr"]
+
+
+def build_engine(model: nn.Module, config: Config, world_size: int) -> Any:
+    """Wrap a model in a DeepSpeed engine with its optimiser."""
+    import deepspeed
+
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=_optimizer(model, config.optim),
+        config=deepspeed_config(config, world_size),
+    )
+    return engine
+
+
+def _optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
+    """AdamW for all, or Muon for the matrices between embedding and logits and AdamW for the rest.
+
+    Muon: momentum orthogonalised by Newton and Schulz's iteration (Jordan et al., 2024), as
+    DeepSpeed implements it for every ZeRO stage. Weight decay falls on matrices alone.
+    """
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        matrix = len(getattr(parameter, "ds_shape", parameter.shape)) >= 2
+        parameter.use_muon = optim.name == "muon" and matrix and id(parameter) not in embeddings
+        groups.setdefault((parameter.use_muon, matrix), []).append(parameter)
+
+    adam = {"betas": optim.betas, "eps": optim.eps}
+    settings = []
+    for (use_muon, matrix), parameters in groups.items():
+        lr = optim.muon_lr if use_muon else optim.lr
+        own = {"momentum": optim.momentum, "ns_method": "standard"} if use_muon else adam
+        decay = optim.weight_decay if matrix else 0.0
+        settings.append({"params": parameters, "lr": lr, "full_lr": lr, "weight_decay": decay, **own})
+    if optim.name == "adamw":
+        return torch.optim.AdamW(settings)
+
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+    for group, use_muon in zip(settings, (use_muon for use_muon, _ in groups), strict=True):
+        group["use_muon"] = use_muon
+    return MuonWithAuxAdam(settings)
+
+
+def gradient_norm(engine: Any) -> float:
+    """The norm of the last step's gradient before clipping; NaN where DeepSpeed has none."""
+    norm = engine.get_global_grad_norm()
+    return math.nan if norm is None else float(norm)

@@ -1,0 +1,237 @@
+"""The training run, top to bottom."""
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shards import ShardStream, UserError
+from t5vae.config import Config
+from t5vae.model import Regularisers, row_keys
+from t5vae.objective import mmd_weight, start_gather
+from t5vae.training import checkpoint, setup
+from t5vae.training.distributed import Ranks, all_sum, seed_everything, start_process_group
+from t5vae.training.engine import build_engine, gradient_norm, schedule, set_learning_rate
+from t5vae.training.heldout import held_out
+from t5vae.training.preemption import StopRequest, requeue_job
+from t5vae.training.runlog import RunLog, Stopwatch, log_libraries_to, quiet_start
+
+
+def run(config: Config, ranks: Ranks, stop: StopRequest) -> None:
+    """Train a T5-VAE; called once in each process of the run.
+
+    Args:
+        config: the run's.
+        ranks: which process this is.
+        stop: set by signals; looked at between steps.
+
+    Raises:
+        UserError: for anything a user can mend: no shards, a batch that does not divide, a run
+            that cannot be resumed, no disk space, a loss that is no longer finite.
+    """
+    index = setup.check_before_start(config, ranks.world_size)
+    identity = setup.identity(config, index)
+    folder, steps = config.run_dir, config.train.steps
+    lock = setup.prepare_run_dir(config) if ranks.is_first else None
+    if setup.is_finished(config, identity):
+        if ranks.is_first:
+            print(f"{folder} is already trained: {steps:,} steps; raise train.steps to go on")
+        return
+
+    log_file = folder / "logs" / f"rank-{ranks.rank:05d}.log"
+    with quiet_start(log_file):
+        device = start_process_group(ranks)
+        seed_everything(config.run.seed)
+        engine = build_engine(setup.build_model(config, index), config, ranks.world_size)
+    log_libraries_to(log_file)
+    log = RunLog(config, enabled=ranks.is_first)
+    accumulation = config.accumulation(ranks.world_size)
+    regularisation, per_token = config.objective.mmd, config.objective.reconstruction == "mean"
+    stream = ShardStream(
+        config.data.shards,
+        seed=config.run.seed,
+        global_batch_size=config.data.global_batch_size,
+        micro_batch_size=config.data.micro_batch_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        sort_by_length=config.data.sort_by_length,
+        pad_to=None if config.model.mask_padding else index.max_length,
+    )
+    step = _resume(config, identity, engine, stream, log)
+    log.describe(setup.describe(config, index, ranks.world_size))
+    if ranks.is_first:
+        setup.write_config(config)
+
+    clock = Stopwatch()
+    skipped = tokens_since = 0
+    log.start(step)
+    while step < steps:
+        with clock.waiting():
+            position = stream.consumed
+            batches = [next(stream) for _ in range(accumulation)]
+        own_tokens = sum(float((b.lengths * b.weights).sum()) for b in batches)
+        tokens, told_to_stop = all_sum(own_tokens, stop.requested, device=device)
+        weight = mmd_weight(step, steps, regularisation)
+        lr_share = schedule(step, steps, config.optim)
+        set_learning_rate(engine, lr_share)
+
+        nll = regulariser = 0.0
+        codes: list[Tensor] = []
+        for micro, batch in enumerate(batches):
+            ids, row_weights = batch.ids.to(device), batch.weights.to(device)
+            on_latent = Gathering(row_weights)
+            output = engine(
+                ids,
+                mode="score",
+                regularisers=_regularisers(config, batch.sequence.to(device), position),
+                on_latent=on_latent,
+            )
+            mmd = on_latent.pending.finish(
+                kernel=regularisation.kernel,
+                prior=regularisation.prior,
+                estimator=regularisation.estimator,
+                sigma=regularisation.sigma,
+                generator_seed=position + micro,
+            )
+            own_nll = (output.nll * row_weights).sum()
+            all_nll, infinite = all_sum(own_nll.item(), not mmd.isfinite(), device=device)
+            if infinite or not math.isfinite(all_nll):
+                raise UserError(
+                    f"the loss of step {step + 1} is not finite (the batch from position "
+                    f"{position:,}); the checkpoints before it are untouched: lower optim.lr, or "
+                    "use another train.precision"
+                )
+            # DeepSpeed divides by ranks and accumulation; the sum over all tokens must not be.
+            parts = ranks.world_size * accumulation
+            scale = parts / (tokens if per_token else 1)
+            engine.backward(scale * own_nll + weight * mmd)
+            engine.step()
+            nll += all_nll
+            regulariser += mmd.item() / accumulation
+            codes.append(output.latent.detach())
+        step += 1
+        skipped += not engine.was_step_applied()
+        tokens_since += tokens
+
+        if step % config.log.every == 0 or step == steps:
+            reconstruction = nll / (tokens if per_token else 1)
+            log.metrics(
+                {
+                    "step": step,
+                    "loss": reconstruction + weight * regulariser,
+                    "reconstruction": reconstruction,
+                    "nats_per_token": nll / tokens,
+                    "nats_per_sequence": nll / config.data.global_batch_size,
+                    "mmd": regulariser,
+                    "mmd_weight": weight,
+                    "lr": lr_share * config.optim.lr,
+                    "grad_norm": gradient_norm(engine),
+                    "skipped": skipped,
+                    **latent_diagnostics(torch.cat(codes)),
+                    "consumed": stream.consumed,
+                    "epoch": stream.consumed / index.sequences("train"),
+                    "tokens_per_second": tokens_since / clock.elapsed,
+                    "data_wait": clock.waited / clock.elapsed,
+                }
+            )
+            tokens_since = 0
+            clock = Stopwatch()
+        log.advance(step)
+
+        if config.eval.every and step % config.eval.every == 0:
+            nats = held_out(engine, index, config.eval.sequences, ranks, device)
+            log.say(f"step {step:,}: {nats:.3f} nats a token on held-out sequences")
+        due = config.checkpoint.every and step % config.checkpoint.every == 0
+        if due or told_to_stop or step == steps:
+            _save(config, engine, step, stream, identity, log)
+        if told_to_stop:
+            log.say(f"told to stop: saved at step {step:,}; the same command goes on from there")
+            break
+
+    stream.close()
+    log.close()
+    (requeue,) = all_sum(stop.requeue and step < steps, device=device)
+    if requeue and ranks.is_first:
+        requeue_job()
+    dist.destroy_process_group()
+    if lock:
+        lock.close()
+
+
+class Gathering:
+    """Starts gathering the codes as soon as the model knows them."""
+
+    def __init__(self, weights_B: Tensor):
+        self.weights_B = weights_B
+
+    def __call__(self, z_BD: Tensor) -> None:
+        self.pending = start_gather(z_BD, weights_B=self.weights_B)
+
+
+def _regularisers(config: Config, sequence_B: Tensor, position: int) -> Regularisers:
+    return Regularisers(
+        row_keys(config.run.seed, position, sequence_B),
+        latent_noise=config.objective.latent_noise,
+        input_mask=config.objective.input_mask,
+        word_dropout=config.objective.word_dropout,
+    )
+
+
+def latent_diagnostics(z_BD: Tensor) -> dict[str, float]:
+    """How this rank's codes compare with N(0, I), for which all three figures are about 1, 1, 0.
+
+    Returns:
+        latent_variance: mean over the coordinates; latent_square: mean |z|^2 / D;
+        latent_saturated: share of coordinates beyond 0.99 in size and below 1, as tanh leaves them.
+    """
+    z_BD = z_BD.float()
+    size = z_BD.abs()
+    return {
+        "latent_variance": z_BD.var(0).mean().item(),
+        "latent_square": z_BD.square().mean().item(),
+        "latent_saturated": ((size > 0.99) & (size <= 1)).float().mean().item(),
+    }
+
+
+def _resume(
+    config: Config, identity: dict[str, Any], engine: Any, stream: ShardStream, log: RunLog
+) -> int:
+    """Go on from the newest valid checkpoint; the step it was saved at, or 0."""
+    folder = config.run_dir / "checkpoints"
+    found = [checkpoint.newest_valid(folder, log.say) if log.enabled else None]
+    dist.broadcast_object_list(found, src=0)
+    if found[0] is None:
+        log.drop_after(0)
+        return 0
+    manifest = checkpoint.read_manifest(found[0])
+    checkpoint.check_identity(manifest, {**identity, "world_size": dist.get_world_size()})
+    checkpoint.load(found[0], engine)
+    stream.load_state_dict(manifest["data"])
+    log.drop_after(manifest["step"])
+    log.say(f"resuming from {found[0]}")
+    return manifest["step"]
+
+
+def _save(
+    config: Config,
+    engine: Any,
+    step: int,
+    stream: ShardStream,
+    identity: dict[str, Any],
+    log: RunLog,
+) -> None:
+    folder = config.run_dir / "checkpoints"
+    try:
+        saved = checkpoint.save(
+            folder, engine, step=step, data=stream.state_dict(), identity=identity
+        )
+    except OSError as error:
+        raise UserError(
+            f"step {step:,} could not be saved ({error}); the checkpoints before it are untouched: "
+            "free some space and run the same command again"
+        ) from None
+    if log.enabled:
+        checkpoint.retain(folder, config.checkpoint.keep_last)
+    log.say(f"saved {saved}")

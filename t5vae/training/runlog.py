@@ -1,0 +1,194 @@
+"""What a run tells: metrics.jsonl (the truth), a line or a bar for people, wandb, a full log."""
+
+import contextlib
+import json
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from t5vae.config import Config
+
+METRICS = "metrics.jsonl"
+SHOWN = {
+    "loss": "loss {:.3f}",
+    "reconstruction": "rec {:.3f}",
+    "mmd": "mmd {:.5f}",
+    "grad_norm": "grad {:.2f}",
+    "tokens_per_second": "{:,.0f} tok/s",
+}
+
+
+class RunLog:
+    """Rank 0's voice; on the other ranks every method is silent.
+
+    Args:
+        config: the run's.
+        enabled: whether this is rank 0.
+    """
+
+    def __init__(self, config: Config, *, enabled: bool):
+        self.enabled = enabled
+        self.path = config.run_dir / METRICS
+        self.steps = config.train.steps
+        self.console = Console(stderr=True)
+        self.bar: Progress | None = None
+        self.wandb = _start_wandb(config) if enabled and config.log.wandb else None
+
+    def drop_after(self, step: int) -> None:
+        """Drop the lines past a checkpoint, atomically: their steps will be done again."""
+        if not self.enabled or not self.path.exists():
+            return
+        kept = [line for line in _whole_lines(self.path) if json.loads(line)["step"] <= step]
+        tmp = self.path.with_suffix(".tmp")
+        tmp.write_text("".join(kept))
+        tmp.replace(self.path)
+
+    def say(self, text: str) -> None:
+        """One line for people, above the bar if there is one."""
+        if self.enabled:
+            self.console.print(text, highlight=False, soft_wrap=True)
+
+    def describe(self, facts: dict[str, Any]) -> None:
+        """What is about to be trained, in one line."""
+        self.say(
+            f"{facts['parameters']:,} parameters, {facts['world_size']} ranks, "
+            f"{facts['train_sequences']:,} sequences, {facts['epochs']} epochs in "
+            f"{self.steps:,} steps"
+        )
+
+    def start(self, step: int) -> None:
+        """Show the bar, where there is a terminal."""
+        if self.enabled and self.console.is_terminal:
+            self.bar = Progress(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.description}"),
+                console=self.console,
+            )
+            self.task = self.bar.add_task("", total=self.steps, completed=step)
+            self.bar.start()
+
+    def advance(self, step: int) -> None:
+        if self.bar is not None:
+            self.bar.update(self.task, completed=step)
+
+    def metrics(self, record: dict[str, float | int]) -> None:
+        """Append one line to metrics.jsonl and show the gist of it."""
+        if not self.enabled:
+            return
+        with open(self.path, "a") as file:
+            file.write(json.dumps(record) + "\n")
+        gist = "  ".join(form.format(record[k]) for k, form in SHOWN.items() if k in record)
+        if self.bar is not None:
+            self.bar.update(self.task, description=gist)
+        else:
+            self.say(f"step {record['step']:>7,}/{self.steps:,}  {gist}")
+        if self.wandb is not None:
+            self.wandb.log(record, step=record["step"])
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The records of a run; a last line cut short by a crash is left out."""
+    return [json.loads(line) for line in _whole_lines(folder / METRICS)]
+
+
+def _whole_lines(path: Path) -> list[str]:
+    with open(path) as file:
+        return [line for line in file if line.endswith("\n")]
+
+
+def _start_wandb(config: Config) -> Any:
+    """A wandb run that survives restarts; None where wandb fails: it never stops training."""
+    import wandb
+
+    folder = config.run_dir
+    id_file = folder / "wandb" / "run-id"
+    try:
+        id_file.parent.mkdir(exist_ok=True)
+        if not id_file.exists():
+            id_file.write_text(wandb.util.generate_id())
+        has_key = bool(wandb.api.api_key)
+        return wandb.init(
+            id=id_file.read_text(),
+            resume="allow",
+            mode="online" if has_key else "offline",
+            dir=str(folder),
+            project="t5vae",
+            name=config.run.name,
+            config=config.model_dump(mode="json"),
+        )
+    except (wandb.errors.Error, OSError) as error:
+        print(f"wandb is off: {error}", file=sys.stderr)
+        return None
+
+
+class Stopwatch:
+    """Time since it was made, and how much of it was spent waiting, in seconds."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+        self.waited = 0.0
+
+    @property
+    def elapsed(self) -> float:
+        return time.perf_counter() - self.started
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        before = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - before
+
+
+@contextlib.contextmanager
+def quiet_start(log_file: Path) -> Iterator[None]:
+    """Send what DeepSpeed, torch and gloo say while they start to a file instead of the terminal.
+
+    File descriptors 1 and 2 are redirected: some of it is printed by C++. An error still surfaces,
+    since it is raised, not printed.
+    """
+    logging.captureWarnings(True)
+    warnings.simplefilter("default")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = [os.dup(1), os.dup(2)]
+    with open(log_file, "a") as file:
+        file.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        file.flush()
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for number, descriptor in zip((1, 2), saved, strict=True):
+            os.dup2(descriptor, number)
+            os.close(descriptor)
+
+
+def log_libraries_to(log_file: Path) -> None:
+    """Send what libraries log from now on to a file, at every level they chose."""
+    handler = logging.FileHandler(log_file)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+    for name in ("DeepSpeed", "py.warnings", "transformers", "torch.distributed"):
+        logger = logging.getLogger(name)
+        logger.handlers = [handler]
+        logger.propagate = False

@@ -1,0 +1,192 @@
+"""From a configuration to the parts of a run, every check made before a process group exists."""
+
+import fcntl
+import os
+import shutil
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from shards import Index, UserError, open_index
+from t5vae.config import Config
+from t5vae.model import T5VAE, T5VAEConfig
+from t5vae.training.checkpoint import check_identity, newest_manifest
+
+
+
+def model_config(config: Config, index: Index) -> T5VAEConfig:
+    """The model's configuration; vocabulary, special ids and T come from the shards unless set.
+
+    Raises:
+        UserError: where an explicit key cannot hold what the shards contain.
+    """
+    vocab = config.model.vocab_size or index.vocab_size
+    if vocab < index.vocab_size:
+        raise UserError(
+            f"model.vocab_size {vocab} is smaller than the {index.vocab_size} pieces of the "
+            f"tokenizer in {index.path}; leave it out to take the tokenizer's"
+        )
+    length = config.model.sequence_length or index.max_length
+    if length < index.max_length:
+        raise UserError(
+            f"model.sequence_length {length} is shorter than the {index.max_length} tokens of "
+            f"the longest sequences in {index.path}; leave it out to take the shards'"
+        )
+    return build_model_config(
+        config, vocab_size=vocab, length=length, pad=index.pad_id, eos=index.eos_id
+    )
+
+
+def build_model_config(
+    config: Config, *, vocab_size: int, length: int, pad: int = 0, eos: int = 1
+) -> T5VAEConfig:
+    """The model's configuration for a given vocabulary and length."""
+    t5 = config.model.t5.model_dump()
+    if t5["num_decoder_layers"] is None:
+        del t5["num_decoder_layers"]
+    shape = config.model.model_dump(
+        include={
+            "latent_size",
+            "bottleneck",
+            "token_size",
+            "expansion_rank",
+            "memory_length",
+            "squash",
+            "mask_padding",
+        }
+    )
+    t5.update(vocab_size=vocab_size, pad_token_id=pad, eos_token_id=eos, tie_word_embeddings=True)
+    return T5VAEConfig(t5=t5, sequence_length=length, **shape)
+
+
+def build_model(config: Config, index: Index) -> T5VAE:
+    """A T5VAE with random weights from the run's seed."""
+    torch.manual_seed(config.run.seed)
+    model = T5VAE(model_config(config, index))
+    if config.model.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return model
+
+
+def describe(config: Config, index: Index, world_size: int) -> dict[str, Any]:
+    """What follows from a configuration: batch, epochs, parameters, memory. Nothing is allocated.
+
+    Memory is an estimate for weights, gradients and Adam's state (in bytes a parameter, Rajbhandari
+    et al., ZeRO, arXiv 1910.02054, section 3.1): activations are not in it.
+    """
+    with torch.device("meta"):
+        model = T5VAE(model_config(config, index))
+    parameters = sum(p.numel() for p in model.parameters())
+    sequences = index.sequences("train")
+    batch = config.data.global_batch_size
+    accumulation = config.accumulation(world_size)
+    return {
+        "world_size": world_size,
+        "accumulation": accumulation,
+        "micro_batch_size": batch // (accumulation * world_size),
+        "train_sequences": sequences,
+        "steps_per_epoch": round(sequences / batch, 2),
+        "epochs": round(config.train.steps * batch / sequences, 2),
+        "vocab_size": model.config.t5["vocab_size"],
+        "sequence_length": model.config.sequence_length,
+        "parameters": parameters,
+        "state_bytes_per_rank": state_bytes(parameters, config, world_size),
+    }
+
+
+def state_bytes(parameters: int, config: Config, world_size: int) -> int:
+    """Bytes a rank needs for weights, gradients and the optimiser's state."""
+    half = config.train.precision != "fp32"
+    weights, gradients, state = (2, 2, 12) if half else (4, 4, 8)
+    stage = config.deepspeed.zero_stage
+    state /= world_size if stage >= 1 else 1
+    gradients /= world_size if stage >= 2 else 1
+    weights /= world_size if stage >= 3 else 1
+    return round(parameters * (weights + gradients + state))
+
+
+def check_before_start(config: Config, world_size: int) -> Index:
+    """Everything that can be refused without a process group.
+
+    Raises:
+        UserError: for missing or damaged shards, a batch that does not divide, a model that does
+            not fit the shards, or a disk too full for a checkpoint.
+    """
+    index = open_index(config.data.shards)
+    facts = describe(config, index, world_size)
+    if facts["micro_batch_size"] * world_size < 2 and config.objective.mmd.estimator == "u":
+        raise UserError("the unbiased MMD needs at least 2 sequences in a micro step over all ranks")
+    nearest = config.run_dir.absolute()
+    while not nearest.exists():
+        nearest = nearest.parent
+    free = shutil.disk_usage(nearest).free
+    checkpoint = facts["parameters"] * 16
+    if free < checkpoint * 2:
+        raise UserError(
+            f"{nearest} has {free / 2**20:,.0f} MiB free; two checkpoints of this model need "
+            f"{checkpoint * 2 / 2**20:,.0f} MiB: free some space, or set run.output_dir elsewhere"
+        )
+    return index
+
+
+def prepare_run_dir(config: Config) -> IO[str]:
+    """Make the run's folder and lock it; rank 0 alone. The lock dies with this process.
+
+    Raises:
+        UserError: if another process trains in it, or `checkpoint.resume` is "never" and it holds
+            checkpoints.
+    """
+    folder = config.run_dir
+    try:
+        for part in ("checkpoints", "logs"):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "a+")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f"another process is training in {folder}; wait for it, or set run.output_dir"
+        ) from None
+    except OSError as error:
+        raise UserError(f"cannot use the run folder {folder}: {error.strerror}") from None
+    if config.checkpoint.resume == "never" and any((folder / "checkpoints").iterdir()):
+        raise UserError(
+            f"{folder} holds checkpoints and checkpoint.resume is never; "
+            "set it to auto, or choose another run.output_dir"
+        )
+    return lock
+
+
+def is_finished(config: Config, identity: dict[str, Any]) -> bool:
+    """Whether the run's steps are all done.
+
+    Raises:
+        UserError: if the run that is there is another one than `config` describes.
+    """
+    manifest = newest_manifest(config.run_dir / "checkpoints")
+    if manifest is None:
+        return False
+    check_identity(manifest, identity)
+    return manifest["step"] >= config.train.steps
+
+
+def write_config(config: Config) -> None:
+    """Save the resolved configuration in the run's folder, atomically."""
+    path = config.run_dir / "config.yaml"
+    tmp = Path(f"{path}.{os.getpid()}.tmp")
+    tmp.write_text(config.dump())
+    tmp.replace(path)
+
+
+def identity(config: Config, index: Index) -> dict[str, Any]:
+    """What a run that resumes must agree with."""
+    return {
+        "zero_stage": config.deepspeed.zero_stage,
+        "precision": config.train.precision,
+        "optimizer": config.optim.name,
+        "global_batch_size": config.data.global_batch_size,
+        "seed": config.run.seed,
+        "shards": index.sha256,
+        "tokenizer": index.tokenizer_fingerprint,
+        "model": model_config(config, index).to_dict(),
+    }

@@ -1,0 +1,203 @@
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from shards.errors import UserError
+from shards.tokenizers import train_tokenizer
+from t5vae.evaluation import evaluate, table
+from t5vae.latent import LatentSpace
+from t5vae.model import T5VAE, T5VAEConfig
+
+T = 8
+RNG = np.random.default_rng(0)
+TRAIN = [[*RNG.integers(2, 12, RNG.integers(1, T)).tolist(), 1] for _ in range(400)]
+HELD_OUT = [row for row in TRAIN[:100] if len(row) > 4]
+TRAIN = [row for row in TRAIN[100:] if row not in HELD_OUT]
+
+
+class Copy:
+    """Digits as tokens 2 to 11, and codes that are the sequences themselves: nothing is lost."""
+
+    latent_size = T
+
+    def detokenize(self, ids):
+        return ["".join(str(token - 2) for token in row if token > 1) for row in ids]
+
+    def encode_ids(self, ids):
+        return torch.tensor([[*row, *[0] * (T - len(row))] for row in ids]).float() / 4 - 1
+
+    def decode_ids(self, z_ND):
+        rows = (4 * z_ND + 4).round().clamp(1, 11).int().tolist()
+        return [[*row, 1][: [*row, 1].index(1) + 1] for row in rows]
+
+    def score_ids(self, ids, z_ND):
+        return (self.encode_ids(ids) != z_ND).any(1).float() * 8
+
+
+class Collapsed(Copy):
+    """Decodes everything to one sequence, whatever the code."""
+
+    def encode_ids(self, ids):
+        return torch.zeros(len(ids), T)
+
+    def decode_ids(self, z_ND):
+        return [[3, 4, 1]] * len(z_ND)
+
+    def score_ids(self, ids, z_ND):
+        return torch.tensor([2.0 * len(row) for row in ids])
+
+
+class Memoriser(Copy):
+    """Knows the training set by heart and answers with its nearest member."""
+
+    def decode_ids(self, z_ND):
+        nearest = torch.cdist(z_ND, self.encode_ids(TRAIN)).argmin(1)
+        return [TRAIN[i] for i in nearest.tolist()]
+
+
+def report_of(space, **options):
+    given = {
+        "valid_ids": HELD_OUT,
+        "train_ids": TRAIN,
+        "train_texts": space.detokenize(TRAIN),
+        "check": "regex:[0-9]+",
+        "samples": 300,
+        "interpolations": 20,
+    }
+    return evaluate(space, **(given | options))
+
+
+def test_a_perfect_copy_model():
+    report = report_of(Copy())
+    for name in ("exact_match", "token_accuracy", "edit_similarity"):
+        assert report[name] == 1
+    assert report["nats_per_token"] == 0
+    assert report["shuffled_gap"] > 1
+    assert report["novel"] > 0.8
+    assert report["controls"]["shuffled"]["exact_match"] < 0.05
+    assert report["controls"]["held_out"]["valid"] == 1
+    assert report["controls"]["held_out"]["novel"] == 1
+    assert report["interpolation"]["validity"] == 1
+    assert report["interpolation"]["distinct"] > 3
+    assert report["controls"]["endpoints"]["interpolation"] == {
+        "validity": 1,
+        "directness": 1,
+        "distinct": pytest.approx(2, abs=0.1),
+    }
+
+
+def test_a_collapsed_model_fails_the_latent_use_alarm():
+    report = report_of(Collapsed())
+    assert report["shuffled_gap"] == 0
+    assert report["valid"] == 1
+    assert report["unique"] == pytest.approx(1 / 300)
+    assert report["participation_ratio"] == 0
+    assert report["active_dimensions"] == 0
+    assert report["mmd"] > 0.1 > abs(report["controls"]["prior"]["mmd"])
+    assert report["interpolation"]["directness"] is None
+    assert report["controls"]["shuffled"]["token_accuracy"] == report["token_accuracy"]
+
+
+def test_a_memoriser_has_no_novelty():
+    report = report_of(Memoriser())
+    assert report["valid"] == 1
+    assert report["novel"] == report["valid_unique_novel"] == 0
+    assert report["gaussian"]["novel"] == 0
+    assert report["exact_match"] == 0
+
+
+def test_the_report_is_json_repeats_by_seed_and_has_the_agreed_names():
+    report = report_of(Copy())
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    assert report_of(Copy()) == report
+    assert report_of(Copy(), seed=1) != report
+    assert report.keys() >= {
+        "schema_version",
+        "exact_match",
+        "token_accuracy",
+        "edit_similarity",
+        "valid",
+        "unique",
+        "novel",
+        "shuffled_gap",
+        "participation_ratio",
+        "mmd",
+    }
+    assert report["interpolation"].keys() >= {"validity", "directness"}
+    assert report["controls"]["trigram"].keys() >= {"valid", "unique", "novel"}
+    assert report["n"]["held_out"] == len(HELD_OUT)
+
+
+def test_without_a_check_validity_is_left_out():
+    report = report_of(Copy(), check=None)
+    assert report["valid"] is None
+    assert report["interpolation"]["validity"] is None
+    assert report["novel"] > 0
+    assert "none" in table(report).title
+
+
+def test_the_table_shows_every_metric_beside_its_control():
+    report = json.loads(json.dumps(report_of(Copy())))
+    console = Console(width=140)
+    with console.capture() as captured:
+        console.print(table(report))
+    text = captured.get()
+    assert "exact match" in text
+    assert f"trigram {report['controls']['trigram']['valid']:.3f}" in text
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"valid_ids": HELD_OUT[:1]},
+        {"train_ids": []},
+        {"samples": 0},
+        {"interpolations": 0},
+        {"steps": 1},
+        {"check": "no"},
+    ],
+)
+def test_too_little_to_evaluate_is_a_user_error(options):
+    with pytest.raises(UserError):
+        report_of(Copy(), **options)
+
+
+@pytest.fixture(scope="module")
+def real():
+    """A tiny random T5VAE with a tokenizer, and lines for it."""
+    lines = [f"x{i} = {i} + y" for i in range(120)]
+    tokenizer = train_tokenizer(lines, 300)
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    config = T5VAEConfig(
+        t5={"vocab_size": len(tokenizer), **sizes}, latent_size=6, sequence_length=20
+    )
+    space = LatentSpace(T5VAE(config), tokenizer)
+    ids = space.tokenize(lines)
+    return SimpleNamespace(
+        space=space,
+        given={
+            "valid_ids": ids[:20],
+            "train_ids": ids[20:],
+            "train_texts": lines[20:],
+            "check": "python",
+            "samples": 30,
+            "interpolations": 3,
+        },
+    )
+
+
+def test_a_real_model_is_evaluated(real):
+    report = evaluate(real.space, **real.given)
+    json.dumps(report, allow_nan=False)
+    assert report["shuffled_gap"] != 0
+    assert report["controls"]["trigram"]["valid"] > 0.5
+
+
+def test_a_real_model_that_ignores_its_code_has_no_shuffled_gap(real):
+    torch.nn.init.zeros_(real.space.model.bottleneck.from_latent.weight)
+    assert evaluate(real.space, **real.given)["shuffled_gap"] == pytest.approx(0, abs=1e-6)

@@ -1,0 +1,86 @@
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModel
+
+from t5vae.model import T5VAE, T5VAEConfig
+
+
+@pytest.mark.parametrize("architecture", ["t5", "v1.1"])
+@pytest.mark.parametrize("bottleneck", ["flatten", "attention"])
+def test_saved_and_loaded_model_is_the_same_model(build, ids_BT, tmp_path, bottleneck, architecture):
+    model = build(architecture, bottleneck=bottleneck)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path, dtype=torch.float64)
+    assert type(loaded) is T5VAE
+    assert loaded.config.to_dict() == T5VAE.from_pretrained(tmp_path).config.to_dict()
+    assert not loaded.training
+    saved, state = model.state_dict(), loaded.state_dict()
+    assert state.keys() == saved.keys()
+    assert all(torch.equal(state[name], saved[name]) for name in saved)
+    score = model(ids_BT, mode="score")
+    assert torch.equal(loaded(ids_BT, mode="score").nll, score.nll)
+
+
+@pytest.mark.parametrize(("architecture", "tied"), [("t5", True), ("v1.1", False)])
+def test_tied_embeddings_stay_tied_and_are_saved_once(build, tmp_path, architecture, tied):
+    model = build(architecture)
+    model.save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.glob("*.safetensors")] == ["model.safetensors"]
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
+    table = list(model.get_input_embeddings().weight.shape)
+    assert shapes.count(table) == (1 if tied else 2)
+    for one in (model, T5VAE.from_pretrained(tmp_path)):
+        embedding, head = one.get_input_embeddings().weight, one.get_output_embeddings().weight
+        assert (embedding.data_ptr() == head.data_ptr()) is tied
+
+
+def test_the_length_of_a_generation_is_saved_with_the_generation_configuration(build, tmp_path):
+    model = build()
+    model.save_pretrained(tmp_path)
+    assert "max_length" not in json.loads((tmp_path / "config.json").read_text())
+    loaded = T5VAE.from_pretrained(tmp_path)
+    assert loaded.config.sequence_length == model.config.sequence_length
+    # The start token comes before the T tokens of a sequence.
+    assert loaded.generation_config.max_length == model.config.sequence_length + 1
+    assert loaded.generation_config.eos_token_id == 1
+    assert loaded.generation_config.pad_token_id == 0
+    assert loaded.generation_config.decoder_start_token_id == 0
+
+
+def test_every_field_of_a_configuration_survives_saving(tmp_path):
+    fields = {
+        "latent_size": 3,
+        "sequence_length": 7,
+        "bottleneck": "flatten",
+        "token_size": 4,
+        "expansion_rank": 2,
+        "memory_length": 5,
+        "squash": "tanh",
+        "mask_padding": False,
+    }
+    t5 = {"d_model": 16, "d_kv": 4, "vocab_size": 24, "feed_forward_proj": "gated-gelu"}
+    T5VAEConfig(t5=t5, **fields).save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert {name: getattr(loaded, name) for name in fields} == fields
+    assert {name: getattr(loaded.t5_config, name) for name in t5} == t5
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("bottleneck", "linear"),
+        ("squash", "relu"),
+        ("latent_size", 0),
+        ("sequence_length", 0),
+        ("token_size", -1),
+        ("memory_length", 0),
+        ("expansion_rank", 0),
+    ],
+)
+def test_an_impossible_configuration_is_a_value_error(field, value):
+    with pytest.raises(ValueError, match=field):
+        T5VAEConfig(**{field: value})
