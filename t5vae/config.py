@@ -13,11 +13,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from shards.errors import UserError
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 Interval = Annotated[int, Field(ge=0)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class Run(Section):
@@ -70,6 +73,8 @@ class Model(Section):
     memory_length: int = Field(default=8, ge=1)
     """M, tokens the decoder attends to under "attention"; "flatten" makes T of them."""
     squash: Literal["tanh"] | None = None
+    normalize: bool = False
+    """Scale every code to norm sqrt(D), so that the encoder cannot grow codes out of the noise."""
     mask_padding: bool = True
     """Hide pads from the encoder and the bottleneck."""
     gradient_checkpointing: bool = False
@@ -111,7 +116,7 @@ class Optim(Section):
     """Muon's: the spectral norm of an update."""
     momentum: Fraction = 0.95
     """Muon's."""
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[Beta, Beta] = (0.9, 0.98)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
     """Not applied to norms and biases."""
@@ -120,8 +125,8 @@ class Optim(Section):
     """Share of the steps over which the learning rate rises from 0."""
     final_lr: Fraction = 0.0
     """Share of `lr` at the last step."""
-    gradient_clipping: float = Field(default=1.0, ge=0)
-    """Largest norm of the gradient; 0 for no clipping."""
+    gradient_clipping: float | None = Field(default=None, ge=0)
+    """Largest norm of the gradient, 0 for no clipping; null means 1 with adamw and 0 with muon."""
 
 
 class Train(Section):
@@ -195,6 +200,11 @@ class Config(Section):
             raise ValueError(
                 f"data.global_batch_size {batch} is not a multiple of data.micro_batch_size {micro}"
             )
+        if self.optim.name == "muon" and self.optim.gradient_clipping:
+            raise ValueError(
+                "optim.gradient_clipping goes with optim.name adamw: muon's updates have a fixed "
+                "norm, which DeepSpeed would clip in place of the gradient's; leave it out"
+            )
         if self.model.squash == "tanh" and self.objective.mmd.sigma >= 1:
             if self.objective.mmd.kernel != "legacy":
                 raise ValueError(
@@ -245,7 +255,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         tree = yaml.safe_load(path.read_text())
     except FileNotFoundError:
         raise UserError(f"no configuration at {path}; try configs/quickstart.yaml") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is not a readable YAML file: {reason}") from None
     if not isinstance(tree, dict):
@@ -270,10 +280,10 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     for section in sections:
         tree = tree.setdefault(section, {})
         if not isinstance(tree, dict):
-            raise UserError(f"{key}: {section} is a value, not a section")
+            raise UserError(f"{key!r}: {section!r} is a value, not a section")
     try:
         tree[leaf] = yaml.safe_load(value)
-    except yaml.YAMLError:
+    except (ValueError, RecursionError, yaml.YAMLError):
         tree[leaf] = value
 
 
@@ -286,6 +296,23 @@ def keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
             found += keys(inner, f"{prefix}{name}.")
         else:
             found.append(prefix + name)
+    return found
+
+
+def describe_keys() -> list[tuple[str, str, Any, str]]:
+    """Every key with its type, its default and what it means, in the order of the file."""
+    found = []
+    for key in keys():
+        *sections, leaf = key.split(".")
+        model: type[BaseModel] = Config
+        for section in sections:
+            inner = model.model_fields[section].annotation
+            assert isinstance(inner, type)
+            model = inner
+        field = model.model_fields[leaf]
+        kind = str(field.annotation).replace("typing.", "").removeprefix("<class '").rstrip("'>")
+        default = "required" if field.is_required() else field.default
+        found.append((key, kind, default, " ".join((field.description or "").split())))
     return found
 
 
@@ -309,4 +336,4 @@ def _explain(error: ValidationError) -> str:
             lines.append(f"{where} is {problem['input']!r}: {problem['msg']}")
         else:
             lines.append(problem["msg"].removeprefix("Value error, "))
-    return "; ".join(lines)
+    return " ".join("; ".join(lines).split())

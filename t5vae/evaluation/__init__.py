@@ -1,5 +1,6 @@
-"""How good a trained space is: metrics with controls beside them."""
+"""How good a space is: metrics, controls, one report."""
 
 from t5vae.evaluation.evaluate import evaluate, table
+from t5vae.evaluation.run import evaluate_run
 
-__all__ = ["evaluate", "table"]
+__all__ = ["evaluate", "evaluate_run", "table"]

@@ -20,6 +20,8 @@ class T5VAEConfig(PreTrainedConfig):
         memory_length: M, tokens of memory the decoder attends to under "attention"; "flatten"
             always expands to `sequence_length`.
         squash: None, or "tanh" to bound each latent coordinate to (-1, 1).
+        normalize: scale every code to norm sqrt(D), where nearly all of N(0, I) lies, so that the
+            encoder cannot evade latent noise by growing its codes.
         mask_padding: hide pad positions from the encoder and the bottleneck, so that the code does
             not depend on how far a batch was padded. False reproduces the original, which always
             pads to `sequence_length` and lets the encoder see it.
@@ -38,6 +40,7 @@ class T5VAEConfig(PreTrainedConfig):
     expansion_rank: int | None = None
     memory_length: int = 8
     squash: str | None = None
+    normalize: bool = False
     mask_padding: bool = True
     is_encoder_decoder: bool = True
 
@@ -50,6 +53,8 @@ class T5VAEConfig(PreTrainedConfig):
         for name in ("latent_size", "sequence_length", "token_size", "memory_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.expansion_rank is not None and self.expansion_rank < 1:
+            raise ValueError(f"expansion_rank is {self.expansion_rank}; it must be at least 1")
         super().__post_init__(**kwargs)
 
     @property

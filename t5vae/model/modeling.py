@@ -195,7 +195,8 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         self, ids_BT: Tensor, mask_BT: Tensor | None, regularisers: Regularisers | None
     ) -> Tensor:
         if not self.config.mask_padding:
-            short = self.config.sequence_length - ids_BT.shape[1]
+            # A negative pad would cut the sequence that the bottleneck must refuse.
+            short = max(0, self.config.sequence_length - ids_BT.shape[1])
             ids_BT = nn.functional.pad(ids_BT, (0, short), value=self.pad)
             mask_BT = torch.ones_like(ids_BT)
         elif mask_BT is None:
@@ -203,7 +204,10 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         if regularisers is not None:
             ids_BT = regularisers.drop_tokens(ids_BT, regularisers.input_mask, ENCODER_MASK)
         states_BTC = self.t5.encoder(input_ids=ids_BT, attention_mask=mask_BT).last_hidden_state
-        return self.squash(self.bottleneck.compress(states_BTC, mask_BT))
+        z_BD = self.squash(self.bottleneck.compress(states_BTC, mask_BT))
+        if self.config.normalize:
+            z_BD = nn.functional.normalize(z_BD.float(), dim=1) * z_BD.shape[1] ** 0.5
+        return z_BD.to(states_BTC.dtype)
 
     def _logits(self, states: Tensor) -> Tensor:
         if getattr(self.t5.config, "scale_decoder_outputs", True):

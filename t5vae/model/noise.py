@@ -38,7 +38,7 @@ def keyed_uniform(keys_B: Tensor, count: int, stream: int) -> Tensor:
     """
     index = torch.arange(count, device=keys_B.device) + (stream << 32)
     bits = splitmix64(splitmix64(keys_B)[:, None] ^ splitmix64(index)[None, :])
-    return (_shift_right(bits, 40).float() + 0.5) * 2.0**-24
+    return (_shift_right(bits, 41).float() + 0.5) * 2.0**-23
 
 
 def keyed_normal(keys_B: Tensor, count: int, stream: int) -> Tensor:

@@ -62,7 +62,7 @@ class InverseMultiquadric:
     def as_mixture(self) -> GaussianMixture:
         """C / (C + s) = E exp(-v s / C) for v ~ Exp(1), by the trapezoid rule in log v.
 
-        64 points from e^-30 to e^6: the integrand v exp(-v) falls off doubly exponentially above
+        64 points from e^-24 to e^4.5: the integrand v exp(-v) falls off doubly exponentially above
         and exponentially below, where the rule converges geometrically (Trefethen and Weideman,
         SIAM Review 56, 2014).
         """

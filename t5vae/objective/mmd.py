@@ -163,7 +163,7 @@ class _PairSum(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float64, device=x_BD.device)
         grad_BD = torch.empty_like(x_BD)
         # Distances do not change under a shift, and lose fewer digits near the origin.
-        mean_D = y_ND.mean(0)
+        mean_D = (v_N @ y_ND) / v_N.sum().clamp_min(1)
         y_ND = y_ND - mean_D
         y_squared_N = y_ND.square().sum(1)
         for start in range(0, x_BD.shape[0], ROWS):

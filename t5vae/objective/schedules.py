@@ -14,5 +14,6 @@ def mmd_weight(step: int, steps: int, settings: MMD) -> float:
     if settings.schedule == "linear":
         return settings.weight * min(1.0, step / max(1, round(settings.warmup * steps)))
     if settings.schedule == "sigmoid":
-        return settings.weight / (1 + math.exp(settings.offset - settings.slope * step))
+        x = settings.slope * step - settings.offset
+        return settings.weight * (1 + math.tanh(x / 2)) / 2  # a sigmoid that cannot overflow
     return settings.weight

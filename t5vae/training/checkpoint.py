@@ -167,6 +167,22 @@ def load(checkpoint: Path, engine: Any) -> None:
     _load_random_state(checkpoint / f"rank-{dist.get_rank():05d}")
 
 
+def consolidated_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The model's fp32 weights from any ZeRO stage, on the CPU, without a process group."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    with _weights_only():
+        if read_manifest(checkpoint)["zero_stage"] == 0:
+            path = checkpoint / DEEPSPEED / "mp_rank_00_model_states.pt"
+            return {k: v.float() for k, v in torch.load(path, map_location="cpu")["module"].items()}
+        return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=DEEPSPEED)
+
+
+def digest(checkpoint: Path) -> str:
+    """A fingerprint of a checkpoint's content."""
+    return _sha256(checkpoint / MANIFEST)
+
+
 def retain(folder: Path, keep_last: int) -> None:
     """Delete all but the newest checkpoints; each is renamed first, so none is ever half there."""
     for old in list_checkpoints(folder)[:-keep_last]:

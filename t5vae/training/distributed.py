@@ -97,6 +97,8 @@ def start_process_group(ranks: Ranks, timeout: timedelta = timedelta(minutes=10)
     )
     import deepspeed
 
+    # DeepSpeed would compile this when it starts on a CPU; it serves inference alone.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if accelerated:
         torch.accelerator.set_device_index(ranks.local_rank)
     deepspeed.init_distributed(

@@ -19,12 +19,15 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         UserError: where the user's own contradicts ours, with both values, or is not readable.
     """
     accumulation = config.accumulation(world_size)
+    clipping = config.optim.gradient_clipping
+    if clipping is None:
+        clipping = 0.0 if config.optim.name == "muon" else 1.0
     ours: dict[str, Any] = {
         "train_batch_size": config.data.global_batch_size,
         "train_micro_batch_size_per_gpu": config.data.global_batch_size
         // (accumulation * world_size),
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": config.optim.gradient_clipping,
+        "gradient_clipping": clipping,
         "steps_per_print": 2**31,
         "zero_optimization": {"stage": config.deepspeed.zero_stage},
         # The optimiser is handed to DeepSpeed as an object: it is AdamW or DeepSpeed's own Muon.
@@ -112,7 +115,9 @@ def _optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
         lr = optim.muon_lr if use_muon else optim.lr
         own = {"momentum": optim.momentum, "ns_method": "standard"} if use_muon else adam
         decay = optim.weight_decay if matrix else 0.0
-        settings.append({"params": parameters, "lr": lr, "full_lr": lr, "weight_decay": decay, **own})
+        settings.append(
+            {"params": parameters, "lr": lr, "full_lr": lr, "weight_decay": decay, **own}
+        )
     if optim.name == "adamw":
         return torch.optim.AdamW(settings)
 

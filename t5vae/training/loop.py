@@ -40,6 +40,7 @@ def run(config: Config, ranks: Ranks, stop: StopRequest) -> None:
             print(f"{folder} is already trained: {steps:,} steps; raise train.steps to go on")
         return
 
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
     log_file = folder / "logs" / f"rank-{ranks.rank:05d}.log"
     with quiet_start(log_file):
         device = start_process_group(ranks)

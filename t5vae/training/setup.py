@@ -14,50 +14,35 @@ from t5vae.model import T5VAE, T5VAEConfig
 from t5vae.training.checkpoint import check_identity, newest_manifest
 
 
-
-def model_config(config: Config, index: Index) -> T5VAEConfig:
+def model_config(config: Config, index: Index | None) -> T5VAEConfig:
     """The model's configuration; vocabulary, special ids and T come from the shards unless set.
+
+    Args:
+        index: of the shards; None where there are none yet and the configuration names both
+            `model.vocab_size` and `model.sequence_length`.
 
     Raises:
         UserError: where an explicit key cannot hold what the shards contain.
     """
-    vocab = config.model.vocab_size or index.vocab_size
-    if vocab < index.vocab_size:
-        raise UserError(
-            f"model.vocab_size {vocab} is smaller than the {index.vocab_size} pieces of the "
-            f"tokenizer in {index.path}; leave it out to take the tokenizer's"
-        )
-    length = config.model.sequence_length or index.max_length
-    if length < index.max_length:
-        raise UserError(
-            f"model.sequence_length {length} is shorter than the {index.max_length} tokens of "
-            f"the longest sequences in {index.path}; leave it out to take the shards'"
-        )
-    return build_model_config(
-        config, vocab_size=vocab, length=length, pad=index.pad_id, eos=index.eos_id
-    )
-
-
-def build_model_config(
-    config: Config, *, vocab_size: int, length: int, pad: int = 0, eos: int = 1
-) -> T5VAEConfig:
-    """The model's configuration for a given vocabulary and length."""
-    t5 = config.model.t5.model_dump()
-    if t5["num_decoder_layers"] is None:
-        del t5["num_decoder_layers"]
-    shape = config.model.model_dump(
-        include={
-            "latent_size",
-            "bottleneck",
-            "token_size",
-            "expansion_rank",
-            "memory_length",
-            "squash",
-            "mask_padding",
-        }
-    )
-    t5.update(vocab_size=vocab_size, pad_token_id=pad, eos_token_id=eos, tie_word_embeddings=True)
-    return T5VAEConfig(t5=t5, sequence_length=length, **shape)
+    vocabulary, length = config.model.vocab_size, config.model.sequence_length
+    pad, eos = (index.pad_id, index.eos_id) if index else (0, 1)
+    if index:
+        vocabulary = vocabulary or index.vocab_size
+        length = length or index.max_length
+        if vocabulary < index.vocab_size:
+            raise UserError(
+                f"model.vocab_size {vocabulary} is smaller than the {index.vocab_size} pieces of "
+                f"the tokenizer in {index.path}; leave it out to take the tokenizer's"
+            )
+        if length < index.max_length:
+            raise UserError(
+                f"model.sequence_length {length} is shorter than the {index.max_length} tokens of "
+                f"the longest sequences in {index.path}; leave it out to take the shards'"
+            )
+    t5 = config.model.t5.model_dump(exclude_none=True)
+    t5.update(vocab_size=vocabulary, pad_token_id=pad, eos_token_id=eos)
+    elsewhere = {"t5", "vocab_size", "sequence_length", "gradient_checkpointing"}
+    return T5VAEConfig(t5=t5, sequence_length=length, **config.model.model_dump(exclude=elsewhere))
 
 
 def build_model(config: Config, index: Index) -> T5VAE:
@@ -69,34 +54,55 @@ def build_model(config: Config, index: Index) -> T5VAE:
     return model
 
 
-def describe(config: Config, index: Index, world_size: int) -> dict[str, Any]:
+def describe(config: Config, index: Index | None, world_size: int) -> dict[str, Any]:
     """What follows from a configuration: batch, epochs, parameters, memory. Nothing is allocated.
 
-    Memory is an estimate for weights, gradients and Adam's state (in bytes a parameter, Rajbhandari
-    et al., ZeRO, arXiv 1910.02054, section 3.1): activations are not in it.
+    Memory is an estimate for weights, gradients and the optimiser's state; activations are not in
+    it. Without an index, what depends on the data is left out.
     """
     with torch.device("meta"):
         model = T5VAE(model_config(config, index))
     parameters = sum(p.numel() for p in model.parameters())
-    sequences = index.sequences("train")
     batch = config.data.global_batch_size
     accumulation = config.accumulation(world_size)
-    return {
+    facts = {
         "world_size": world_size,
         "accumulation": accumulation,
         "micro_batch_size": batch // (accumulation * world_size),
-        "train_sequences": sequences,
-        "steps_per_epoch": round(sequences / batch, 2),
-        "epochs": round(config.train.steps * batch / sequences, 2),
         "vocab_size": model.config.t5["vocab_size"],
         "sequence_length": model.config.sequence_length,
         "parameters": parameters,
         "state_bytes_per_rank": state_bytes(parameters, config, world_size),
     }
+    if index:
+        sequences = index.sequences("train")
+        facts |= {
+            "train_sequences": sequences,
+            "steps_per_epoch": round(sequences / batch, 2),
+            "epochs": round(config.train.steps * batch / sequences, 2),
+        }
+    return facts
+
+
+def describe_config(config: Config, world_size: int) -> dict[str, Any]:
+    """`describe`, with the configuration's shards where they exist.
+
+    Raises:
+        UserError: where they do not, and the configuration does not say what they would.
+    """
+    sized = config.model.vocab_size and config.model.sequence_length
+    if sized and not Path(config.data.shards).exists():
+        return describe(config, None, world_size)
+    return describe(config, open_index(config.data.shards), world_size)
 
 
 def state_bytes(parameters: int, config: Config, world_size: int) -> int:
-    """Bytes a rank needs for weights, gradients and the optimiser's state."""
+    """Bytes a rank needs for weights, gradients and Adam's state.
+
+    Per parameter 4 + 4 + 8 in fp32, 2 + 2 + 12 in half precision; ZeRO stage 1 divides the state
+    by the ranks, 2 the gradients too, 3 the weights too (Rajbhandari et al., ZeRO, arXiv
+    1910.02054, section 3.1).
+    """
     half = config.train.precision != "fp32"
     weights, gradients, state = (2, 2, 12) if half else (4, 4, 8)
     stage = config.deepspeed.zero_stage
@@ -116,7 +122,9 @@ def check_before_start(config: Config, world_size: int) -> Index:
     index = open_index(config.data.shards)
     facts = describe(config, index, world_size)
     if facts["micro_batch_size"] * world_size < 2 and config.objective.mmd.estimator == "u":
-        raise UserError("the unbiased MMD needs at least 2 sequences in a micro step over all ranks")
+        raise UserError(
+            "the unbiased MMD needs at least 2 sequences in a micro step over all ranks"
+        )
     nearest = config.run_dir.absolute()
     while not nearest.exists():
         nearest = nearest.parent
@@ -139,8 +147,7 @@ def prepare_run_dir(config: Config) -> IO[str]:
     """
     folder = config.run_dir
     try:
-        for part in ("checkpoints", "logs"):
-            (folder / part).mkdir(parents=True, exist_ok=True)
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "a+")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -99,7 +99,7 @@ def test_gradient_of_the_score_is_that_of_the_logits(model, ids_BT):
 
 @pytest.mark.parametrize("architecture", ["t5", "v1.1"])
 @pytest.mark.parametrize("bottleneck", ["flatten", "attention"])
-def test_logits_are_those_of_transformers_own_t5_on_the_memory(build, ids_BT, bottleneck, architecture):
+def test_logits_are_those_of_transformers_t5_on_the_memory(build, ids_BT, bottleneck, architecture):
     model = build(architecture, bottleneck=bottleneck)
     output = model(ids_BT, labels=ids_BT)
     memory = BaseModelOutput(last_hidden_state=model(latent=output.latent, mode="expand"))
@@ -176,3 +176,14 @@ def test_tanh_bounds_the_code(build, ids_BT):
     model = build(bottleneck="flatten")
     bounded = build(bottleneck="flatten", squash="tanh")
     close(bounded(ids_BT, mode="encode"), model(ids_BT, mode="encode").tanh())
+
+
+@pytest.mark.parametrize("bottleneck", ["flatten", "attention"])
+def test_normalised_codes_have_the_direction_of_the_others_and_norm_sqrt_of_d(
+    build, ids_BT, bottleneck
+):
+    plain_BD = build(bottleneck=bottleneck)(ids_BT, mode="encode")
+    z_BD = build(bottleneck=bottleneck, normalize=True)(ids_BT, mode="encode")
+    assert z_BD.dtype == plain_BD.dtype
+    expected_BD = plain_BD / plain_BD.norm(dim=1, keepdim=True) * plain_BD.shape[1] ** 0.5
+    torch.testing.assert_close(z_BD, expected_BD, rtol=1e-5, atol=1e-6)

@@ -4,6 +4,7 @@ import itertools
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -23,14 +24,10 @@ COUNTS = [2, 5, 300, 700]
 def exponential_quadrature() -> tuple[Tensor, Tensor]:
     """Nodes and masses of an expectation over v ~ Exp(1): Gauss-Legendre on panels doubling from
     1e-12 to 40, 16 nodes each."""
-    x, w = torch.linalg.eigh(
-        torch.diag(k := torch.arange(1, 16).double().pow(2).mul(4).sub(1).rsqrt()
-                   * torch.arange(1, 16), 1) + torch.diag(k, -1)
-    )
-    masses = 2 * w[0].square()
+    nodes, masses = map(torch.from_numpy, np.polynomial.legendre.leggauss(16))
     edges = torch.cat([torch.zeros(1).double(), 40 * 2.0 ** torch.arange(-45, 1).double()])
     low, high = edges[:-1, None], edges[1:, None]
-    v = ((high + low) / 2 + (high - low) / 2 * x).flatten()
+    v = ((high + low) / 2 + (high - low) / 2 * nodes).flatten()
     return v, ((high - low) / 2 * masses).flatten() * torch.exp(-v)
 
 
@@ -75,7 +72,8 @@ class Formulas:
             gammas = torch.tensor(self.gammas(), dtype=torch.float64)
             return ((1 + 4 * gammas * self.sigma**2) ** power).mean()
         v, mass = exponential_quadrature()
-        return sum(((1 + 4 * v / c * self.sigma**2) ** power * mass).sum() for c in self.scales()) / 7
+        scaled = [(1 + 4 * v / scale * self.sigma**2) ** power for scale in self.scales()]
+        return sum((expectation * mass).sum() for expectation in scaled) / 7
 
 
 def squared_distances(x: Tensor, y: Tensor) -> Tensor:
@@ -190,8 +188,7 @@ def test_the_references_quadrature_integrates_the_exponential():
         assert (torch.exp(-v * s) * mass).sum().item() == pytest.approx(1 / (1 + s), rel=1e-10)
 
 
-@pytest.mark.parametrize("radius", [10, 100])
-@pytest.mark.parametrize("dimensions", DIMENSIONS)
+@pytest.mark.parametrize(("dimensions", "radius"), [(1, 10), (7, 10), (7, 100), (64, 100)])
 def test_imq_pulls_codes_far_from_the_origin_as_the_reference(dimensions, radius):
     # |z|^2 up to 1e4 D, where Gauss-Laguerre quadrature fails.
     z_ND = radius * codes(20, dimensions)

@@ -1,0 +1,60 @@
+# `make train` and `make test` do all their own set-up.
+
+PYTHON ?= python3
+CONFIG ?= configs/quickstart.yaml
+DATA ?= data/python
+RUN ?= runs/quickstart
+# Settings in place of the configuration's, for example SET="train.steps=100 eval.samples=200".
+SET ?=
+
+BIN := .venv/bin
+FROM ?= x = a - 1
+TO ?= x = a + 10 * 2
+
+.PHONY: setup train test test-fast soak lint clean
+
+setup: .venv/.installed
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# Data, training, export, evaluation, and a look at the space; each goes on from what exists.
+train: setup
+	$(BIN)/t5vae shards build --format python --out $(DATA) --tokenizer train:4096 --max-length 16
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.accelerator.is_available())'; then \
+	  set -x; $(BIN)/deepspeed --log_level error train.py $(CONFIG) data.shards=$(DATA) run.output_dir=$(RUN) $(SET); \
+	else \
+	  set -x; DS_ACCELERATOR=cpu $(BIN)/deepspeed --log_level error --num_accelerators 2 \
+	    train.py $(CONFIG) data.shards=$(DATA) run.output_dir=$(RUN) $(SET); \
+	fi
+	$(BIN)/t5vae export $(RUN)
+	$(BIN)/t5vae eval $(RUN)
+	$(BIN)/t5vae interpolate $(RUN) '$(FROM)' '$(TO)' --steps 11
+	$(BIN)/t5vae sample $(RUN) -n 10
+	@echo
+	@echo 'shards       $(DATA)'
+	@echo 'run          $(RUN)             (config.yaml, metrics.jsonl, logs/)'
+	@echo 'checkpoints  $(RUN)/checkpoints'
+	@echo 'model        $(RUN)/export      (AutoModel.from_pretrained after "import t5vae")'
+	@echo 'evaluation   $(RUN)/eval.json'
+
+test: setup
+	$(BIN)/python -m pytest -m 'not soak'
+
+test-fast: setup
+	$(BIN)/python -m pytest -m 'not soak and not distributed'
+
+soak: setup
+	$(BIN)/python -m pytest -m soak; code=$$?; [ $$code -eq 5 ] || exit $$code
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache *.egg-info

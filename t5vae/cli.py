@@ -1,0 +1,253 @@
+"""The `t5vae` command. Heavy imports wait until a command needs them."""
+
+import json as json_module
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from shards.cli import app as shards_app
+from shards.errors import UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Learn smooth latent spaces of sequences, and use them.\n\n"
+    "build shards -> train -> export -> eval, sample, reconstruct, interpolate.",
+)
+config_app = typer.Typer(no_args_is_help=True, help="Look at run configurations.")
+app.add_typer(shards_app, name="shards")
+app.add_typer(config_app, name="config")
+
+Run = Annotated[str, typer.Argument(help="A run folder, for example runs/quickstart.")]
+Space = Annotated[str, typer.Argument(help="A run folder, or an exported model's.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+ConfigFile = Annotated[
+    str, typer.Argument(help="A YAML file, for example configs/quickstart.yaml.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Settings in place of the file's: section.key=value ...")
+]
+
+
+@app.command()
+def train(config: ConfigFile = "configs/quickstart.yaml", overrides: Overrides = None) -> None:
+    """Train in this one process. For several: `deepspeed train.py CONFIG`.
+
+    Example: `t5vae train configs/quickstart.yaml train.steps=100 run.output_dir=runs/short`
+    """
+    from t5vae.training.main import main as train_main
+
+    raise typer.Exit(train_main([config, *(overrides or [])]))
+
+
+@app.command()
+def export(run: Run) -> None:
+    """Turn a run's newest checkpoint into a transformers model: RUN/export.
+
+    Example: `t5vae export runs/quickstart`
+    """
+    from t5vae.training.export import export as export_run
+
+    _quiet_transformers()
+    typer.echo(f"exported model: {export_run(run)}")
+
+
+@app.command(name="eval")
+def evaluate(
+    run: Run,
+    sequences: Annotated[int | None, typer.Option(help="Held-out sequences.", min=2)] = None,
+    samples: Annotated[int | None, typer.Option(help="Draws from the prior.", min=1)] = None,
+    interpolations: Annotated[int | None, typer.Option(help="Paths.", min=1)] = None,
+    check: Annotated[
+        str | None, typer.Option(help="What is valid: python, json, smiles, regex:..., pkg.func.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Measure a run on held-out data, beside its controls; write RUN/eval.json.
+
+    Example: `t5vae eval runs/quickstart --samples 10000`
+    """
+    from rich.console import Console
+
+    from t5vae.evaluation import evaluate_run, table
+
+    _quiet_transformers()
+    report, known = evaluate_run(
+        run, sequences=sequences, samples=samples, interpolations=interpolations, check=check
+    )
+    if json:
+        _print_json(report)
+        return
+    Console().print(table(report))
+    typer.echo(f"{'already evaluated' if known else 'report'}: {Path(run) / 'eval.json'}")
+
+
+@app.command()
+def sample(
+    run: Space,
+    n: Annotated[int, typer.Option("-n", help="How many.", min=1)] = 10,
+    check: Annotated[
+        str | None, typer.Option(help="Keep only valid ones, by this checker.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    json: Json = False,
+) -> None:
+    """Decode random points of the latent space.
+
+    Example: `t5vae sample runs/quickstart -n 20 --check python`
+    """
+    drawn = _load(run).sample(n, check=check, seed=seed)
+    if json:
+        _print_json({"texts": drawn.texts, "drawn": drawn.drawn, "check": check, "seed": seed})
+        return
+    for text in drawn.texts:
+        typer.echo(text)
+    if check:
+        typer.echo(f"{n} of {drawn.drawn} drawn passed {check}", err=True)
+
+
+@app.command()
+def reconstruct(
+    run: Space,
+    texts: Annotated[
+        list[str] | None, typer.Argument(help="Texts; none, or -, reads a line each from stdin.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Encode texts and decode them again.
+
+    Example: `t5vae reconstruct runs/quickstart "x = a + 1" "return self._name"`
+    """
+    given = _texts(texts)
+    decoded = _load(run).reconstruct(given)
+    pairs = [
+        {"text": text, "reconstruction": back, "exact": text == back}
+        for text, back in zip(given, decoded, strict=True)
+    ]
+    if json:
+        _print_json({"texts": pairs})
+        return
+    for pair in pairs:
+        typer.echo(f"{'=' if pair['exact'] else '~'} {pair['text']}")
+        if not pair["exact"]:
+            typer.echo(f"  {pair['reconstruction']}")
+
+
+@app.command()
+def interpolate(
+    run: Space,
+    a: Annotated[str, typer.Argument(help="The text to start from.")],
+    b: Annotated[str, typer.Argument(help="The text to end at.")],
+    steps: Annotated[int, typer.Option(help="Texts on the way, both ends included.", min=2)] = 11,
+    method: Annotated[str, typer.Option(help="linear or slerp.")] = "linear",
+    json: Json = False,
+) -> None:
+    """Walk from one text to another through the latent space.
+
+    Example: `t5vae interpolate runs/quickstart "x = a - 1" "x = a + 10 * 2"`
+    """
+    texts = _load(run).interpolate(a, b, steps=steps, method=method)
+    if json:
+        _print_json({"a": a, "b": b, "method": method, "texts": texts})
+        return
+    for number, text in enumerate(texts):
+        typer.echo(f"{number / (steps - 1):4.2f}  {text}")
+
+
+@config_app.command()
+def show(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    world_size: Annotated[
+        int | None,
+        typer.Option(help="Ranks; default nodes x gpus_per_node of its launcher section.", min=1),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Print a configuration resolved, and what follows from it.
+
+    Example: `t5vae config show configs/quickstart.yaml --world-size 2 train.steps=100`
+    """
+    import yaml
+
+    from t5vae.config import load_config
+    from t5vae.training.setup import describe_config
+
+    loaded = load_config(config, overrides or [])
+    launcher = loaded.launcher
+    world_size = world_size or launcher.nodes * max(1, launcher.gpus_per_node)
+    derived = describe_config(loaded, world_size)
+    if json:
+        _print_json({"config": loaded.model_dump(mode="json"), "derived": derived})
+        return
+    typer.echo(loaded.dump())
+    typer.echo(yaml.safe_dump({"derived": derived}, sort_keys=False).rstrip())
+
+
+@config_app.command()
+def schema(json: Json = False) -> None:
+    """List every key with its type, default and meaning.
+
+    Example: `t5vae config schema`
+    """
+    from t5vae.config import Config, describe_keys
+
+    if json:
+        _print_json(Config.model_json_schema())
+        return
+    for key, kind, default, meaning in describe_keys():
+        typer.echo(f"{key} ({kind}) = {default}" + (f"\n    {meaning}" if meaning else ""))
+
+
+def _load(run: str) -> Any:
+    from t5vae.latent import LatentSpace
+
+    _quiet_transformers()
+    return LatentSpace.load(run)
+
+
+def _quiet_transformers() -> None:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def _texts(texts: list[str] | None) -> list[str]:
+    if texts and texts != ["-"]:
+        return texts
+    try:
+        lines = [line.rstrip("\n") for line in sys.stdin]
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input is not text: {error}") from None
+    if not lines:
+        raise UserError("standard input is empty: give texts as arguments, or a line each")
+    return lines
+
+
+def _print_json(document: Any) -> None:
+    typer.echo(json_module.dumps(document, ensure_ascii=False, indent=1))
+
+
+def main() -> None:
+    """Run a command; a user's mistake is one line and exit code 2 (--debug shows where)."""
+    debug = "--debug" in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    try:
+        app()
+    except UserError as error:
+        if debug:
+            traceback.print_exc()
+        else:
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

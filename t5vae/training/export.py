@@ -1,0 +1,49 @@
+"""From a checkpoint to a plain transformers folder, without an accelerator or a process group."""
+
+import os
+import shutil
+from pathlib import Path
+
+from shards import UserError, open_index
+from t5vae.config import load_config
+from t5vae.model import T5VAE
+from t5vae.training import checkpoint
+from t5vae.training.setup import model_config
+
+
+def export(run: str | Path) -> Path:
+    """Write RUN/export from the newest valid checkpoint: fp32 weights, tokenizer, model card.
+
+    Returns:
+        The exported folder; left as it is where it was already made from that checkpoint.
+
+    Raises:
+        UserError: if `run` is no run folder or holds no valid checkpoint.
+    """
+    folder = Path(run)
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder} is not a run folder: it has no config.yaml")
+    newest = checkpoint.newest_valid(folder / "checkpoints", print)
+    if newest is None:
+        raise UserError(f"{folder} holds no valid checkpoint yet; train it further first")
+    target = folder / "export"
+    source = f"{newest.name} {checkpoint.digest(newest)}"
+    if (target / "SOURCE").is_file() and (target / "SOURCE").read_text() == source:
+        print(f"already exported: {target} holds {newest.name}")
+        return target
+
+    config = load_config(folder / "config.yaml")
+    index = open_index(config.data.shards)
+    model = T5VAE(model_config(config, index))
+    model.load_state_dict(checkpoint.consolidated_weights(newest))
+    model.tie_weights()
+
+    tmp = folder / f"export.{os.getpid()}.tmp"
+    shutil.rmtree(tmp, ignore_errors=True)
+    model.save_pretrained(tmp)
+    shutil.copytree(index.path / "tokenizer", tmp, dirs_exist_ok=True)
+    (tmp / "SOURCE").write_text(source)
+    if target.exists():
+        shutil.rmtree(target)
+    tmp.rename(target)
+    return target
