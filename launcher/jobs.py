@@ -57,6 +57,8 @@ class Training(Checkpointable):
         except UserError as error:
             if job.local_rank == 0:
                 print(f"error: {error}", file=sys.stderr)
+            # srun ends the other ranks once one has failed; each still exits with its own code.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
             sys.exit(2)
 
 

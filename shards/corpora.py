@@ -32,7 +32,7 @@ SUFFIXES = {
     "python": (".py",),
 }
 WITH_COLUMN = ("jsonl", "csv", "parquet")
-NOT_THE_LIBRARY = {"test", "tests", "idle_test"}  # tests of the standard library
+INSTALLED = {"site-packages", "dist-packages"}
 
 
 class Corpus:
@@ -40,7 +40,7 @@ class Corpus:
 
     Args:
         source: a file, folder or glob; "-" for standard input; None, with format "python", for
-            the running interpreter's standard library without its tests.
+            the running interpreter's standard library.
         format: "text" (one sequence a line), "jsonl", "csv", "parquet", or "python" (every
             statement that fits one line and parses alone).
         column: the field that holds the text; for "jsonl", "csv" and "parquet".
@@ -67,7 +67,7 @@ class Corpus:
         if source is None and format == "python":
             version = ".".join(map(str, sys.version_info[:3]))
             self.name = f"standard library of Python {version}"
-            self.files = _python_files(Path(sysconfig.get_path("stdlib")), NOT_THE_LIBRARY)
+            self.files = _python_files(Path(sysconfig.get_path("stdlib")))
         elif source is None:
             raise UserError(f"format {format} needs a source: a file, folder, glob or '-'")
         elif str(source) == "-":
@@ -144,7 +144,7 @@ def _find(source: str, format: str) -> list[Path]:
     if path.is_file():
         return [path]
     if path.is_dir() and format == "python":
-        found = _python_files(path, set())
+        found = _python_files(path)
     elif path.is_dir():
         found = [p for p in path.rglob("*") if p.is_file() and not _hidden(p.relative_to(path))]
         found = [p for p in found if not SUFFIXES[format] or p.name.endswith(SUFFIXES[format])]
@@ -157,10 +157,9 @@ def _find(source: str, format: str) -> list[Path]:
     return sorted(found)
 
 
-def _python_files(root: Path, left_out: set[str]) -> list[Path]:
-    left_out = left_out | {"site-packages", "dist-packages"}
+def _python_files(root: Path) -> list[Path]:
     inside = ((path, path.relative_to(root)) for path in root.rglob("*.py"))
-    return sorted(p for p, r in inside if not left_out & set(r.parts[:-1]) and not _hidden(r))
+    return sorted(p for p, r in inside if not INSTALLED & set(r.parts[:-1]) and not _hidden(r))
 
 
 def _hidden(relative: Path) -> bool:

@@ -36,10 +36,9 @@ fi
 source "$activate" || exit
 set -euo pipefail
 
-ranks=${SLURM_GPUS_ON_NODE:-$SLURM_NTASKS_PER_NODE}
+ranks=${SLURM_GPUS_ON_NODE:-${SLURM_NTASKS_PER_NODE:-1}}
 # The node with the fewest CPUs decides; SLURM writes 16(x3),8 for four nodes.
 cpus=$(tr ',' '\n' <<<"$SLURM_JOB_CPUS_PER_NODE" | sed 's/(.*//' | sort -n | head -n 1)
-share=()
 if ((cpus >= ranks)); then
     # srun does not take sbatch's --cpus-per-task over, and it may have meant one task for all GPUs.
     share=(--cpus-per-task="$((cpus / ranks))")

@@ -88,7 +88,7 @@ class MMD(Section):
     sigma: float = Field(default=1.0, gt=0)
     weight: float = Field(default=10.0, ge=0)
     schedule: Literal["constant", "linear", "sigmoid"] = "constant"
-    """weight(step): constant; linear from 0 over `warmup`; weight * sigmoid(slope * step - offset)."""
+    """weight(step): constant; linear, from 0 over `warmup`; sigmoid(slope * step - offset)."""
     warmup: Fraction = 0.1
     """Share of the steps over which "linear" rises."""
     slope: float = 0.0025
@@ -205,12 +205,12 @@ class Config(Section):
                 "optim.gradient_clipping goes with optim.name adamw: muon's updates have a fixed "
                 "norm, which DeepSpeed would clip in place of the gradient's; leave it out"
             )
-        if self.model.squash == "tanh" and self.objective.mmd.sigma >= 1:
-            if self.objective.mmd.kernel != "legacy":
-                raise ValueError(
-                    "model.squash tanh cannot match the prior: codes are bounded to (-1, 1); "
-                    "use no squash, or objective.mmd.sigma below 1 (only kernel legacy allows both)"
-                )
+        mmd = self.objective.mmd
+        if self.model.squash == "tanh" and mmd.sigma >= 1 and mmd.kernel != "legacy":
+            raise ValueError(
+                "model.squash tanh cannot match the prior: codes are bounded to (-1, 1); "
+                "use no squash, or objective.mmd.sigma below 1 (only kernel legacy allows both)"
+            )
         return self
 
     @property

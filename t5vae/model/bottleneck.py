@@ -81,5 +81,8 @@ class AttentionBottleneck(nn.Module):
         return self.feed_forward(memory)
 
 
-BOTTLENECKS = {"flatten": FlattenBottleneck, "attention": AttentionBottleneck}
+BOTTLENECKS: dict[str, type[FlattenBottleneck] | type[AttentionBottleneck]] = {
+    "flatten": FlattenBottleneck,
+    "attention": AttentionBottleneck,
+}
 SQUASHES = {None: nn.Identity(), "tanh": torch.tanh}

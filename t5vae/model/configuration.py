@@ -60,7 +60,7 @@ class T5VAEConfig(PreTrainedConfig):
     @property
     def t5_config(self) -> PreTrainedConfig:
         """The configuration object of the T5 inside."""
-        return AutoConfig.for_model(**self.t5)
+        return AutoConfig.for_model(**(self.t5 or {}))
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None):
         """The T5's configuration: it describes the layers that `generate` caches."""

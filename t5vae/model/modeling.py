@@ -178,8 +178,9 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         )
         states_BTC = decoded.last_hidden_state
         if mode == "score":
+            assert labels is not None
             nll_B = self._nll(states_BTC, labels)
-            loss = nll_B.sum() / (labels != self.pad).sum()
+            loss = nll_B.sum() / labels.ne(self.pad).sum()
             return T5VAEOutput(loss=loss, nll=nll_B, latent=latent)
         return T5VAEOutput(
             logits=self._logits(states_BTC),

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from t5vae.objective.kernels import Kernel, make_kernel
+from t5vae.objective.kernels import make_kernel
 
 ROWS = 512
 

@@ -244,7 +244,7 @@ def _save_random_state(stem: Path) -> None:
     name, keys, position, has_gauss, cached = np.random.get_state()
     plain = {
         "python": [version, list(internal), gauss],
-        "numpy": [name, keys.tolist(), position, has_gauss, cached],
+        "numpy": [name, np.asarray(keys).tolist(), position, has_gauss, cached],
     }
     stem.with_suffix(".json").write_text(json.dumps(plain))
     tensors = {"cpu": torch.get_rng_state()}

@@ -66,7 +66,8 @@ def run(config: Config, ranks: Ranks, stop: StopRequest) -> None:
         setup.write_config(config)
 
     clock = Stopwatch()
-    skipped = tokens_since = 0
+    skipped = 0
+    tokens_since = 0.0
     log.start(step)
     while step < steps:
         with clock.waiting():

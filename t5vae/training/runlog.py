@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import os
+import secrets
 import sys
 import time
 import warnings
@@ -123,7 +124,7 @@ def _start_wandb(config: Config) -> Any:
     try:
         id_file.parent.mkdir(exist_ok=True)
         if not id_file.exists():
-            id_file.write_text(wandb.util.generate_id())
+            id_file.write_text(secrets.token_hex(4))
         has_key = bool(wandb.api.api_key)
         return wandb.init(
             id=id_file.read_text(),

@@ -104,12 +104,13 @@ def state_bytes(parameters: int, config: Config, world_size: int) -> int:
     1910.02054, section 3.1).
     """
     half = config.train.precision != "fp32"
-    weights, gradients, state = (2, 2, 12) if half else (4, 4, 8)
+    state, gradients, weights = (12, 2, 2) if half else (8, 4, 4)
     stage = config.deepspeed.zero_stage
-    state /= world_size if stage >= 1 else 1
-    gradients /= world_size if stage >= 2 else 1
-    weights /= world_size if stage >= 3 else 1
-    return round(parameters * (weights + gradients + state))
+    parts = [
+        size / (world_size if stage >= divided_from else 1)
+        for size, divided_from in ((state, 1), (gradients, 2), (weights, 3))
+    ]
+    return round(parameters * sum(parts))
 
 
 def check_before_start(config: Config, world_size: int) -> Index:
@@ -148,7 +149,7 @@ def prepare_run_dir(config: Config) -> IO[str]:
     folder = config.run_dir
     try:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "a+")
+        lock = open(folder / ".lock", "a+")  # noqa: SIM115 (held until the run ends)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(

@@ -1,0 +1,144 @@
+import pytest
+
+from shards.errors import UserError
+from t5vae.training.distributed import Ranks, find_ranks, first_host
+
+DEEPSPEED = {
+    "RANK": "3",
+    "LOCAL_RANK": "1",
+    "WORLD_SIZE": "4",
+    "LOCAL_SIZE": "2",
+    "CROSS_RANK": "1",
+    "MASTER_ADDR": "10.0.0.1",
+    "MASTER_PORT": "29500",
+}
+TORCHRUN = {
+    "RANK": "3",
+    "LOCAL_RANK": "1",
+    "WORLD_SIZE": "4",
+    "LOCAL_WORLD_SIZE": "2",
+    "GROUP_RANK": "1",
+    "MASTER_ADDR": "10.0.0.1",
+    "MASTER_PORT": "29500",
+}
+# What a job's batch script, and a shell under salloc, find in their environment.
+JOB = {
+    "SLURM_JOB_ID": "41234",
+    "SLURM_JOB_NODELIST": "gpu[03-04]",
+    "SLURM_JOB_NUM_NODES": "2",
+    "SLURM_NTASKS": "4",
+    "SLURM_TASKS_PER_NODE": "2(x2)",
+    "SLURM_NODELIST": "gpu[03-04]",
+}
+SBATCH = {**JOB, "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
+SRUN = {
+    **JOB,
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+    "SLURM_STEP_NODELIST": "gpu[03-04]",
+}
+ALONE = (0, 1, 0, 1)
+
+
+def counts(ranks: Ranks) -> tuple[int, int, int, int]:
+    return ranks.rank, ranks.world_size, ranks.local_rank, ranks.local_world_size
+
+
+@pytest.mark.parametrize("env", [DEEPSPEED, TORCHRUN], ids=["deepspeed", "torchrun"])
+def test_a_launchers_variables_are_taken(env):
+    assert find_ranks(env) == Ranks(3, 4, 1, 2, "10.0.0.1", 29500)
+
+
+def test_a_launchers_variables_go_before_sruns():
+    assert find_ranks({**SRUN, **TORCHRUN, "RANK": "2"}).rank == 2
+
+
+def test_without_a_local_size_all_ranks_are_taken_to_be_on_this_host():
+    env = {name: value for name, value in DEEPSPEED.items() if name != "LOCAL_SIZE"}
+    assert find_ranks(env).local_world_size == 4
+
+
+def test_sruns_variables_are_taken():
+    ranks = find_ranks(SRUN)
+    assert counts(ranks) == (3, 4, 1, 2)
+    assert ranks.master_addr == "gpu03"
+    assert 1024 < ranks.master_port < 65536
+
+
+def test_all_tasks_of_a_step_choose_the_same_master_and_port():
+    every = [find_ranks({**SRUN, "SLURM_PROCID": str(rank)}) for rank in range(4)]
+    assert len({(ranks.master_addr, ranks.master_port) for ranks in every}) == 1
+    assert [ranks.is_first for ranks in every] == [True, False, False, False]
+
+
+def test_tasks_spread_unevenly_over_hosts_are_read():
+    assert find_ranks({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "3,1"}).world_size == 4
+
+
+@pytest.mark.parametrize("job", ["1", "19999", "20000", "4294967295"])
+def test_any_job_number_gives_a_free_unprivileged_port(job):
+    assert 20_000 <= find_ranks({**SRUN, "SLURM_JOB_ID": job}).master_port < 40_000
+
+
+@pytest.mark.parametrize("env", [{}, JOB, SBATCH], ids=["nothing", "salloc", "sbatch"])
+def test_nobody_to_wait_for_means_a_single_process(env):
+    ranks = find_ranks(env)
+    assert counts(ranks) == ALONE
+    assert ranks.is_first
+
+
+def without(env: dict[str, str], name: str) -> dict[str, str]:
+    return {key: value for key, value in env.items() if key != name}
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        {"RANK": "0"},
+        {"WORLD_SIZE": "2"},
+        without(TORCHRUN, "MASTER_ADDR"),
+        without(TORCHRUN, "MASTER_PORT"),
+        without(TORCHRUN, "LOCAL_RANK"),
+        {**TORCHRUN, "RANK": "first"},
+        {**TORCHRUN, "RANK": ""},
+        {**TORCHRUN, "MASTER_PORT": "http"},
+        {**TORCHRUN, "RANK": "4"},
+        {**TORCHRUN, "RANK": "-1"},
+        {**TORCHRUN, "RANK": "0", "WORLD_SIZE": "0"},
+        {**SRUN, "SLURM_PROCID": "x"},
+        {**SRUN, "SLURM_STEP_NUM_TASKS": ""},
+        {**SRUN, "SLURM_STEP_TASKS_PER_NODE": "many"},
+        without(SRUN, "SLURM_STEP_NUM_TASKS"),
+        without(SRUN, "SLURM_LOCALID"),
+        without(SRUN, "SLURM_JOB_ID"),
+        without(SRUN, "SLURM_STEP_NODELIST"),
+    ],
+    ids=lambda env: " ".join(f"{k}={v}" for k, v in list(env.items())[-2:]),
+)
+def test_an_incomplete_or_malformed_environment_is_refused_in_one_line(env):
+    with pytest.raises(UserError) as caught:
+        find_ranks(env)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("nodelist", "host"),
+    [
+        ("localhost", "localhost"),
+        ("a1,b2", "a1"),
+        ("gpu[03-05,9],b1", "gpu03"),
+        ("b1,gpu[03-05]", "b1"),
+        ("gpu[3]", "gpu3"),
+        ("gpu[007,010-012]", "gpu007"),
+        ("a-b-01", "a-b-01"),
+        ("a-b-[01-02]", "a-b-01"),
+        ("node[1-2].cluster", "node1.cluster"),
+        ("rack[1-2]n[3-4]", "rack1n3"),
+        ("node1.cluster,node[2-3].cluster", "node1.cluster"),
+    ],
+)
+def test_first_host_of_slurms_compressed_list(nodelist, host):
+    assert first_host(nodelist) == host

@@ -1,0 +1,203 @@
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shards.errors import UserError
+from t5vae.config import Config, Optim
+from t5vae.model import T5VAE, T5VAEConfig
+from t5vae.training.engine import _optimizer, deepspeed_config, schedule
+
+
+def made(world_size: int = 1, user: object = None, **sections: dict) -> dict:
+    """DeepSpeed's configuration of a run with a batch of 64."""
+    data = {"shards": "x", "global_batch_size": 64, **sections.pop("data", {})}
+    config = Config(data=data, deepspeed={"config": user, **sections.pop("zero", {})}, **sections)
+    return deepspeed_config(config, world_size)
+
+
+def refusal(*args: object, **sections: dict) -> str:
+    with pytest.raises(UserError) as caught:
+        made(*args, **sections)
+    assert len(str(caught.value).splitlines()) == 1
+    return str(caught.value)
+
+
+def test_the_accumulation_follows_from_batch_micro_batch_and_ranks():
+    ours = made(4, data={"micro_batch_size": 8})
+    assert ours["train_batch_size"] == 64
+    assert ours["train_micro_batch_size_per_gpu"] == 8
+    assert ours["gradient_accumulation_steps"] == 2
+    assert made(4)["train_micro_batch_size_per_gpu"] == 16
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_the_zero_stage_is_passed_on(stage):
+    assert made(zero={"zero_stage": stage})["zero_optimization"]["stage"] == stage
+
+
+def test_one_precision_is_switched_on_at_most():
+    def enabled(precision: str) -> set[str]:
+        ours = made(train={"precision": precision})
+        return {kind for kind in ("bf16", "fp16") if ours.get(kind, {}).get("enabled")}
+
+    assert enabled("fp32") == set()
+    assert enabled("bf16") == {"bf16"}
+    assert enabled("fp16") == {"fp16"}
+
+
+@pytest.mark.parametrize(
+    ("optim", "norm"),
+    [
+        ({"name": "adamw"}, 1.0),
+        ({"name": "adamw", "gradient_clipping": 0.3}, 0.3),
+        ({"name": "adamw", "gradient_clipping": 0}, 0.0),
+        ({"name": "muon"}, 0.0),
+        ({"name": "muon", "gradient_clipping": 0}, 0.0),
+    ],
+)
+def test_clipping_is_always_explicit_and_off_under_muon(optim, norm):
+    assert made(optim=optim)["gradient_clipping"] == norm
+
+
+def test_a_users_own_settings_are_kept_beside_ours():
+    user = {
+        "zero_optimization": {"stage": 1, "overlap_comm": False},
+        "wall_clock_breakdown": True,
+        "train_batch_size": "auto",
+    }
+    merged = made(2, user)
+    assert merged["zero_optimization"] == {"stage": 1, "overlap_comm": False}
+    assert merged["wall_clock_breakdown"] is True
+    assert merged["train_batch_size"] == 64
+    assert user["train_batch_size"] == "auto"
+
+
+def test_a_users_file_is_read(tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"zero_optimization": {"overlap_comm": True}}))
+    assert made(1, str(path))["zero_optimization"] == {"stage": 1, "overlap_comm": True}
+
+
+@pytest.mark.parametrize(
+    ("user", "key", "theirs", "ours"),
+    [
+        ({"train_batch_size": 32}, "train_batch_size", "32", "64"),
+        ({"gradient_accumulation_steps": 7}, "gradient_accumulation_steps", "7", "1"),
+        ({"gradient_clipping": 0.7}, "gradient_clipping", "0.7", "0.0"),
+        ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage", "3", "1"),
+        ({"zero_optimization": 3}, "zero_optimization", "3", "1"),
+        ({"bf16": {"enabled": False}}, "bf16.enabled", "False", "True"),
+        ({"fp16": {"enabled": True}}, "fp16.enabled", "True", "False"),
+    ],
+)
+def test_a_contradiction_is_refused_with_the_key_and_both_values(user, key, theirs, ours):
+    message = refusal(1, user)
+    assert key in message
+    assert theirs in message
+    assert ours in message
+
+
+def test_half_precision_of_a_users_own_is_refused_in_an_fp32_run():
+    message = refusal(1, {"bf16": {"enabled": True}}, train={"precision": "fp32"})
+    assert "bf16.enabled" in message
+
+
+@pytest.mark.parametrize("section", ["optimizer", "scheduler"])
+def test_a_users_own_optimizer_or_scheduler_is_refused_rather_than_ignored(section):
+    assert section in refusal(1, {section: {"type": "Adam", "params": {"lr": 1.0}}})
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '"text"', ""])
+def test_a_users_file_that_is_no_json_object_is_refused_by_name(tmp_path, content):
+    path = tmp_path / "ds.json"
+    path.write_text(content)
+    assert str(path) in refusal(1, str(path))
+
+
+def test_a_users_missing_file_is_refused_by_name(tmp_path):
+    assert "nowhere.json" in refusal(1, str(tmp_path / "nowhere.json"))
+
+
+@given(
+    steps=st.integers(1, 10**6),
+    at=st.floats(0, 1, exclude_max=True),
+    warmup=st.floats(0, 1),
+    final=st.floats(0, 1),
+    shape=st.sampled_from(["cosine", "linear", "constant"]),
+)
+def test_the_learning_rate_is_positive_and_never_above_its_full_value(
+    steps, at, warmup, final, shape
+):
+    optim = Optim(schedule=shape, warmup=warmup, final_lr=final)
+    assert 0 < schedule(int(at * steps), steps, optim) <= 1
+
+
+@pytest.mark.parametrize("shape", ["cosine", "linear", "constant"])
+def test_the_learning_rate_rises_evenly_over_the_warm_up(shape):
+    optim = Optim(schedule=shape, warmup=0.04)
+    assert [schedule(step, 100, optim) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+
+
+def test_a_constant_rate_stays():
+    optim = Optim(schedule="constant", warmup=0.1, final_lr=0.1)
+    assert {schedule(step, 100, optim) for step in range(10, 100)} == {1.0}
+
+
+def test_a_linear_rate_falls_in_equal_steps_towards_the_final_one():
+    optim = Optim(schedule="linear", warmup=0.0, final_lr=0.2)
+    shares = [schedule(step, 100, optim) for step in range(101)]
+    assert shares[0] == 1.0
+    assert shares[50] == pytest.approx(0.6)
+    assert shares[100] == pytest.approx(0.2)
+    falls = {round(a - b, 9) for a, b in zip(shares, shares[1:], strict=False)}
+    assert falls == {0.008}
+
+
+def test_a_cosine_rate_falls_slowly_at_both_ends_towards_the_final_one():
+    optim = Optim(schedule="cosine", warmup=0.0, final_lr=0.5)
+    shares = [schedule(step, 100, optim) for step in range(101)]
+    assert shares[0] == 1.0
+    assert shares[50] == pytest.approx(0.75)
+    assert shares[100] == pytest.approx(0.5)
+    falls = [a - b for a, b in zip(shares, shares[1:], strict=False)]
+    assert all(fall > 0 for fall in falls)
+    assert falls[0] < falls[50] > falls[99]
+
+
+def test_the_schedule_takes_the_same_course_whatever_the_number_of_steps():
+    for shape in ("cosine", "linear"):
+        optim = Optim(schedule=shape, warmup=0.1, final_lr=0.1)
+        short = [schedule(step, 100, optim) for step in range(10, 100)]
+        long = [schedule(step, 1000, optim) for step in range(100, 1000, 10)]
+        assert long == pytest.approx(short)
+
+
+def groups(name: str) -> tuple[T5VAE, list[dict]]:
+    t5 = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 20}
+    model = T5VAE(T5VAEConfig(t5=t5, latent_size=4, sequence_length=6, bottleneck="flatten"))
+    optimizer = _optimizer(model, Optim(name=name, lr=1e-3, muon_lr=2e-3, weight_decay=0.5))
+    return model, optimizer.param_groups
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_every_weight_is_optimised_once_and_decay_falls_on_matrices_alone(name):
+    model, found = groups(name)
+    ids = [id(parameter) for group in found for parameter in group["params"]]
+    assert sorted(ids) == sorted(id(parameter) for parameter in model.parameters())
+    for group in found:
+        for parameter in group["params"]:
+            assert group["weight_decay"] == (0.5 if parameter.dim() >= 2 else 0.0)
+
+
+def test_muon_takes_the_matrices_and_adamw_embeddings_norms_and_biases():
+    model, found = groups("muon")
+    muon = {id(p) for group in found if group["use_muon"] for p in group["params"]}
+    assert {group["full_lr"] for group in found if group["use_muon"]} == {2e-3}
+    assert {group["full_lr"] for group in found if not group["use_muon"]} == {1e-3}
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    for parameter in model.parameters():
+        expected = parameter.dim() >= 2 and id(parameter) not in embeddings
+        assert (id(parameter) in muon) == expected

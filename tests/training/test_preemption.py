@@ -1,0 +1,81 @@
+import os
+import signal
+
+import pytest
+
+from t5vae.training.preemption import StopRequest, requeue_job
+
+pytestmark = pytest.mark.usefixtures("own_signals")
+
+
+def told(*numbers: int) -> StopRequest:
+    """A request after these signals reached this process."""
+    stop = StopRequest()
+    stop.install()
+    for number in numbers:
+        os.kill(os.getpid(), number)
+    return stop
+
+
+@pytest.mark.parametrize(
+    ("numbers", "requested", "requeue"),
+    [
+        ((), False, False),
+        ((signal.SIGTERM,), True, False),
+        ((signal.SIGINT,), True, False),
+        ((signal.SIGUSR2,), True, True),
+        ((signal.SIGTERM, signal.SIGTERM), True, False),
+        ((signal.SIGUSR2, signal.SIGUSR2), True, True),
+    ],
+)
+def test_signals_set_flags_and_end_nothing(numbers, requested, requeue):
+    stop = told(*numbers)
+    assert stop.requested is requested
+    assert stop.requeue is requeue
+
+
+def test_a_second_interrupt_ends_the_process_at_once():
+    with pytest.raises(SystemExit) as caught:
+        told(signal.SIGINT, signal.SIGINT)
+    assert caught.value.code == 130
+
+
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGUSR2])
+def test_a_first_interrupt_after_another_signal_still_lets_the_run_save(first):
+    assert told(first, signal.SIGINT).requested
+
+
+def test_a_handler_that_was_there_before_is_replaced():
+    def launchers_own(number, frame):
+        raise AssertionError("the launcher's handler ran")
+
+    signal.signal(signal.SIGUSR2, launchers_own)
+    assert told(signal.SIGUSR2).requeue
+
+
+@pytest.fixture
+def scontrol(tmp_path, monkeypatch):
+    """A stand-in that writes down how it was called."""
+    command, calls = tmp_path / "scontrol", tmp_path / "calls"
+    command.write_text(f'#!/bin/sh\necho "$@" >> {calls}\n')
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    return calls
+
+
+def test_a_job_is_requeued_by_its_number(scontrol, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    assert requeue_job()
+    assert scontrol.read_text() == "requeue 77\n"
+
+
+def test_outside_a_job_nothing_is_requeued(scontrol, monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    assert not requeue_job()
+    assert not scontrol.exists()
+
+
+def test_where_slurm_has_no_commands_nothing_is_requeued(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert not requeue_job()
