@@ -1,6 +1,7 @@
 """One process of a training run: signals, arguments, errors; the heavy imports come last."""
 
 import os
+import signal
 import sys
 import traceback
 
@@ -27,6 +28,8 @@ def main(arguments: list[str]) -> int:
             traceback.print_exc()
         elif os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
             print(f"error: {error}", file=sys.stderr)
+        # A launcher that sees another rank end first must not change this one's exit code.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         return 2
     return 0
 

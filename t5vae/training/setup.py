@@ -1,6 +1,7 @@
 """From a configuration to the parts of a run, every check made before a process group exists."""
 
 import fcntl
+import json
 import os
 import shutil
 from pathlib import Path
@@ -49,6 +50,9 @@ def build_model(config: Config, index: Index) -> T5VAE:
     """A T5VAE with random weights from the run's seed."""
     torch.manual_seed(config.run.seed)
     model = T5VAE(model_config(config, index))
+    if config.train.precision != "fp32" and not torch.accelerator.is_available():
+        # On a CPU torch's fused attention is slower in half precision than the plain one.
+        model.t5.set_attn_implementation("eager")
     if config.model.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model
@@ -196,5 +200,5 @@ def identity(config: Config, index: Index) -> dict[str, Any]:
         "seed": config.run.seed,
         "shards": index.sha256,
         "tokenizer": index.tokenizer_fingerprint,
-        "model": model_config(config, index).to_dict(),
+        "model": json.loads(model_config(config, index).to_json_string(use_diff=False)),
     }

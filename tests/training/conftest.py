@@ -63,7 +63,7 @@ def make_config(dataset: Path, tmp_path: Path) -> Callable[..., Config]:
 def save(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """Saves a real checkpoint, without DeepSpeed or a process group.
 
-    `write(folder)` stands in for the engine, and writes what it likes under `folder`.
+    `write(folder)` stands in for DeepSpeed's writer, and writes what it likes under `folder`.
     """
 
     def gather(reports: list, own: Any) -> None:
@@ -89,8 +89,9 @@ def save(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
         identity: dict[str, Any] | None = None,
         write: Callable[[Path], None] = weights,
     ) -> Path:
-        engine = SimpleNamespace(
-            save_checkpoint=lambda path, tag, save_latest: write(Path(path) / tag)
+        engine = SimpleNamespace(checkpoint_engine=SimpleNamespace(save=write))
+        engine.save_checkpoint = lambda path, tag, save_latest: engine.checkpoint_engine.save(
+            Path(path) / tag
         )
         data = {"consumed": step * 16}
         return checkpoint.save(folder, engine, step=step, data=data, identity=identity or {})

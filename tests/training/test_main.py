@@ -1,0 +1,143 @@
+import errno
+import os
+
+import pytest
+
+from t5vae.training import main as program
+
+pytestmark = pytest.mark.usefixtures("own_signals")
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_STEP_ID", "SLURM_LOCALID")
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch):
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def config_file(make_config, tmp_path):
+    path = tmp_path / "small.yaml"
+    path.write_text(make_config().dump())
+    return str(path)
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """The configurations that would have been trained."""
+    configs = []
+    monkeypatch.setattr(program, "train", configs.append)
+    return configs
+
+
+def error_line(capsys, *arguments: str) -> str:
+    assert program.main(list(arguments)) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert len(err.splitlines()) == 1, err
+    assert err.startswith("error: ")
+    return err
+
+
+def test_a_configuration_and_overrides_are_trained(config_file, trained):
+    assert program.main([config_file, "train.steps=7", "optim.lr=0.5"]) == 0
+    (config,) = trained
+    assert config.train.steps == 7
+    assert config.optim.lr == 0.5
+
+
+@pytest.mark.parametrize("arguments", [[], ["train.steps=7"]])
+def test_without_a_file_the_quickstart_is_trained(config_file, trained, monkeypatch, arguments):
+    monkeypatch.setattr(program, "DEFAULT_CONFIG", config_file)
+    assert program.main(arguments) == 0
+    assert trained[0].train.steps == (7 if arguments else 10)
+
+
+@pytest.mark.parametrize("added", ["--local_rank=1", "--local_rank=0"])
+def test_what_the_deepspeed_launcher_adds_is_no_setting(config_file, trained, added):
+    assert program.main([added, config_file, "train.steps=7"]) == 0
+    assert trained[0].train.steps == 7
+
+
+def test_a_missing_configuration_is_one_line(capsys):
+    assert "none.yaml" in error_line(capsys, "none.yaml")
+
+
+def test_an_unknown_key_is_one_line_with_a_suggestion(capsys, config_file):
+    assert "did you mean train.steps" in error_line(capsys, config_file, "train.step=3")
+
+
+def test_missing_shards_are_one_line_with_the_command_that_builds_them(
+    capsys, config_file, tmp_path
+):
+    line = error_line(capsys, config_file, f"data.shards={tmp_path / 'none'}")
+    assert "t5vae shards build" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_that_does_not_divide_is_one_line(capsys, config_file, monkeypatch):
+    launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "3"}
+    for name, value in {**launched, "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    line = error_line(capsys, config_file)
+    assert "16" in line
+    assert "3 ranks" in line
+
+
+@pytest.mark.parametrize("variable", ["LOCAL_RANK", "SLURM_LOCALID"])
+def test_only_the_first_rank_of_a_host_says_what_is_wrong(capsys, monkeypatch, variable):
+    monkeypatch.setenv(variable, "1")
+    assert program.main(["none.yaml"]) == 2
+    assert capsys.readouterr() == ("", "")
+
+
+def test_debug_shows_where_it_went_wrong(capsys, config_file):
+    assert program.main([config_file, "train.step=3", "--debug"]) == 2
+    err = capsys.readouterr().err
+    assert "Traceback" in err
+    assert "did you mean train.steps" in err
+
+
+def test_a_disk_that_fills_up_is_one_line(capsys, config_file, monkeypatch):
+    def fill_up(config):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/a/metrics.jsonl")
+
+    monkeypatch.setattr(program, "train", fill_up)
+    line = error_line(capsys, config_file)
+    assert "No space left" in line
+    assert "runs/a/metrics.jsonl" in line
+
+
+def test_an_error_that_no_user_can_mend_keeps_its_traceback(config_file, monkeypatch):
+    def fail(config):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(program, "train", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        program.main([config_file])
+
+
+def test_a_run_folder_of_another_run_is_one_line_with_both_values(
+    capsys, config_file, make_config, dataset, save
+):
+    from shards import open_index
+    from t5vae.training.setup import identity
+
+    config = make_config()
+    save(config.run_dir / "checkpoints", 10, identity(config, open_index(dataset)))
+    before = {path: path.stat().st_mtime_ns for path in config.run_dir.rglob("*")}
+    line = error_line(capsys, config_file, "data.global_batch_size=32")
+    assert "16" in line
+    assert "32" in line
+    assert program.main([config_file]) == 0
+    assert "already trained" in capsys.readouterr().out
+    now = {path: path.stat().st_mtime_ns for path in config.run_dir.rglob("*")}
+    assert now == before
+
+
+def test_training_takes_the_signals_over_before_it_loads_anything_heavy(monkeypatch, make_config):
+    order = []
+    monkeypatch.setattr(program.StopRequest, "install", lambda self: order.append("signals"))
+    monkeypatch.setattr("t5vae.training.loop.run", lambda *args: order.append("run"))
+    program.train(make_config())
+    assert order == ["signals", "run"]

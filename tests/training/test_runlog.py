@@ -1,0 +1,129 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from t5vae.training.runlog import METRICS, RunLog, Stopwatch, quiet_start, read_metrics
+
+
+def record(step: int) -> dict:
+    return {"step": step, "loss": 1 / step, "mmd": 0.1 + 0.2, "tokens_per_second": 1e4}
+
+
+@pytest.fixture
+def log(make_config):
+    """The log of a new run, after steps 1 to 5."""
+    config = make_config()
+    config.run_dir.mkdir()
+    log = RunLog(config, enabled=True)
+    for step in range(1, 6):
+        log.metrics(record(step))
+    yield log
+    log.close()
+
+
+def test_metrics_are_read_back_exactly(log):
+    assert read_metrics(log.path.parent) == [record(step) for step in range(1, 6)]
+
+
+@pytest.mark.parametrize(("step", "left"), [(0, 0), (3, 3), (5, 5), (9, 5)])
+def test_lines_past_a_checkpoint_are_dropped(log, step, left):
+    log.drop_after(step)
+    assert [line["step"] for line in read_metrics(log.path.parent)] == list(range(1, left + 1))
+    assert [path.name for path in log.path.parent.iterdir()] == [METRICS]
+
+
+@pytest.mark.parametrize("half", ['{"step": 6, "lo', '{"step": 6}', "{", "\0\0\0"])
+def test_a_half_written_last_line_is_left_out_and_written_anew(log, half):
+    with open(log.path, "a") as file:
+        file.write(half)
+    assert len(read_metrics(log.path.parent)) == 5
+    log.drop_after(5)
+    log.metrics(record(6))
+    lines = log.path.read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_without_metrics_has_nothing_to_drop(make_config):
+    config = make_config()
+    config.run_dir.mkdir()
+    RunLog(config, enabled=True).drop_after(0)
+    assert not (config.run_dir / METRICS).exists()
+
+
+def test_a_figure_that_is_no_number_leaves_the_line_valid_json(log):
+    log.metrics({**record(6), "grad_norm": float("nan")})
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    last = log.path.read_text().splitlines()[-1]
+    assert json.loads(last, parse_constant=refuse)["step"] == 6
+
+
+def test_other_ranks_are_silent(make_config, capfd):
+    config = make_config()
+    config.run_dir.mkdir()
+    log = RunLog(config, enabled=False)
+    log.metrics(record(1))
+    log.say("something")
+    log.drop_after(0)
+    log.start(0)
+    log.advance(1)
+    log.close()
+    assert capfd.readouterr() == ("", "")
+    assert not (config.run_dir / METRICS).exists()
+
+
+def test_a_line_is_said_as_it_is_brackets_and_all(make_config, capsys):
+    config = make_config()
+    text = "saved runs/[red]/[/b]/step-00000001 [Errno 28]"
+    RunLog(config, enabled=True).say(text)
+    assert capsys.readouterr().err == text + "\n"
+
+
+def test_each_logged_step_is_one_line_for_people(log, capsys):
+    lines = []
+    for step in (6, 7):
+        log.metrics(record(step))
+        lines += capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert lines[0].split()[:4] == ["step", "6/10", "loss", "0.167"]
+
+
+def test_what_libraries_print_at_the_start_goes_to_a_file_and_what_follows_does_not(tmp_path):
+    file = tmp_path / "rank-00000.log"
+    file.write_text("an earlier start\n")
+    code = (
+        "import os, sys\nfrom pathlib import Path\n"
+        "from t5vae.training.runlog import quiet_start\n"
+        f"with quiet_start(Path({str(file)!r})):\n"
+        "    print('from python'); os.write(2, b'from c++\\n')\n"
+        "print('after'); print('after', file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("after\n", "after\n")
+    written = file.read_text()
+    assert written.startswith("an earlier start\n")
+    assert "from python" in written
+    assert "from c++" in written
+
+
+def test_an_error_at_the_start_is_raised_and_the_terminal_given_back(tmp_path, capfd):
+    with pytest.raises(ValueError, match="inside"), quiet_start(tmp_path / "log"):
+        raise ValueError("inside")
+    os.write(2, b"seen\n")
+    assert capfd.readouterr().err == "seen\n"
+
+
+def test_waiting_is_part_of_the_time(monkeypatch):
+    clock = iter([10.0, 11.0, 14.0, 16.0, 17.0, 20.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    watch = Stopwatch()
+    for _ in range(2):
+        with watch.waiting():
+            pass
+    assert watch.waited == 4.0
+    assert watch.elapsed == 10.0
