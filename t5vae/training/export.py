@@ -12,7 +12,7 @@ from t5vae.training.setup import model_config
 
 
 def export(run: str | Path) -> Path:
-    """Write RUN/export from the newest valid checkpoint: fp32 weights, tokenizer, model card.
+    """Write RUN/export from the newest valid checkpoint: fp32 weights and the tokenizer.
 
     Returns:
         The exported folder; left as it is where it was already made from that checkpoint.

@@ -285,14 +285,17 @@ def test_random_state_goes_on_where_it_was_saved(tmp_path, save):
 
 
 class Evil:
+    def __init__(self, trace):
+        self.trace = trace
+
     def __reduce__(self):
-        return os.system, ("touch /tmp/t5vae-was-here",)
+        return os.system, (f"touch {self.trace}",)
 
 
 def test_a_checkpoint_runs_no_code(tmp_path, save):
     def poisoned(folder):
         folder.mkdir()
-        torch.save({"module": Evil()}, folder / "mp_rank_00_model_states.pt")
+        torch.save({"module": Evil(tmp_path / "trace")}, folder / "mp_rank_00_model_states.pt")
 
     saved = save(tmp_path / "checkpoints", 10, {"zero_stage": 0}, poisoned)
     with pytest.raises(pickle.UnpicklingError):
@@ -303,7 +306,7 @@ def test_a_checkpoint_runs_no_code(tmp_path, save):
 
     with pytest.raises(pickle.UnpicklingError):
         checkpoint.load(saved, SimpleNamespace(load_checkpoint=load_as_deepspeed_does))
-    assert not os.path.exists("/tmp/t5vae-was-here")
+    assert not (tmp_path / "trace").exists()
     assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
 
 

@@ -94,30 +94,29 @@ def without(env: dict[str, str], name: str) -> dict[str, str]:
     return {key: value for key, value in env.items() if key != name}
 
 
-@pytest.mark.parametrize(
-    "env",
-    [
-        {"RANK": "0"},
-        {"WORLD_SIZE": "2"},
-        without(TORCHRUN, "MASTER_ADDR"),
-        without(TORCHRUN, "MASTER_PORT"),
-        without(TORCHRUN, "LOCAL_RANK"),
-        {**TORCHRUN, "RANK": "first"},
-        {**TORCHRUN, "RANK": ""},
-        {**TORCHRUN, "MASTER_PORT": "http"},
-        {**TORCHRUN, "RANK": "4"},
-        {**TORCHRUN, "RANK": "-1"},
-        {**TORCHRUN, "RANK": "0", "WORLD_SIZE": "0"},
-        {**SRUN, "SLURM_PROCID": "x"},
-        {**SRUN, "SLURM_STEP_NUM_TASKS": ""},
-        {**SRUN, "SLURM_STEP_TASKS_PER_NODE": "many"},
-        without(SRUN, "SLURM_STEP_NUM_TASKS"),
-        without(SRUN, "SLURM_LOCALID"),
-        without(SRUN, "SLURM_JOB_ID"),
-        without(SRUN, "SLURM_STEP_NODELIST"),
-    ],
-    ids=lambda env: " ".join(f"{k}={v}" for k, v in list(env.items())[-2:]),
-)
+MALFORMED = {
+    "rank alone": {"RANK": "0"},
+    "world size alone": {"WORLD_SIZE": "2"},
+    "no master": without(TORCHRUN, "MASTER_ADDR"),
+    "no port": without(TORCHRUN, "MASTER_PORT"),
+    "no local rank": without(TORCHRUN, "LOCAL_RANK"),
+    "rank is text": {**TORCHRUN, "RANK": "first"},
+    "rank is empty": {**TORCHRUN, "RANK": ""},
+    "port is text": {**TORCHRUN, "MASTER_PORT": "http"},
+    "rank too large": {**TORCHRUN, "RANK": "4"},
+    "rank below 0": {**TORCHRUN, "RANK": "-1"},
+    "no ranks": {**TORCHRUN, "RANK": "0", "WORLD_SIZE": "0"},
+    "srun: rank is text": {**SRUN, "SLURM_PROCID": "x"},
+    "srun: tasks empty": {**SRUN, "SLURM_STEP_NUM_TASKS": ""},
+    "srun: tasks per node is text": {**SRUN, "SLURM_STEP_TASKS_PER_NODE": "many"},
+    "srun: no tasks": without(SRUN, "SLURM_STEP_NUM_TASKS"),
+    "srun: no local rank": without(SRUN, "SLURM_LOCALID"),
+    "srun: no job": without(SRUN, "SLURM_JOB_ID"),
+    "srun: no hosts": without(SRUN, "SLURM_STEP_NODELIST"),
+}
+
+
+@pytest.mark.parametrize("env", MALFORMED.values(), ids=MALFORMED)
 def test_an_incomplete_or_malformed_environment_is_refused_in_one_line(env):
     with pytest.raises(UserError) as caught:
         find_ranks(env)

@@ -1,3 +1,4 @@
+import itertools
 import json
 
 import pytest
@@ -152,7 +153,7 @@ def test_a_linear_rate_falls_in_equal_steps_towards_the_final_one():
     assert shares[0] == 1.0
     assert shares[50] == pytest.approx(0.6)
     assert shares[100] == pytest.approx(0.2)
-    falls = {round(a - b, 9) for a, b in zip(shares, shares[1:], strict=False)}
+    falls = {round(a - b, 9) for a, b in itertools.pairwise(shares)}
     assert falls == {0.008}
 
 
@@ -162,7 +163,7 @@ def test_a_cosine_rate_falls_slowly_at_both_ends_towards_the_final_one():
     assert shares[0] == 1.0
     assert shares[50] == pytest.approx(0.75)
     assert shares[100] == pytest.approx(0.5)
-    falls = [a - b for a, b in zip(shares, shares[1:], strict=False)]
+    falls = [a - b for a, b in itertools.pairwise(shares)]
     assert all(fall > 0 for fall in falls)
     assert falls[0] < falls[50] > falls[99]
 

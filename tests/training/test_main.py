@@ -3,7 +3,9 @@ import os
 
 import pytest
 
+from shards import open_index
 from t5vae.training import main as program
+from t5vae.training.setup import identity, prepare_run_dir
 
 pytestmark = pytest.mark.usefixtures("own_signals")
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_STEP_ID", "SLURM_LOCALID")
@@ -120,10 +122,8 @@ def test_an_error_that_no_user_can_mend_keeps_its_traceback(config_file, monkeyp
 def test_a_run_folder_of_another_run_is_one_line_with_both_values(
     capsys, config_file, make_config, dataset, save
 ):
-    from shards import open_index
-    from t5vae.training.setup import identity
-
     config = make_config()
+    prepare_run_dir(config).close()
     save(config.run_dir / "checkpoints", 10, identity(config, open_index(dataset)))
     before = {path: path.stat().st_mtime_ns for path in config.run_dir.rglob("*")}
     line = error_line(capsys, config_file, "data.global_batch_size=32")
