@@ -1,8 +1,4 @@
-"""Train a T5-VAE: `deepspeed train.py [CONFIG] [dotted.key=value ...]`.
-
-CONFIG defaults to configs/quickstart.yaml. `python train.py` runs one process; torchrun and srun
-work too. See `t5vae config schema` for the keys.
-"""
+"""Train a T5-VAE: `deepspeed train.py [CONFIG] [section.key=value ...]`."""
 
 import sys
 

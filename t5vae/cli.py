@@ -1,5 +1,6 @@
 """The `t5vae` command. Heavy imports wait until a command needs them."""
 
+import errno
 import json as json_module
 import os
 import sys
@@ -19,6 +20,7 @@ app = typer.Typer(
     help="Learn smooth latent spaces of sequences, and use them.\n\n"
     "build shards -> train -> export -> eval, sample, reconstruct, interpolate.",
 )
+_debug = False
 config_app = typer.Typer(no_args_is_help=True, help="Look at run configurations.")
 app.add_typer(shards_app, name="shards")
 app.add_typer(config_app, name="config")
@@ -42,7 +44,8 @@ def train(config: ConfigFile = "configs/quickstart.yaml", overrides: Overrides =
     """
     from t5vae.training.main import main as train_main
 
-    raise typer.Exit(train_main([config, *(overrides or [])]))
+    debug = ["--debug"] if _debug else []
+    raise typer.Exit(train_main([config, *(overrides or []), *debug]))
 
 
 @app.command()
@@ -176,9 +179,10 @@ def show(
     import yaml
 
     from t5vae.config import load_config
-    from t5vae.training.setup import describe_config
 
     loaded = load_config(config, overrides or [])
+    from t5vae.training.setup import describe_config
+
     launcher = loaded.launcher
     world_size = world_size or launcher.nodes * max(1, launcher.gpus_per_node)
     derived = describe_config(loaded, world_size)
@@ -224,7 +228,8 @@ def _texts(texts: list[str] | None) -> list[str]:
         return texts
     try:
         lines = [line.rstrip("\n") for line in sys.stdin]
-    except UnicodeDecodeError as error:
+        "".join(lines).encode()  # in the locale C what is no text is read as lone surrogates
+    except UnicodeError as error:
         raise UserError(f"standard input is not text: {error}") from None
     if not lines:
         raise UserError("standard input is empty: give texts as arguments, or a line each")
@@ -237,12 +242,15 @@ def _print_json(document: Any) -> None:
 
 def main() -> None:
     """Run a command; a user's mistake is one line and exit code 2 (--debug shows where)."""
-    debug = "--debug" in sys.argv
+    global _debug
+    _debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     try:
         app()
-    except UserError as error:
-        if debug:
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        if _debug:
             traceback.print_exc()
         else:
             print(f"error: {error}", file=sys.stderr)

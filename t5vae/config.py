@@ -124,7 +124,7 @@ class Optim(Section):
     warmup: Fraction = 0.05
     """Share of the steps over which the learning rate rises from 0."""
     final_lr: Fraction = 0.0
-    """Share of `lr` at the last step."""
+    """Share of `lr` at the end of the schedule, just past the last step."""
     gradient_clipping: float | None = Field(default=None, ge=0)
     """Largest norm of the gradient, 0 for no clipping; null means 1 with adamw and 0 with muon."""
 

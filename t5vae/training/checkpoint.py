@@ -5,11 +5,13 @@ manifest is written last; the folder is renamed. A folder without a manifest tha
 checkpoint: resuming sets it aside and takes the one before.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import random
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +57,9 @@ def save(
         _save_random_state(tmp / f"rank-{rank:05d}")
     except OSError as caught:
         error = caught
-    try:
+    with _collected_errors(engine) as failures:
         engine.save_checkpoint(str(tmp), tag=DEEPSPEED, save_latest=False)
-    except (OSError, RuntimeError) as caught:
-        error = caught
+    error = failures[0] if failures else error
     dist.barrier()
     if error is None:
         try:
@@ -79,7 +80,8 @@ def save(
             "files": files,
         }
         try:
-            _write_durably(tmp / MANIFEST, json.dumps(manifest, indent=1).encode())
+            sealed = {**manifest, "seal": _seal(manifest)}
+            _write_durably(tmp / MANIFEST, json.dumps(sealed, indent=1).encode())
             if target.exists():
                 set_aside(target)
             tmp.rename(target)
@@ -125,9 +127,8 @@ def newest_manifest(folder: Path) -> dict[str, Any] | None:
 def verify(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, or None: every file's size and sha256 are compared."""
     try:
-        manifest = read_manifest(checkpoint)
-        files = manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        files = read_manifest(checkpoint)["files"]
+    except (OSError, ValueError) as error:
         return f"{MANIFEST}: {error}"
     for name, wanted in files.items():
         path = checkpoint / name
@@ -141,7 +142,19 @@ def verify(checkpoint: Path) -> str | None:
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    return json.loads((checkpoint / MANIFEST).read_text())
+    """A checkpoint's manifest.
+
+    Raises:
+        OSError, ValueError: where there is none, or not as it was written.
+    """
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    if not isinstance(manifest, dict) or manifest.pop("seal", None) != _seal(manifest):
+        raise ValueError("it has changed")
+    return manifest
+
+
+def _seal(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def check_identity(manifest: dict[str, Any], identity: dict[str, Any]) -> None:
@@ -151,11 +164,10 @@ def check_identity(manifest: dict[str, Any], identity: dict[str, Any]) -> None:
         UserError: naming the first thing that differs, with both values.
     """
     for name, value in identity.items():
-        saved = manifest.get(name)
-        if saved != value:
+        for where, saved, now in _differences(name.replace("_", " "), manifest.get(name), value):
             raise UserError(
                 f"cannot resume: the checkpoint of step {manifest['step']} was saved with "
-                f"{name.replace('_', ' ')} {_brief(saved)}, this run has {_brief(value)}; "
+                f"{where} {_brief(saved)}, this run has {_brief(now)}; "
                 "restore it, or choose another run.output_dir"
             )
 
@@ -199,6 +211,14 @@ def set_aside(path: Path) -> Path:
     return path.rename(aside)
 
 
+def _differences(name: str, saved: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(saved, dict) and isinstance(now, dict):
+        for key in now | saved:
+            yield from _differences(f"{name}.{key}", saved.get(key), now.get(key))
+    elif saved != now:
+        yield name, saved, now
+
+
 def _brief(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 80 else text[:77] + "..."
@@ -237,6 +257,30 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _collected_errors(engine: Any) -> Iterator[list[Exception]]:
+    """Collect what DeepSpeed's writing raises: a rank that left its barriers would hang the rest.
+
+    Its recovery script, a copy of which it would add to each checkpoint, is left out.
+    """
+    writer = engine.checkpoint_engine
+    write = writer.save
+    failures: list[Exception] = []
+
+    def save(*args: Any, **kwargs: Any) -> None:
+        try:
+            write(*args, **kwargs)
+        except (OSError, RuntimeError) as caught:
+            failures.append(caught)
+
+    writer.save, engine._copy_recovery_script = save, lambda path: None
+    try:
+        yield failures
+    finally:
+        writer.save = write
+        del engine._copy_recovery_script
 
 
 def _save_random_state(stem: Path) -> None:

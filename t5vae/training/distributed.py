@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -37,41 +38,49 @@ def find_ranks(env: dict[str, str]) -> Ranks:
     Raises:
         UserError: where a launcher set only some of its variables.
     """
-    if "RANK" in env or "WORLD_SIZE" in env:
-        try:
-            world = int(env["WORLD_SIZE"])
-            return Ranks(
-                rank=int(env["RANK"]),
-                world_size=world,
-                local_rank=int(env["LOCAL_RANK"]),
-                local_world_size=int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or world),
-                master_addr=env["MASTER_ADDR"],
-                master_port=int(env["MASTER_PORT"]),
-            )
-        except (KeyError, ValueError) as error:
-            raise UserError(
-                f"the launcher's environment is incomplete or malformed: {error}; "
-                "unset RANK and WORLD_SIZE to run one process"
-            ) from None
-    if "SLURM_PROCID" in env and env.get("SLURM_STEP_ID", "").isdigit():
-        return Ranks(
-            rank=int(env["SLURM_PROCID"]),
-            world_size=int(env["SLURM_STEP_NUM_TASKS"]),
-            local_rank=int(env["SLURM_LOCALID"]),
-            local_world_size=int(env["SLURM_STEP_TASKS_PER_NODE"].split("(")[0].split(",")[0]),
-            master_addr=first_host(env["SLURM_STEP_NODELIST"]),
-            master_port=20_000 + int(env["SLURM_JOB_ID"]) % 20_000,
-        )
-    return Ranks(0, 1, 0, 1, "127.0.0.1", 0)
+    launched = "RANK" in env or "WORLD_SIZE" in env
+    if not launched and not ("SLURM_PROCID" in env and env.get("SLURM_STEP_ID", "").isdigit()):
+        return Ranks(0, 1, 0, 1, "127.0.0.1", 0)
+    try:
+        ranks = _from_launcher(env) if launched else _from_srun(env)
+        if not 0 <= ranks.rank < ranks.world_size:
+            raise ValueError(f"rank {ranks.rank} of {ranks.world_size}")
+    except (KeyError, ValueError) as error:
+        names = "RANK and WORLD_SIZE" if launched else "SLURM_PROCID"
+        raise UserError(
+            f"the launcher's environment is incomplete or malformed: {error}; "
+            f"unset {names} to run one process"
+        ) from None
+    return ranks
+
+
+def _from_launcher(env: dict[str, str]) -> Ranks:
+    world = int(env["WORLD_SIZE"])
+    return Ranks(
+        rank=int(env["RANK"]),
+        world_size=world,
+        local_rank=int(env["LOCAL_RANK"]),
+        local_world_size=int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or world),
+        master_addr=env["MASTER_ADDR"],
+        master_port=int(env["MASTER_PORT"]),
+    )
+
+
+def _from_srun(env: dict[str, str]) -> Ranks:
+    return Ranks(
+        rank=int(env["SLURM_PROCID"]),
+        world_size=int(env["SLURM_STEP_NUM_TASKS"]),
+        local_rank=int(env["SLURM_LOCALID"]),
+        local_world_size=int(env["SLURM_STEP_TASKS_PER_NODE"].split("(")[0].split(",")[0]),
+        master_addr=first_host(env["SLURM_STEP_NODELIST"]),
+        master_port=20_000 + int(env["SLURM_JOB_ID"]) % 20_000,
+    )
 
 
 def first_host(nodelist: str) -> str:
     """The first host of SLURM's compressed list: `gpu[03-05,9],b1` gives `gpu03`."""
-    head, bracket, rest = nodelist.partition("[")
-    if "," in head or not bracket:
-        return head.split(",")[0]
-    first = rest.split("]")[0].split(",")[0].split("-")[0]
-    return head + first
+    first = re.split(r",(?![^\[]*\])", nodelist)[0]
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first)
 
 
 def start_process_group(ranks: Ranks, timeout: timedelta = timedelta(minutes=10)) -> torch.device:
@@ -80,7 +89,7 @@ def start_process_group(ranks: Ranks, timeout: timedelta = timedelta(minutes=10)
     Returns:
         The accelerator of this local rank, or the CPU (over gloo) where there is none.
     """
-    accelerated = torch.accelerator.is_available()
+    accelerated = torch.accelerator.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     if not accelerated:
         os.environ["DS_ACCELERATOR"] = "cpu"
         # DeepSpeed compiles Muon's kernels: on a CPU that takes longer than it saves.
@@ -113,6 +122,12 @@ def start_process_group(ranks: Ranks, timeout: timedelta = timedelta(minutes=10)
     return torch.device(kind.type, ranks.local_rank)
 
 
+def leave_process_group() -> None:
+    """End the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def free_port() -> int:
     import socket
 
@@ -126,6 +141,19 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def raise_together(problem: UserError | None) -> None:
+    """Raise on all ranks what any rank has to complain of; all ranks call it.
+
+    Raises:
+        UserError: the first rank's that has one.
+    """
+    found: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, None if problem is None else str(problem))
+    for text in found:
+        if text is not None:
+            raise UserError(text)
 
 
 def all_sum(*values: float, device: torch.device) -> list[float]:

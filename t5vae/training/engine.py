@@ -28,14 +28,20 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         // (accumulation * world_size),
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": clipping,
-        "steps_per_print": 2**31,
         "zero_optimization": {"stage": config.deepspeed.zero_stage},
         # The optimiser is handed to DeepSpeed as an object: it is AdamW or DeepSpeed's own Muon.
         "zero_allow_untested_optimizer": True,
     }
-    if config.train.precision != "fp32":
-        ours[config.train.precision] = {"enabled": True}
-    return _merge(_user_config(config), ours)
+    theirs = _user_config(config)
+    for kind in ("bf16", "fp16"):
+        if kind == config.train.precision or kind in theirs:
+            ours[kind] = {"enabled": kind == config.train.precision}
+    for name, instead in (("optimizer", "optim"), ("scheduler", "optim.schedule")):
+        if name in theirs:
+            raise UserError(
+                f"deepspeed.config sets {name}, which would not be used: set {instead} in its place"
+            )
+    return {"steps_per_print": 2**31, **_merge(theirs, ours)}
 
 
 def _user_config(config: Config) -> dict[str, Any]:
@@ -128,7 +134,8 @@ def _optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
     return MuonWithAuxAdam(settings)
 
 
-def gradient_norm(engine: Any) -> float:
-    """The norm of the last step's gradient before clipping; NaN where DeepSpeed has none."""
+def gradient_norm(engine: Any, optim: Optim) -> dict[str, float]:
+    """`grad_norm` of the last step before clipping, where DeepSpeed tells it: under Muon its norm
+    is that of the orthogonalised update."""
     norm = engine.get_global_grad_norm()
-    return math.nan if norm is None else float(norm)
+    return {} if norm is None or optim.name == "muon" else {"grad_norm": float(norm)}

@@ -1,18 +1,24 @@
 """The training run, top to bottom."""
 
 import math
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shards import ShardStream, UserError
+from shards import Batch, ShardStream, UserError
 from t5vae.config import Config
 from t5vae.model import Regularisers, row_keys
 from t5vae.objective import mmd_weight, start_gather
 from t5vae.training import checkpoint, setup
-from t5vae.training.distributed import Ranks, all_sum, seed_everything, start_process_group
+from t5vae.training.distributed import (
+    Ranks,
+    all_sum,
+    raise_together,
+    seed_everything,
+    start_process_group,
+)
 from t5vae.training.engine import build_engine, gradient_norm, schedule, set_learning_rate
 from t5vae.training.heldout import held_out
 from t5vae.training.preemption import StopRequest, requeue_job
@@ -34,16 +40,16 @@ def run(config: Config, ranks: Ranks, stop: StopRequest) -> None:
     index = setup.check_before_start(config, ranks.world_size)
     identity = setup.identity(config, index)
     folder, steps = config.run_dir, config.train.steps
-    lock = setup.prepare_run_dir(config) if ranks.is_first else None
     if setup.is_finished(config, identity):
         if ranks.is_first:
             print(f"{folder} is already trained: {steps:,} steps; raise train.steps to go on")
         return
 
-    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    setup.make_folder(folder / "logs")
     log_file = folder / "logs" / f"rank-{ranks.rank:05d}.log"
     with quiet_start(log_file):
         device = start_process_group(ranks)
+        lock = _lock(config, ranks)
         seed_everything(config.run.seed)
         engine = build_engine(setup.build_model(config, index), config, ranks.world_size)
     log_libraries_to(log_file)
@@ -72,9 +78,13 @@ def run(config: Config, ranks: Ranks, stop: StopRequest) -> None:
     while step < steps:
         with clock.waiting():
             position = stream.consumed
-            batches = [next(stream) for _ in range(accumulation)]
+            batches, problem = _fetch(stream, accumulation)
         own_tokens = sum(float((b.lengths * b.weights).sum()) for b in batches)
-        tokens, told_to_stop = all_sum(own_tokens, stop.requested, device=device)
+        tokens, told_to_stop, unread = all_sum(
+            own_tokens, stop.requested, problem is not None, device=device
+        )
+        if unread:
+            raise_together(problem)
         weight = mmd_weight(step, steps, regularisation)
         lr_share = schedule(step, steps, config.optim)
         set_learning_rate(engine, lr_share)
@@ -95,7 +105,7 @@ def run(config: Config, ranks: Ranks, stop: StopRequest) -> None:
                 prior=regularisation.prior,
                 estimator=regularisation.estimator,
                 sigma=regularisation.sigma,
-                generator_seed=position + micro,
+                generator_seed=(config.run.seed << 40) + position + micro,
             )
             own_nll = (output.nll * row_weights).sum()
             all_nll, infinite = all_sum(own_nll.item(), not mmd.isfinite(), device=device)
@@ -129,7 +139,7 @@ def run(config: Config, ranks: Ranks, stop: StopRequest) -> None:
                     "mmd": regulariser,
                     "mmd_weight": weight,
                     "lr": lr_share * config.optim.lr,
-                    "grad_norm": gradient_norm(engine),
+                    **gradient_norm(engine, config.optim),
                     "skipped": skipped,
                     **latent_diagnostics(torch.cat(codes)),
                     "consumed": stream.consumed,
@@ -160,6 +170,25 @@ def run(config: Config, ranks: Ranks, stop: StopRequest) -> None:
     dist.destroy_process_group()
     if lock:
         lock.close()
+
+
+def _fetch(stream: ShardStream, count: int) -> tuple[list[Batch], UserError | None]:
+    try:
+        return [next(stream) for _ in range(count)], None
+    except UserError as error:
+        return [], error
+
+
+def _lock(config: Config, ranks: Ranks) -> IO[str] | None:
+    """Lock the run's folder, or refuse on all ranks: one that left alone would hang the rest."""
+    lock, problem = None, None
+    if ranks.is_first:
+        try:
+            lock = setup.prepare_run_dir(config)
+        except UserError as error:
+            problem = error
+    raise_together(problem)
+    return lock
 
 
 class Gathering:

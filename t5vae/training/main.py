@@ -1,5 +1,6 @@
 """One process of a training run: signals, arguments, errors; the heavy imports come last."""
 
+import errno
 import os
 import signal
 import sys
@@ -9,7 +10,13 @@ from shards.errors import UserError
 from t5vae.config import Config, load_config
 from t5vae.training.preemption import StopRequest
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 DEFAULT_CONFIG = "configs/quickstart.yaml"
+USAGE = """Train a T5-VAE: deepspeed train.py [CONFIG] [section.key=value ...] [--debug]
+
+CONFIG defaults to configs/quickstart.yaml; python, torchrun and srun start train.py too.
+Example: deepspeed train.py configs/quickstart.yaml train.steps=100 run.output_dir=runs/short
+`t5vae config schema` lists the keys, `t5vae config show CONFIG` what follows from them."""
 
 
 def main(arguments: list[str]) -> int:
@@ -17,13 +24,18 @@ def main(arguments: list[str]) -> int:
 
     A user's mistake is one line from local rank 0 and 2; with --debug the traceback is shown.
     """
+    if {"-h", "--help"} & set(arguments):
+        print(USAGE)
+        return 0
     debug = "--debug" in arguments
     # The deepspeed launcher appends --local_rank=N; the environment says the same.
     given = [a for a in arguments if a != "--debug" and not a.startswith("--local_rank")]
     path = given.pop(0) if given and "=" not in given[0] else DEFAULT_CONFIG
     try:
         train(load_config(path, given))
-    except UserError as error:
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in DISK_FULL:
+            raise
         if debug:
             traceback.print_exc()
         elif os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
@@ -42,7 +54,11 @@ def train(config: Config) -> None:
     """
     stop = StopRequest()
     stop.install()
-    from t5vae.training.distributed import find_ranks
+    from t5vae.training.distributed import find_ranks, leave_process_group
     from t5vae.training.loop import run
 
-    run(config, find_ranks(dict(os.environ)), stop)
+    try:
+        run(config, find_ranks(dict(os.environ)), stop)
+    except UserError:
+        leave_process_group()  # gloo's threads abort a process that ends without it
+        raise

@@ -22,6 +22,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.requested = False
         self.requeue = False
+        self.interrupted = False
 
     def install(self) -> None:
         """Take over the signals; before heavy imports, and in place of a launcher's handlers."""
@@ -29,8 +30,9 @@ class StopRequest:
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.requested:
+        if number == signal.SIGINT and self.interrupted:
             sys.exit(130)
+        self.interrupted = self.interrupted or number == signal.SIGINT
         self.requested = True
         self.requeue = self.requeue or number == signal.SIGUSR2
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import math
 import os
 import secrets
 import sys
@@ -55,7 +56,7 @@ class RunLog:
     def say(self, text: str) -> None:
         """One line for people, above the bar if there is one."""
         if self.enabled:
-            self.console.print(text, highlight=False, soft_wrap=True)
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def describe(self, facts: dict[str, Any]) -> None:
         """What is about to be trained, in one line."""
@@ -88,7 +89,9 @@ class RunLog:
         if not self.enabled:
             return
         with open(self.path, "a") as file:
-            file.write(json.dumps(record) + "\n")
+            # JSON knows no NaN
+            known = {k: v if math.isfinite(v) else None for k, v in record.items()}
+            file.write(json.dumps(known) + "\n")
         gist = "  ".join(form.format(record[k]) for k, form in SHOWN.items() if k in record)
         if self.bar is not None:
             self.bar.update(self.task, description=gist)

@@ -143,6 +143,18 @@ def check_before_start(config: Config, world_size: int) -> Index:
     return index
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder of the run.
+
+    Raises:
+        UserError: if it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder}: {error.strerror}") from None
+
+
 def prepare_run_dir(config: Config) -> IO[str]:
     """Make the run's folder and lock it; rank 0 alone. The lock dies with this process.
 
@@ -151,8 +163,8 @@ def prepare_run_dir(config: Config) -> IO[str]:
             checkpoints.
     """
     folder = config.run_dir
+    make_folder(folder / "checkpoints")
     try:
-        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "a+")  # noqa: SIM115 (held until the run ends)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -162,6 +174,7 @@ def prepare_run_dir(config: Config) -> IO[str]:
     except OSError as error:
         raise UserError(f"cannot use the run folder {folder}: {error.strerror}") from None
     if config.checkpoint.resume == "never" and any((folder / "checkpoints").iterdir()):
+        lock.close()
         raise UserError(
             f"{folder} holds checkpoints and checkpoint.resume is never; "
             "set it to auto, or choose another run.output_dir"
@@ -192,6 +205,8 @@ def write_config(config: Config) -> None:
 
 def identity(config: Config, index: Index) -> dict[str, Any]:
     """What a run that resumes must agree with."""
+    model = json.loads(model_config(config, index).to_json_string(use_diff=False))
+    del model["transformers_version"]  # a new release does not make it another model
     return {
         "zero_stage": config.deepspeed.zero_stage,
         "precision": config.train.precision,
@@ -200,5 +215,5 @@ def identity(config: Config, index: Index) -> dict[str, Any]:
         "seed": config.run.seed,
         "shards": index.sha256,
         "tokenizer": index.tokenizer_fingerprint,
-        "model": json.loads(model_config(config, index).to_json_string(use_diff=False)),
+        "model": model,
     }
