@@ -119,7 +119,7 @@ def _optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
     settings = []
     for (use_muon, matrix), parameters in groups.items():
         lr = optim.muon_lr if use_muon else optim.lr
-        own = {"momentum": optim.momentum, "ns_method": "standard"} if use_muon else adam
+        own = {"momentum": optim.momentum} if use_muon else adam
         decay = optim.weight_decay if matrix else 0.0
         settings.append(
             {"params": parameters, "lr": lr, "full_lr": lr, "weight_decay": decay, **own}
