@@ -86,7 +86,10 @@ def evaluate(
     if json:
         _print_json(report)
         return
-    Console().print(table(report))
+    console = Console()
+    if not console.is_terminal:
+        console.width = 120
+    console.print(table(report))
     typer.echo(f"{'already evaluated' if known else 'report'}: {Path(run) / 'eval.json'}")
 
 

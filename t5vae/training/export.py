@@ -8,6 +8,7 @@ from shards import UserError, open_index
 from t5vae.config import load_config
 from t5vae.model import T5VAE
 from t5vae.training import checkpoint
+from t5vae.training.runlog import quiet_start
 from t5vae.training.setup import model_config
 
 
@@ -35,7 +36,10 @@ def export(run: str | Path) -> Path:
     config = load_config(folder / "config.yaml")
     index = open_index(config.data.shards)
     model = T5VAE(model_config(config, index))
-    model.load_state_dict(checkpoint.consolidated_weights(newest))
+    log_file = folder / "logs" / "export.log"
+    log_file.parent.mkdir(exist_ok=True)
+    with quiet_start(log_file):
+        model.load_state_dict(checkpoint.consolidated_weights(newest))
     model.tie_weights()
 
     tmp = folder / f"export.{os.getpid()}.tmp"
