@@ -1,4 +1,4 @@
-"""The import rules of DESIGN.md section 1: downward only, the launcher and the shards apart."""
+"""The import rules of CONTRIBUTING.md: downward only, the launcher and the shards apart."""
 
 import ast
 import subprocess
@@ -105,7 +105,7 @@ def test_every_module_lies_in_a_part_that_has_rules():
     for path in modules():
         name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         known = unit(name) == name or (unit(name) in ALLOWED and unit(name) != "t5vae")
-        assert known, f"{name} is in no part that DESIGN.md section 1 names"
+        assert known, f"{name} is in no part that the import rules name"
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))

@@ -1,4 +1,4 @@
-"""mmd() against the formulas of DESIGN.md 4a, in fp64 with O(N^2) memory and autograd."""
+"""mmd() against the formulas of docs/objective.md, in fp64 with O(N^2) memory and autograd."""
 
 import itertools
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ def exponential_quadrature() -> tuple[Tensor, Tensor]:
 
 @dataclass
 class Formulas:
-    """phi(s), h(|z|^2) and c as in DESIGN.md 4a."""
+    """phi(s), h(|z|^2) and c, in closed form or by quadrature."""
 
     kernel: str
     dimensions: int
