@@ -57,7 +57,8 @@ def export(run: Run) -> None:
     from t5vae.training.export import export as export_run
 
     _quiet_transformers()
-    typer.echo(f"exported model: {export_run(run)}")
+    folder, known = export_run(run)
+    typer.echo(f"{'already exported' if known else 'exported model'}: {folder}")
 
 
 @app.command(name="eval")

@@ -12,14 +12,15 @@ from t5vae.training.runlog import quiet_start
 from t5vae.training.setup import model_config
 
 
-def export(run: str | Path) -> Path:
+def export(run: str | Path) -> tuple[Path, bool]:
     """Write RUN/export from the newest valid checkpoint: fp32 weights and the tokenizer.
 
     Returns:
-        The exported folder; left as it is where it was already made from that checkpoint.
+        The exported folder, and whether it was already there, made from that checkpoint.
 
     Raises:
-        UserError: if `run` is no run folder or holds no valid checkpoint.
+        UserError: if `run` is no run folder, holds no valid checkpoint, or its shards now have
+            another tokenizer.
     """
     folder = Path(run)
     if not (folder / "config.yaml").is_file():
@@ -30,11 +31,15 @@ def export(run: str | Path) -> Path:
     target = folder / "export"
     source = f"{newest.name} {checkpoint.digest(newest)}"
     if (target / "SOURCE").is_file() and (target / "SOURCE").read_text() == source:
-        print(f"already exported: {target} holds {newest.name}")
-        return target
+        return target, True
 
     config = load_config(folder / "config.yaml")
     index = open_index(config.data.shards)
+    if checkpoint.read_manifest(newest)["tokenizer"] != index.tokenizer_fingerprint:
+        raise UserError(
+            f"{index.path} has another tokenizer than the one {folder} was trained with; "
+            "restore those shards before you export"
+        )
     model = T5VAE(model_config(config, index))
     log_file = folder / "logs" / "export.log"
     log_file.parent.mkdir(exist_ok=True)
@@ -50,4 +55,4 @@ def export(run: str | Path) -> Path:
     if target.exists():
         shutil.rmtree(target)
     tmp.rename(target)
-    return target
+    return target, False
