@@ -57,8 +57,8 @@ def export(run: Run) -> None:
     from t5vae.training.export import export as export_run
 
     _quiet_transformers()
-    folder, known = export_run(run)
-    typer.echo(f"{'already exported' if known else 'exported model'}: {folder}")
+    folder, checkpoint, known = export_run(run)
+    typer.echo(f"{'already exported' if known else 'exported'}: {checkpoint} as {folder}")
 
 
 @app.command(name="eval")

@@ -12,11 +12,11 @@ from t5vae.training.runlog import quiet_start
 from t5vae.training.setup import model_config
 
 
-def export(run: str | Path) -> tuple[Path, bool]:
+def export(run: str | Path) -> tuple[Path, str, bool]:
     """Write RUN/export from the newest valid checkpoint: fp32 weights and the tokenizer.
 
     Returns:
-        The exported folder, and whether it was already there, made from that checkpoint.
+        The exported folder, the checkpoint's name, and whether it had been exported before.
 
     Raises:
         UserError: if `run` is no run folder, holds no valid checkpoint, or its shards now have
@@ -31,7 +31,7 @@ def export(run: str | Path) -> tuple[Path, bool]:
     target = folder / "export"
     source = f"{newest.name} {checkpoint.digest(newest)}"
     if (target / "SOURCE").is_file() and (target / "SOURCE").read_text() == source:
-        return target, True
+        return target, newest.name, True
 
     config = load_config(folder / "config.yaml")
     index = open_index(config.data.shards)
@@ -55,4 +55,4 @@ def export(run: str | Path) -> tuple[Path, bool]:
     if target.exists():
         shutil.rmtree(target)
     tmp.rename(target)
-    return target, False
+    return target, newest.name, False
