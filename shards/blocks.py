@@ -6,6 +6,7 @@ Shapes: n sequences, T the longest of them.
 import os
 import zlib
 from collections import OrderedDict
+from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -126,7 +127,7 @@ class BlockReader:
 
     def _bytes(self, number: int, shard: int, offset: int, size: int) -> bytes:
         if shard not in self._files:
-            path = self.index.path / self.index.shards[shard].name
+            path = Path(self.index.path) / self.index.shards[shard].name
             try:
                 self._files[shard] = open(path, "rb", buffering=0)  # noqa: SIM115 kept open
             except OSError as error:
@@ -140,4 +141,4 @@ class BlockReader:
         """Name a block for people: its shard, and its place within it."""
         shard = int(self.table[number]["shard"])
         in_shard = number - int(np.flatnonzero(self.table["shard"] == shard)[0])
-        return f"{self.index.path / self.index.shards[shard].name}, block {in_shard}"
+        return f"{Path(self.index.path) / self.index.shards[shard].name}, block {in_shard}"

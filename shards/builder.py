@@ -160,10 +160,10 @@ def build(
             blocks_sha256=hashlib.sha256((folder / "blocks.npy").read_bytes()).hexdigest(),
             texts_read=read,
             dropped=dropped,
-            truncated=int(np.count_nonzero(too_long)) if overflow == "truncate" else 0,
+            overlong=int(np.count_nonzero(too_long)),
             unique_lengths=unique_lengths.tolist(),
             recipe=recipe,
-            path=folder,
+            path=str(folder),
             sha256="",
         )
         (folder / "index.json").write_text(index.model_dump_json(indent=1) + "\n")

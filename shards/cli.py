@@ -144,8 +144,6 @@ def _print_totals(index: "Index") -> None:
     for reason, count in index.dropped.items():
         if count:
             table.add_row(f"dropped: {reason}", f"{count:,}")
-    if index.truncated:
-        table.add_row("truncated", f"{index.truncated:,}")
     table.add_row("tokens", f"{tokens:,} ({tokens / kept:.1f} a sequence)")
     table.add_row("vocabulary", f"{index.vocab_size:,} pieces")
     table.add_row("shards", f"{sum(s.bytes for s in index.shards):,} bytes, {len(index.shards)}")

@@ -17,11 +17,12 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from shards.errors import DamageError, UserError
+from shards.store import Store, open_store
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 HOW_TO_BUILD = "build it with: t5vae shards build SOURCE --out {path} --tokenizer T --max-length N"
 
 BLOCK = np.dtype(
@@ -64,9 +65,10 @@ class Split(_Frozen):
 class Index(_Frozen):
     """What a dataset folder holds.
 
-    `unique_lengths` counts the unique texts by length before any was dropped for it (the last
-    entry: that length or more). `dropped` counts by reason what was read and not kept. `recipe` is
-    the build's input, by content, and its options.
+    `unique_lengths` counts the unique texts by length before any was dropped, truncated or split
+    for it (the last entry: that length or more); `overlong` counts those beyond max_length.
+    `dropped` counts by reason what was read and not kept. `recipe` is the build's input, by
+    content, and its options. `path` is the folder or URL as it was given.
     """
 
     format_version: int = FORMAT_VERSION
@@ -82,16 +84,21 @@ class Index(_Frozen):
     blocks_sha256: str
     texts_read: int
     dropped: dict[str, int]
-    truncated: int
+    overlong: int
     unique_lengths: list[int]
     recipe: dict[str, Any]
 
-    path: Path = Field(exclude=True)
+    path: str = Field(exclude=True)
     sha256: str = Field(exclude=True)
 
     def share_within(self, max_length: int) -> float:
         """The share of the corpus's unique texts that have at most max_length tokens."""
         return sum(self.unique_lengths[: max_length + 1]) / sum(self.unique_lengths)
+
+    @cached_property
+    def store(self) -> Store:
+        """The dataset's files."""
+        return open_store(self.path)
 
     @cached_property
     def blocks(self) -> np.ndarray:
@@ -100,10 +107,14 @@ class Index(_Frozen):
         Raises:
             DamageError: blocks.npy is missing or not the one the index names.
         """
-        file = self.path / "blocks.npy"
-        content = file.read_bytes() if file.is_file() else b""
+        try:
+            content = self.store.get("blocks.npy")
+        except FileNotFoundError:
+            content = b""
         if hashlib.sha256(content).hexdigest() != self.blocks_sha256:
-            raise DamageError(f"{file} is missing or damaged: build the dataset again")
+            raise DamageError(
+                f"{self.path}/blocks.npy is missing or damaged: build the dataset again"
+            )
         return np.load(io.BytesIO(content))
 
     def split(self, name: str) -> Split:
@@ -160,22 +171,29 @@ class Index(_Frozen):
         """Load the dataset's own tokenizer."""
         from shards.tokenizers import load_tokenizer
 
-        return load_tokenizer(self.path / "tokenizer")
+        return load_tokenizer(self.store.folder("tokenizer"))
 
 
 def open_index(path: str | Path) -> Index:
     """Open a dataset folder.
 
+    Args:
+        path: a folder, or its URL.
+
     Raises:
         UserError: there is no dataset, or one this version cannot read.
         DamageError: its index.json is not one.
     """
-    folder = Path(path)
-    file = folder / "index.json"
-    if not file.is_file():
-        state = "is no dataset (it has no index.json)" if folder.exists() else "does not exist"
-        raise UserError(f"{folder} {state}: {HOW_TO_BUILD.format(path=folder)}")
-    content = file.read_bytes()
+    location = str(path)
+    file = f"{location}/index.json"
+    try:
+        content = open_store(location).get("index.json")
+    except FileNotFoundError:
+        raise UserError(
+            f"{location} is no dataset (it has no index.json): {HOW_TO_BUILD.format(path=location)}"
+        ) from None
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror or error}") from None
     try:
         fields = json.loads(content)
         version = fields["format_version"]
@@ -185,8 +203,8 @@ def open_index(path: str | Path) -> Index:
                 "build the dataset again"
             )
         digest = hashlib.sha256(content).hexdigest()
-        return Index.model_validate({**fields, "path": folder, "sha256": digest})
+        return Index.model_validate({**fields, "path": location, "sha256": digest})
     except (ValueError, KeyError, TypeError):  # pydantic's ValidationError is a ValueError
         raise DamageError(
-            f"{file} is not a dataset's index or is damaged: {HOW_TO_BUILD.format(path=folder)}"
+            f"{file} is not a dataset's index or is damaged: {HOW_TO_BUILD.format(path=location)}"
         ) from None

@@ -44,12 +44,12 @@ def verify(path: str | Path) -> Report:
     for split in index.splits:
         problems += [*_blocks(index, split), *_totals(index, split)]
     sequences = sum(totals.sequences for totals in index.splits.values())
-    return Report(index.path, len(index.shards), blocks, sequences, problems)
+    return Report(Path(index.path), len(index.shards), blocks, sequences, problems)
 
 
 def _shards(index: Index) -> Iterator[str]:
     for shard in index.shards:
-        path = index.path / shard.name
+        path = Path(index.path) / shard.name
         if not path.is_file():
             yield f"{path} is missing"
         elif (size := path.stat().st_size) != shard.bytes:
@@ -82,11 +82,11 @@ def _totals(index: Index, split: str) -> Iterator[str]:
     table = index.split_blocks(split)
     here = (len(table), int(table["sequences"].sum()), int(table["tokens"].sum()))
     if here != (totals.blocks, totals.sequences, totals.tokens):
-        yield f"{index.path / 'index.json'}: the totals of split {split} are wrong"
+        yield f"{Path(index.path) / 'index.json'}: the totals of split {split} are wrong"
 
 
 def _tokenizer(index: Index) -> Iterator[str]:
-    folder = index.path / "tokenizer"
+    folder = Path(index.path) / "tokenizer"
     try:
         if fingerprint(index.tokenizer()) != index.tokenizer_fingerprint:
             yield f"{folder} is not the tokenizer the dataset was built with"

@@ -50,7 +50,7 @@ def export(run: str | Path) -> tuple[Path, str, bool]:
     tmp = folder / f"export.{os.getpid()}.tmp"
     shutil.rmtree(tmp, ignore_errors=True)
     model.save_pretrained(tmp)
-    shutil.copytree(index.path / "tokenizer", tmp, dirs_exist_ok=True)
+    shutil.copytree(index.store.folder("tokenizer"), tmp, dirs_exist_ok=True)
     (tmp / "SOURCE").write_text(source)
     if target.exists():
         shutil.rmtree(target)

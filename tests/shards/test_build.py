@@ -130,7 +130,7 @@ def test_truncated_sequences_keep_their_end_token(tmp_path):
     assert sorted(everything(index, "train")) == ["abc", "abcd"]
     ids, lengths = index.read("train", np.arange(2))
     assert (ids[np.arange(2), lengths - 1] == 1).all()
-    assert index.truncated == 1
+    assert index.overlong == 1
 
 
 def test_a_failed_build_leaves_nothing(corpus, tmp_path, monkeypatch):

@@ -103,10 +103,10 @@ def test_damaged_index_files(copy):
     assert "blocks.npy" in shards.verify(copy).problems[0]
     with pytest.raises(DamageError, match=r"blocks\.npy"):
         epoch(copy)
-    (copy / "index.json").write_text('{"format_version": 1}')
-    assert "index.json" in shards.verify(copy).problems[0]
     (copy / "index.json").write_text('{"format_version": 2}')
-    with pytest.raises(UserError, match="version 2, this program reads 1"):
+    assert "index.json" in shards.verify(copy).problems[0]
+    (copy / "index.json").write_text('{"format_version": 99}')
+    with pytest.raises(UserError, match="version 99, this program reads 2"):
         shards.open_index(copy)
 
 
