@@ -19,7 +19,7 @@ from submitit import AutoExecutor, JobEnvironment
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.helpers import Checkpointable, TorchDistributedEnvironment
 
-from shards import UserError, open_index
+from shards import UserError
 from t5vae.config import Config
 
 Cluster = Literal["slurm", "local"]
@@ -140,7 +140,7 @@ def submit(config: Config, cluster: Cluster) -> Job:
         UserError: what training would refuse, before anything is queued; or what SLURM refuses.
     """
     nodes, per_node = config.launcher.nodes, ranks_per_node(config)
-    open_index(config.data.shards)
+    config.data.open()
     config.accumulation(nodes * per_node)
     if cluster == "slurm" and not (shutil.which("sbatch") and shutil.which("srun")):
         raise UserError(

@@ -13,34 +13,43 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from shards.builder import build
+    from shards.cache import Cache
+    from shards.dataset import Dataset, open_dataset
+    from shards.dealer import Batch
     from shards.errors import DamageError, UserError
     from shards.index import Index, open_index
-    from shards.stream import Batch, ShardStream
+    from shards.stream import ShardStream
     from shards.tokenizers import load_tokenizer
     from shards.verifier import Report, verify
 
 _HOME = {
-    "Batch": "stream",
+    "Batch": "dealer",
+    "Cache": "cache",
     "DamageError": "errors",
+    "Dataset": "dataset",
     "Index": "index",
     "Report": "verifier",
     "ShardStream": "stream",
     "UserError": "errors",
     "build": "builder",
     "load_tokenizer": "tokenizers",
+    "open_dataset": "dataset",
     "open_index": "index",
     "verify": "verifier",
 }
 
 __all__ = [
     "Batch",
+    "Cache",
     "DamageError",
+    "Dataset",
     "Index",
     "Report",
     "ShardStream",
     "UserError",
     "build",
     "load_tokenizer",
+    "open_dataset",
     "open_index",
     "verify",
 ]

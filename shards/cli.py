@@ -1,5 +1,6 @@
 """`t5vae shards`: build, verify and inspect datasets."""
 
+import os
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -14,7 +15,7 @@ app = typer.Typer(
     help="Datasets: text in, shuffled and packed WebDataset shards out.",
     rich_markup_mode="markdown",
 )
-Folder = Annotated[str, typer.Argument(help="The dataset's folder.", show_default=False)]
+Folder = Annotated[str, typer.Argument(help="The dataset's folder or URL.", show_default=False)]
 
 
 @app.command()
@@ -33,28 +34,40 @@ def build(
     source: Annotated[
         str | None,
         typer.Argument(
-            help="A file (also .gz, .zst), a folder, a quoted glob, or `-` for standard input. "
-            "With `--format python` it may be left out: Python's standard library.",
+            help="A file (also .gz, .zst), a folder, a quoted glob, a URL, or `-` for standard "
+            "input. With `--format python` it may be left out: Python's standard library.",
             show_default=False,
         ),
     ] = None,
     format: Annotated[
-        Literal["text", "jsonl", "csv", "parquet", "python"],
-        typer.Option(help="`text` has one sequence a line; `python` takes one-line statements."),
+        Literal["text", "jsonl", "csv", "parquet", "python", "webdataset"],
+        typer.Option(
+            help="`text` has one sequence a line, `python` one-line statements, `webdataset` one "
+            "sequence a record of tar files."
+        ),
     ] = "text",
     column: Annotated[
-        str | None, typer.Option(help="The field that holds the text: jsonl, csv, parquet.")
+        str | None, typer.Option(help="The field, or WebDataset member, that holds the text.")
     ] = None,
     valid_fraction: Annotated[
         float, typer.Option(help="The share of texts held out as the split `valid`.")
     ] = 0.02,
     overflow: Annotated[
-        Literal["drop", "truncate"], typer.Option(help="What becomes of longer sequences.")
+        Literal["drop", "truncate", "split"],
+        typer.Option(help="What becomes of longer sequences: `split` makes several of one."),
     ] = "drop",
     dedupe: Annotated[bool, typer.Option(help="Keep one of equal texts.")] = True,
     seed: Annotated[int, typer.Option(help="The seed of the shuffle.")] = 0,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            help="Processes to work in; by default one for each CPU that this one may use.", min=1
+        ),
+    ] = None,
 ) -> None:
     """Build a dataset from text. Same input and options: the same bytes.
+
+    A build that was halted goes on when the same command is given again.
 
     Example: `t5vae shards build tweets.txt --out data/tweets --tokenizer train:8192
     --max-length 32`
@@ -72,15 +85,16 @@ def build(
         overflow=overflow,
         dedupe=dedupe,
         seed=seed,
+        workers=workers or len(os.sched_getaffinity(0)),
     )
     _print_totals(index)
 
 
 @app.command()
 def verify(path: Folder) -> None:
-    """Check every byte of a dataset; exit with 1 if it is damaged.
+    """Check every byte of a dataset, in a folder or at a URL; exit with 1 if it is damaged.
 
-    Example: `t5vae shards verify data/tweets`
+    Example: `t5vae shards verify s3://bucket/tweets`
     """
     from shards.verifier import verify as verify_dataset
 
@@ -140,10 +154,14 @@ def _print_totals(index: "Index") -> None:
     table = Table(title=str(index.path), show_header=False, title_justify="left")
     for name, split in index.splits.items():
         table.add_row(name, f"{split.sequences:,} sequences")
-    table.add_row("kept", f"{kept / unique:.1%} of {unique:,} texts")
+    overflow = index.recipe["overflow"]
+    of = f"{kept:,} sequences" if overflow == "split" else f"{kept / unique:.1%}"
+    table.add_row("kept", f"{of} of {unique:,} texts")
+    fate = {"drop": "dropped", "truncate": "truncated", "split": "split into pieces"}[overflow]
+    overlong = f"{index.overlong:,} texts ({index.overlong / unique:.1%}), {fate}"
+    table.add_row(f"over {index.max_length:,} tokens", overlong)
     for reason, count in index.dropped.items():
-        if count:
-            table.add_row(f"dropped: {reason}", f"{count:,}")
+        table.add_row(f"dropped: {reason}", f"{count:,}")
     table.add_row("tokens", f"{tokens:,} ({tokens / kept:.1f} a sequence)")
     table.add_row("vocabulary", f"{index.vocab_size:,} pieces")
     table.add_row("shards", f"{sum(s.bytes for s in index.shards):,} bytes, {len(index.shards)}")

@@ -1,292 +1,272 @@
-"""Corpora: where sequences of text come from.
+"""Corpora: where sequences come from.
 
-A corpus is a list of files and a reader that turns one open file into texts. Readers stream:
-nothing here holds more than one file's text.
+A corpus is a fixed list of files; a reading is one pass over some of them.
 """
 
-import ast
-import csv
-import gzip
 import hashlib
-import io
-import json
 import sys
 import sysconfig
-import tokenize
-import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from glob import glob, has_magic
-from itertools import islice
-from pathlib import Path
-from typing import Any, BinaryIO
+from pathlib import Path, PurePath, PurePosixPath
+from typing import Any, Literal
 
 from shards.errors import UserError
+from shards.files import (
+    CHUNK,
+    Tap,
+    decompressed,
+    drain,
+    first_line,
+    is_url,
+    open_raw,
+    reading,
+)
+from shards.readers import READERS, ROWS, is_array, member_extensions
 
-BATCH = 8192
-SUFFIXES = {
-    "text": (),
+SUFFIXES: dict[str, tuple[str, ...]] = {
+    "text": ("",),
     "jsonl": (".jsonl", ".jsonl.gz", ".jsonl.zst"),
     "csv": (".csv", ".csv.gz", ".csv.zst"),
     "parquet": (".parquet",),
     "python": (".py",),
+    "webdataset": (".tar", ".tar.gz", ".tar.zst"),
 }
 WITH_COLUMN = ("jsonl", "csv", "parquet")
 INSTALLED = {"site-packages", "dist-packages"}
+TEXT_MEMBERS = ("txt", "text")
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of a corpus."""
+
+    path: str
+    """A path, or a URL that fsspec opens."""
+    bytes: int
+    """0 if unknown."""
+    stamp: str
+    """Changes when the file does."""
 
 
 class Corpus:
-    """The texts of a source, in a fixed order.
+    """The files of a source, found at once and in a fixed order.
 
     Args:
-        source: a file, folder or glob; "-" for standard input; None, with format "python", for
-            the running interpreter's standard library.
-        format: "text" (one sequence a line), "jsonl", "csv", "parquet", or "python" (every
-            statement that fits one line and parses alone).
-        column: the field that holds the text; for "jsonl", "csv" and "parquet".
+        source: a file, folder or glob, or an fsspec URL of one ("s3://bucket/folder"); None, with
+            format "python", for the running interpreter's standard library.
+        format: "text" (one sequence a line), "jsonl", "csv", "parquet", "python" (every statement
+            that fits one line and parses alone), or "webdataset" (one sequence a record of tar
+            files).
+        column: the field that holds the text, for "jsonl", "csv" and "parquet"; for "webdataset"
+            the extension of the records' member that holds the text or, if it ends in "npy", the
+            token ids: found in the first file if None.
+        name: what to call the corpus, the last part of the source if None.
 
     Attributes:
-        skipped: what the last reading left out, by reason. "empty" counts texts, "unparsable
-            file" counts files.
+        files: the files, sorted.
+        kind: "text", or "tokens" where a sequence is an array of token ids.
 
     Raises:
         UserError: nothing found at source, an unknown format, or a column missing or superfluous.
     """
 
-    def __init__(self, source: str | Path | None, format: str = "text", column: str | None = None):
+    def __init__(
+        self,
+        source: str | Path | None,
+        format: str = "text",
+        column: str | None = None,
+        name: str | None = None,
+    ):
         if format not in SUFFIXES:
             raise UserError(f"unknown format {format!r}: choose one of {', '.join(SUFFIXES)}")
         if format in WITH_COLUMN and column is None:
             raise UserError(f"format {format} needs the name of the text's column (--column)")
-        if format not in WITH_COLUMN and column is not None:
+        if format not in (*WITH_COLUMN, "webdataset") and column is not None:
             raise UserError(f"format {format} has no columns: leave --column out")
-        self.format = format
-        self.column = column
-        self.skipped: Counter[str] = Counter()
-        self._stdin: bytes | None = None
         if source is None and format == "python":
             version = ".".join(map(str, sys.version_info[:3]))
-            self.name = f"standard library of Python {version}"
-            self.files = _python_files(Path(sysconfig.get_path("stdlib")))
+            self.name = name or f"standard library of Python {version}"
+            self.files = _find(sysconfig.get_path("stdlib"), format)
         elif source is None:
             raise UserError(f"format {format} needs a source: a file, folder, glob or '-'")
-        elif str(source) == "-":
-            self.name = "-"
-            self.files = []
-            self._stdin = sys.stdin.buffer.read()
         else:
-            self.name = Path(source).name
-            self.files = _find(str(source), format)
+            self.name = name or Path(source).name
+            self.files = _find_url(str(source), format) if is_url(source) else _find(source, format)
+        if format == "webdataset" and column is None:
+            column = _find_column(self.files[0].path)
+        self.format = format
+        self.column = column
+        self.kind: Literal["text", "tokens"] = _kind(format, column)
 
     def describe(self) -> dict[str, Any]:
-        """What is read, by content: name, number of files, their bytes and one sha256 of all."""
-        digest = hashlib.sha256()
-        size = 0
-        for _, stream in self._open_all(raw=True):
-            content = hashlib.file_digest(stream, "sha256").digest()  # type: ignore[arg-type]
-            size += stream.tell()
-            digest.update(content)
+        """What is to be read, without reading it: name, format, number of files and their bytes."""
         return {
             "source": self.name,
             "format": self.format,
             "column": self.column,
-            "sha256": digest.hexdigest(),
             "files": len(self.files),
-            "bytes": size,
+            "bytes": sum(file.bytes for file in self.files),
         }
 
-    def __iter__(self) -> Iterator[list[str]]:
-        """Yield lists of up to 8,192 non-empty texts.
+    def sha256(self) -> str:
+        """Read all files: `combine` of the sha256 of each one's bytes, as they are stored."""
+        digests = []
+        for file in self.files:
+            with reading(file.path), Tap(open_raw(file.path)) as raw:
+                drain(raw)
+                digests.append(raw.hexdigest())
+        return combine(digests)
+
+
+class Reading:
+    """One pass over some files of a corpus: iterate over it once.
+
+    Args:
+        files, format, column: the corpus's, or some of its files.
+
+    Attributes:
+        skipped: what was left out so far, by reason. "empty" counts sequences, "unparsable file"
+            counts files.
+        digests: the hex sha256 of the bytes of each file read to its end.
+        bytes_read: how many bytes were read, as they are stored.
+    """
+
+    def __init__(self, files: Sequence[File], format: str, column: str | None):
+        self.files = files
+        self.format = format
+        self.column = column
+        self.skipped: Counter[str] = Counter()
+        self.digests: list[str] = []
+        self.bytes_read = 0
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        """Yield lists of sequences that are not empty, in the order of the files.
+
+        A sequence is a str or, of kind "tokens", the bytes of a little-endian int32 array.
 
         Raises:
             UserError: a file that is not what its format says, naming the file.
         """
-        self.skipped.clear()
-        texts = self._texts()
-        while batch := list(islice(texts, BATCH)):
-            kept = [text for text in batch if text and not text.isspace()]
-            if len(kept) < len(batch):
-                self.skipped["empty"] += len(batch) - len(kept)
-            if kept:
-                yield kept
+        tokens = _kind(self.format, self.column) == "tokens"
+        held: list[Any] = []
+        begun = 0
+        for items in self._read():
+            kept = [item for item in items if item and (tokens or not item.isspace())]
+            if len(kept) < len(items):
+                self.skipped["empty"] += len(items) - len(kept)
+            held += kept
+            if len(held) >= ROWS or (held and self.bytes_read - begun >= CHUNK):
+                yield held
+                held = []
+                begun = self.bytes_read
+        if held:
+            yield held
 
-    def _texts(self) -> Iterator[str]:
-        for name, stream in self._open_all():
-            try:
-                if self.format == "text":
-                    yield from _read_text(stream, name)
-                elif self.format == "python":
-                    try:
-                        yield from _statements(stream)
-                    except (SyntaxError, ValueError, RecursionError):
-                        self.skipped["unparsable file"] += 1
-                elif self.format == "jsonl":
-                    yield from _read_jsonl(stream, name, self.column)
-                elif self.format == "csv":
-                    yield from _read_csv(stream, name, self.column)
-                else:
-                    yield from _read_parquet(stream, name, self.column)
-            except UnicodeDecodeError as error:
-                raise UserError(f"{name} is not UTF-8 text ({error.reason})") from None
-            except (EOFError, OSError) as error:
-                raise UserError(f"cannot read {name}: {error}") from None
-
-    def _open_all(self, raw: bool = False) -> Iterator[tuple[str, BinaryIO]]:
-        if self._stdin is not None:
-            yield "standard input", io.BytesIO(self._stdin)
-        for path in self.files:
-            with _open(path, raw) as stream:
-                yield str(path), stream
+    def _read(self) -> Iterator[list[Any]]:
+        for file in self.files:
+            before = self.bytes_read
+            with reading(file.path), Tap(open_raw(file.path)) as raw:
+                stream = decompressed(raw, file.path)
+                try:
+                    for items in READERS[self.format](stream, file.path, self.column):
+                        self.bytes_read = before + raw.tell()
+                        yield items
+                except SyntaxError:
+                    self.skipped["unparsable file"] += 1
+                drain(stream)
+                self.bytes_read = before + raw.tell()
+                self.digests.append(raw.hexdigest())
 
 
-def _find(source: str, format: str) -> list[Path]:
+def combine(digests: Iterable[str]) -> str:
+    """The hex sha256 of hex digests' bytes, one after the other."""
+    return hashlib.sha256(b"".join(map(bytes.fromhex, digests))).hexdigest()
+
+
+def _kind(format: str, column: str | None) -> Literal["text", "tokens"]:
+    arrays = format == "webdataset" and column is not None and is_array(column)
+    return "tokens" if arrays else "text"
+
+
+def _find_column(path: str) -> str:
+    with reading(path), Tap(open_raw(path)) as raw:
+        there = member_extensions(decompressed(raw, path))
+    candidates = [e for e in there if e in TEXT_MEMBERS or is_array(e)]
+    if len(candidates) != 1:
+        raise UserError(
+            f"{path}: name the members that hold the text or the token ids (--column); "
+            f"there are: {', '.join(there) or 'none'}"
+        )
+    return candidates[0]
+
+
+def _find(source: str | Path, format: str) -> list[File]:
     path = Path(source)
     if path.is_file():
-        return [path]
-    if path.is_dir() and format == "python":
-        found = _python_files(path)
+        found = [path]
     elif path.is_dir():
-        found = [p for p in path.rglob("*") if p.is_file() and not _hidden(p.relative_to(path))]
-        found = [p for p in found if not SUFFIXES[format] or p.name.endswith(SUFFIXES[format])]
-    elif has_magic(source):
-        found = [Path(p) for p in glob(source, recursive=True) if Path(p).is_file()]
+        named = (p for suffix in SUFFIXES[format] for p in path.rglob(f"*{suffix}"))
+        found = [p for p in named if _belongs(p.relative_to(path), format) and p.is_file()]
+    elif has_magic(str(source)):
+        found = [Path(p) for p in glob(str(source), recursive=True) if Path(p).is_file()]
     else:
         raise UserError(f"{source} does not exist: give a file, a folder or a glob")
     if not found:
         raise UserError(f"no {format} files in {source}")
-    return sorted(found)
+    return [_file(path) for path in sorted(found)]
 
 
-def _python_files(root: Path) -> list[Path]:
-    inside = ((path, path.relative_to(root)) for path in root.rglob("*.py"))
-    return sorted(p for p, r in inside if not INSTALLED & set(r.parts[:-1]) and not _hidden(r))
+def _file(path: Path) -> File:
+    status = path.stat()
+    return File(str(path), status.st_size, f"{status.st_size} {status.st_mtime_ns}")
 
 
-def _hidden(relative: Path) -> bool:
-    return any(part.startswith(".") for part in relative.parts)
-
-
-def _open(path: Path, raw: bool) -> BinaryIO:
+def _find_url(source: str, format: str) -> list[File]:
     try:
-        if raw or path.suffix not in (".gz", ".zst"):
-            return open(path, "rb")
-        if path.suffix == ".gz":
-            return gzip.open(path, "rb")  # type: ignore[return-value]
-        import pyarrow
-
-        return pyarrow.input_stream(path, compression="zstd")  # reads all frames, sees a cut
-    except OSError as error:
-        raise UserError(f"cannot open {path}: {error.strerror}") from None
-
-
-def _lines(stream: BinaryIO, name: str) -> Iterator[str]:
-    for line in io.TextIOWrapper(stream, encoding="utf-8-sig", newline="\n"):
-        if "\0" in line:
-            raise UserError(f"{name} is a binary file (it holds zero bytes), not text")
-        yield line.rstrip("\r\n")
+        found = _list_url(source, format)
+    except FileNotFoundError as error:
+        if error.__cause__ is None:
+            raise UserError(f"{source} does not exist: give a file, a folder or a glob") from None
+        raise UserError(f"cannot read {source}: {first_line(error.__cause__)}") from None
+    except Exception as error:  # each storage library raises its own kinds
+        raise UserError(f"cannot read {source}: {first_line(error)}") from None
+    if not found:
+        raise UserError(f"no {format} files in {source}")
+    return found
 
 
-_read_text = _lines
+def _list_url(source: str, format: str) -> list[File]:
+    from fsspec.core import url_to_fs
 
-
-def _read_jsonl(stream: BinaryIO, name: str, column: str | None) -> Iterator[str]:
-    for number, line in enumerate(_lines(stream, name), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError:
-            raise UserError(f"{name}, line {number}: not a JSON object") from None
-        if not isinstance(record, dict) or column not in record:
-            fields = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-            raise UserError(f"{name}, line {number}: no field {column!r}; it has: {fields}")
-        yield _as_text(record[column], f"{name}, line {number}")
-
-
-def _read_csv(stream: BinaryIO, name: str, column: str | None) -> Iterator[str]:
-    rows = csv.DictReader(io.TextIOWrapper(stream, encoding="utf-8-sig", newline=""))
+    filesystem, root = url_to_fs(source)
     try:
-        if column not in (rows.fieldnames or ()):
-            raise UserError(_no_column(name, column, rows.fieldnames or ()))
-        for row in rows:
-            yield row[column] or ""
-    except csv.Error as error:
-        raise UserError(f"{name}, line {rows.line_num}: {error}") from None
+        paths = [root]
+        if filesystem.info(root)["type"] == "directory" or root.endswith("/"):
+            inside = ((path, path.removeprefix(root).lstrip("/")) for path in filesystem.find(root))
+            paths = [path for path, rest in inside if _belongs(PurePosixPath(rest), format)]
+    except FileNotFoundError:
+        if not has_magic(root):
+            raise
+        paths = [p for p in filesystem.glob(root) if not PurePosixPath(p).name.startswith(".")]
+    head, same, tail = source.rstrip("/").rpartition(root) if root else ("", "", "")
+    files = []
+    for path in sorted(paths):
+        info = filesystem.info(path)
+        if info["type"] == "file":
+            info.pop("url", None)  # where a redirect led: may be signed anew each time
+            stamp = hashlib.sha256(repr(info).encode()).hexdigest()
+            url = f"{head}{path}{tail}" if same else filesystem.unstrip_protocol(path)
+            files.append(File(url, info["size"] or 0, stamp))
+    return files
 
 
-def _read_parquet(stream: BinaryIO, name: str, column: str | None) -> Iterator[str]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.ParquetFile(stream)
-        if column not in table.schema_arrow.names:
-            raise UserError(_no_column(name, column, table.schema_arrow.names))
-        for batch in table.iter_batches(batch_size=BATCH, columns=[column]):
-            for value in batch.column(0).to_pylist():
-                yield _as_text(value, name)
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{name} is not a parquet file: {error}") from None
-
-
-def _no_column(name: str, column: str | None, columns: Iterable[str]) -> str:
-    return f"{name} has no column {column!r}; it has: {', '.join(columns)}"
-
-
-def _as_text(value: Any, where: str) -> str:
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise UserError(f"{where}: {value!r:.40} is not text")
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError:  # JSON's escapes can spell half a surrogate pair
-            raise UserError(f"{where}: {value!r:.40} is not valid Unicode") from None
-    return value
-
-
-def _statements(stream: BinaryIO) -> Iterator[str]:
-    """The statements of a Python file that fit one line and parse alone, indentation removed.
-
-    One-line compound statements (`if x: y`) count, and so do the statements inside them. Strings
-    that stand alone (docstrings) are prose and left out.
-    """
-    encoding, _ = tokenize.detect_encoding(stream.readline)
-    stream.seek(0)
-    text = io.TextIOWrapper(stream, encoding=encoding).read()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # old code's escapes are not this user's concern
-        tree = ast.parse(text)
-        lines = text.split("\n")
-        for node in _walk(tree.body):
-            if node.lineno != node.end_lineno or _is_string(node):
-                continue
-            line = lines[node.lineno - 1].encode()  # ast counts columns in bytes
-            statement = line[node.col_offset : node.end_col_offset].decode()
-            if not isinstance(node, ast.If) or _parses(statement):  # an `elif` is an ast.If too
-                yield statement
-
-
-def _walk(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    for node in body:
-        yield node
-        for name in ("body", "handlers", "cases", "orelse", "finalbody"):
-            for part in getattr(node, name, ()):
-                yield from _walk([part] if isinstance(part, ast.stmt) else part.body)
-
-
-def _is_string(node: ast.stmt) -> bool:
+def _belongs(relative: PurePath, format: str) -> bool:
+    """Whether a file in a folder is meant: not hidden, named as its format is, not installed."""
     return (
-        isinstance(node, ast.Expr)
-        and isinstance(node.value, ast.Constant)
-        and isinstance(node.value.value, str)
+        relative.name.endswith(SUFFIXES[format])
+        and not any(part.startswith(".") for part in relative.parts)
+        and not (format == "python" and INSTALLED.intersection(relative.parts[:-1]))
     )
-
-
-def _parses(statement: str) -> bool:
-    try:
-        ast.parse(statement)
-    except SyntaxError:
-        return False
-    return True

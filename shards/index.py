@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 from shards.errors import DamageError, UserError
-from shards.store import Store, open_store
+from shards.store import Manifest, Store, open_store
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from shards.cache import Cache
 
 FORMAT_VERSION = 2
 HOW_TO_BUILD = "build it with: t5vae shards build SOURCE --out {path} --tokenizer T --max-length N"
@@ -44,7 +46,7 @@ class _Frozen(BaseModel):
 class Shard(_Frozen):
     """One tar file."""
 
-    name: str
+    name: str = Field(pattern=r"^\w[\w.-]*$")
     split: str
     bytes: int
     sha256: str
@@ -90,6 +92,7 @@ class Index(_Frozen):
 
     path: str = Field(exclude=True)
     sha256: str = Field(exclude=True)
+    _cache: "Cache | None" = PrivateAttr(None)
 
     def share_within(self, max_length: int) -> float:
         """The share of the corpus's unique texts that have at most max_length tokens."""
@@ -98,7 +101,9 @@ class Index(_Frozen):
     @cached_property
     def store(self) -> Store:
         """The dataset's files."""
-        return open_store(self.path)
+        sha256 = {shard.name: shard.sha256 for shard in self.shards}
+        manifest = Manifest(self.sha256, sha256 | {"blocks.npy": self.blocks_sha256})
+        return open_store(self.path, manifest, self._cache)
 
     @cached_property
     def blocks(self) -> np.ndarray:
@@ -106,16 +111,23 @@ class Index(_Frozen):
 
         Raises:
             DamageError: blocks.npy is missing or not the one the index names.
+            UserError: it cannot be read.
         """
+        name = "blocks.npy"
         try:
-            content = self.store.get("blocks.npy")
+            content = self.store.get(name)
+            if not self._is_blocks(content) and self.store.forget(name):
+                content = self.store.get(name)
         except FileNotFoundError:
             content = b""
-        if hashlib.sha256(content).hexdigest() != self.blocks_sha256:
-            raise DamageError(
-                f"{self.path}/blocks.npy is missing or damaged: build the dataset again"
-            )
+        except OSError as error:
+            raise UserError(f"cannot read {self.path}/{name}: {error.strerror or error}") from None
+        if not self._is_blocks(content):
+            raise DamageError(f"{self.path}/{name} is missing or damaged: build the dataset again")
         return np.load(io.BytesIO(content))
+
+    def _is_blocks(self, content: bytes) -> bool:
+        return hashlib.sha256(content).hexdigest() == self.blocks_sha256
 
     def split(self, name: str) -> Split:
         """The totals of a split.
@@ -159,8 +171,19 @@ class Index(_Frozen):
             raise IndexError(f"{split} has sequences 0 to {self.sequences(split) - 1}")
         reader = BlockReader(self, split)
         block = np.searchsorted(reader.first, numbers, side="right") - 1
-        ids, lengths, _ = reader.gather(block, numbers - reader.first[block])
-        return ids, lengths
+        lengths = np.empty(len(numbers), np.int64)
+        ids = np.full((len(numbers), self.max_length), self.pad_id, np.int64)
+        for number in np.unique(block).tolist():
+            its_lengths, tokens = reader.read(number)
+            starts = np.cumsum(its_lengths, dtype=np.int64) - its_lengths
+            mine = np.flatnonzero(block == number)
+            rows = numbers[mine] - reader.first[number]
+            lengths[mine] = its_lengths[rows]
+            column = np.arange(lengths[mine].max())
+            inside = column < lengths[mine, None]
+            at = np.where(inside, starts[rows, None] + column, 0)
+            ids[mine, : len(column)] = np.where(inside, tokens[at], self.pad_id)
+        return ids[:, : lengths.max(initial=0)], lengths
 
     def texts(self, split: str, numbers: np.ndarray) -> list[str]:
         """The same sequences, decoded with the dataset's own tokenizer."""
@@ -168,17 +191,26 @@ class Index(_Frozen):
         return self.tokenizer().batch_decode(ids, skip_special_tokens=True)
 
     def tokenizer(self) -> "PreTrainedTokenizerBase":
-        """Load the dataset's own tokenizer."""
+        """Load the dataset's own tokenizer.
+
+        Raises:
+            UserError: it cannot be read or loaded.
+        """
         from shards.tokenizers import load_tokenizer
 
-        return load_tokenizer(self.store.folder("tokenizer"))
+        try:
+            folder = self.store.folder("tokenizer")
+        except OSError as error:
+            raise UserError(f"cannot load the tokenizer of {self.path}: {error.strerror}") from None
+        return load_tokenizer(folder)
 
 
-def open_index(path: str | Path) -> Index:
-    """Open a dataset folder.
+def open_index(path: str | Path, cache: "Cache | None" = None) -> Index:
+    """Open a dataset.
 
     Args:
-        path: a folder, or its URL.
+        path: its folder, or a URL of any protocol that fsspec knows.
+        cache: where copies of a URL's files are kept; by default `shards.cache.Cache()`.
 
     Raises:
         UserError: there is no dataset, or one this version cannot read.
@@ -186,11 +218,12 @@ def open_index(path: str | Path) -> Index:
     """
     location = str(path)
     file = f"{location}/index.json"
+    how_to_build = HOW_TO_BUILD.format(path="FOLDER" if "://" in location else location)
     try:
         content = open_store(location).get("index.json")
     except FileNotFoundError:
         raise UserError(
-            f"{location} is no dataset (it has no index.json): {HOW_TO_BUILD.format(path=location)}"
+            f"{location} is no dataset (it has no index.json): {how_to_build}"
         ) from None
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror or error}") from None
@@ -200,11 +233,13 @@ def open_index(path: str | Path) -> Index:
         if version != FORMAT_VERSION:
             raise UserError(
                 f"{file} has format version {version}, this program reads {FORMAT_VERSION}: "
-                "build the dataset again"
+                f"remove {location} and build it again"
             )
         digest = hashlib.sha256(content).hexdigest()
-        return Index.model_validate({**fields, "path": location, "sha256": digest})
+        index = Index.model_validate({**fields, "path": location, "sha256": digest})
     except (ValueError, KeyError, TypeError):  # pydantic's ValidationError is a ValueError
         raise DamageError(
-            f"{file} is not a dataset's index or is damaged: {HOW_TO_BUILD.format(path=location)}"
+            f"{file} is not a dataset's index or is damaged: {how_to_build}"
         ) from None
+    index._cache = cache
+    return index

@@ -3,18 +3,29 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.filesize import decimal
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Column
+from rich.text import Text
+
+Advance = Callable[[int], None]
+Unit = Literal["items", "bytes"]
 
 
 @contextmanager
-def stage(title: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+def stage(
+    title: str, total: int | None = None, done: int = 0, unit: Unit = "items"
+) -> Iterator[Advance]:
     """Show one stage of work.
 
     Args:
         title: what was done, once it is.
-        total: how many items there are, if known.
+        total: how many items, or bytes, there are, if known.
+        done: how many of them were done before.
+        unit: what is counted.
 
     Yields:
         A function to call with the number of items just finished.
@@ -23,27 +34,46 @@ def stage(title: str, total: int | None = None) -> Iterator[Callable[[int], None
     begun = time.monotonic()
     bar = Progress(
         TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
+        BarColumn(bar_width=None),
+        _Counts(unit),
         TimeRemainingColumn(),
         console=console,
         transient=True,
         disable=not console.is_terminal,
     )
-    done = 0
+    finished = 0
 
-    def advance(items: int) -> None:
-        nonlocal done
-        done += items
-        bar.advance(task, items)
+    def advance(count: int) -> None:
+        nonlocal finished
+        finished += count
+        bar.advance(task, count)
 
     with bar:
-        task = bar.add_task(title, total=total)
+        task = bar.add_task(title, total=total, completed=done)
         yield advance
-    items = f": {done:,}" if done else ""
-    say(f"{title}{items} in {time.monotonic() - begun:.1f} s")
+    seconds = time.monotonic() - begun
+    counts = f": {_show(finished, unit)}" if finished else ""
+    rate = f" ({_show(round(finished / seconds), unit)}/s)" if finished else ""
+    say(f"{title}{counts} in {seconds:.1f} s{rate}")
 
 
 def say(line: str) -> None:
     """Print a line of progress."""
     Console(stderr=True).print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+class _Counts(ProgressColumn):
+    """How much is done, of how much, and how fast."""
+
+    def __init__(self, unit: Unit):
+        super().__init__(Column(no_wrap=True))
+        self.unit = unit
+
+    def render(self, task: Task) -> Text:
+        total = f" of {_show(int(task.total), self.unit)}" if task.total else ""
+        speed = f", {_show(int(task.speed), self.unit)}/s" if task.speed else ""
+        return Text(f"{_show(int(task.completed), self.unit)}{total}{speed}")
+
+
+def _show(count: int, unit: Unit) -> str:
+    return decimal(count) if unit == "bytes" else f"{count:,}"

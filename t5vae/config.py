@@ -5,12 +5,23 @@ Imports nothing heavy: a launcher on a login node reads configurations too.
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 from shards.errors import UserError
+
+if TYPE_CHECKING:
+    from shards import Dataset
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -32,15 +43,52 @@ class Run(Section):
     """Seeds weights, data order and noise."""
 
 
+class Source(Section):
+    """One dataset of a mixture."""
+
+    path: str
+    weight: float = Field(default=1.0, gt=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_path(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+
 class Data(Section):
-    shards: str
-    """Folder of shards that `t5vae shards build` made."""
+    shards: Annotated[
+        Annotated[str, Tag("path")] | Annotated[list[Source], Field(min_length=1), Tag("mixture")],
+        Discriminator(lambda value: "mixture" if isinstance(value, list) else "path"),
+    ]
+    """Folder or URL of shards that `t5vae shards build` made; or a list of them, or of
+    {path, weight}: the share of each among the sequences, relative to the others'."""
     global_batch_size: int = Field(default=256, ge=2)
     """Sequences in one optimiser step, over all ranks and micro batches."""
     micro_batch_size: int | None = Field(default=None, ge=1)
     """Sequences in one forward pass of one rank; null takes global_batch_size / ranks."""
-    sort_by_length: bool = True
-    """Deal the rows of each global batch to ranks and micro batches by length."""
+    sort_by_length: bool = False
+    """Deal the rows of each global batch to ranks and micro batches by length: less padding, but
+    every rank reads every block, and with accumulation each micro step has its own lengths."""
+    on_corrupt: Literal["error", "skip"] = "error"
+    """What a damaged block does: stop the run, or count as rows of weight 0."""
+    cache_dir: str | None = None
+    """Each node's folder for copies of remote shards; null takes T5VAE_CACHE or ~/.cache/t5vae."""
+    cache_gib: float = Field(default=256, gt=0)
+    """The most that folder may hold."""
+
+    def open(self) -> "Dataset":
+        """Open the shards.
+
+        Raises:
+            UserError: where there are none, or several that do not go together.
+        """
+        from shards import Cache, open_dataset
+
+        limit = round(self.cache_gib * 2**30)
+        cache = Cache(Path(self.cache_dir), limit) if self.cache_dir else Cache(limit_bytes=limit)
+        if isinstance(self.shards, str):
+            return open_dataset(self.shards, cache)
+        return open_dataset([source.model_dump() for source in self.shards], cache)
 
 
 class T5(Section):
@@ -310,7 +358,8 @@ def describe_keys() -> list[tuple[str, str, Any, str]]:
             assert isinstance(inner, type)
             model = inner
         field = model.model_fields[leaf]
-        kind = str(field.annotation).replace("typing.", "").removeprefix("<class '").rstrip("'>")
+        annotation = str(get_type_hints(model)[leaf]).removeprefix("<class '").rstrip("'>")
+        kind = annotation.replace("typing.", "").replace(f"{__name__}.", "")
         default = "required" if field.is_required() else field.default
         found.append((key, kind, default, " ".join((field.description or "").split())))
     return found

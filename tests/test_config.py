@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from shards.errors import UserError
-from t5vae.config import Config, keys, load_config
+from t5vae.config import Config, Source, keys, load_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 MINIMAL = "data: {shards: data/lines}\n"
@@ -77,6 +77,21 @@ def test_overrides_are_applied_in_order_over_the_file(write):
     assert config.train.precision == "fp32"
     assert config.objective.mmd.kernel == "rbf"
     assert config.optim.lr == 1e-4
+
+
+def test_shards_may_be_a_mixture_of_folders_with_weights(write, tmp_path):
+    config = load_config(write(), ["data.shards=[a, {path: s3://b/c, weight: 2.5}]"])
+    assert config.data.shards == [Source(path="a"), Source(path="s3://b/c", weight=2.5)]
+    (tmp_path / "again.yaml").write_text(config.dump())
+    assert load_config(tmp_path / "again.yaml").data == config.data
+    for value, message in [
+        ("[{path: a, weight: 0}]", "data.shards.mixture.0.weight is 0"),
+        ("[{weight: 1}]", "data.shards.mixture.0.path is missing"),
+        ("[{path: a, wait: 1}]", "unknown key data.shards.mixture.0.wait"),
+        ("[]", "data.shards.mixture is []"),
+        ("7", "data.shards.path is 7"),
+    ]:
+        assert message in refusal(write(), [f"data.shards={value}"])
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from shards import UserError, open_index
+from shards import UserError
 from t5vae.config import load_config
 from t5vae.evaluation.evaluate import evaluate
 from t5vae.latent import LatentSpace
@@ -42,21 +42,21 @@ def evaluate_run(run: str | Path, **overrides: Any) -> tuple[dict[str, Any], boo
     with open(weights, "rb") as file:
         made_from = {
             "model_sha256": hashlib.file_digest(file, "sha256").hexdigest(),
-            "shards_sha256": open_index(config.data.shards).sha256,
+            "shards_sha256": config.data.open().sha256,
             "settings": settings,
         }
     done = _read(folder / REPORT)
     if done is not None and done.get("made_from") == made_from:
         return done, True
 
-    index = open_index(config.data.shards)
-    count = min(settings["sequences"], index.sequences("valid"))
-    everything = np.arange(index.sequences("train"))
+    dataset = config.data.open()
+    held_out = dataset.first("valid", settings["sequences"])
+    everything = np.arange(dataset.sequences("train"))
     report = evaluate(
         LatentSpace.load(folder),
-        valid_ids=_sequences(*index.read("valid", np.arange(count))),
-        train_ids=_sequences(*index.read("train", everything)),
-        train_texts=index.texts("train", everything),
+        valid_ids=_sequences(*dataset.read("valid", held_out)),
+        train_ids=_sequences(*dataset.read("train", everything)),
+        train_texts=dataset.texts("train", everything),
         check=settings["check"],
         samples=settings["samples"],
         interpolations=settings["interpolations"],

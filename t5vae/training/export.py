@@ -4,7 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
-from shards import UserError, open_index
+from shards import UserError
 from t5vae.config import load_config
 from t5vae.model import T5VAE
 from t5vae.training import checkpoint
@@ -34,13 +34,13 @@ def export(run: str | Path) -> tuple[Path, str, bool]:
         return target, newest.name, True
 
     config = load_config(folder / "config.yaml")
-    index = open_index(config.data.shards)
-    if checkpoint.read_manifest(newest)["tokenizer"] != index.tokenizer_fingerprint:
+    dataset = config.data.open()
+    if checkpoint.read_manifest(newest)["tokenizer"] != dataset.tokenizer_fingerprint:
         raise UserError(
-            f"{index.path} has another tokenizer than the one {folder} was trained with; "
+            f"{dataset.path} has another tokenizer than the one {folder} was trained with; "
             "restore those shards before you export"
         )
-    model = T5VAE(model_config(config, index))
+    model = T5VAE(model_config(config, dataset))
     log_file = folder / "logs" / "export.log"
     log_file.parent.mkdir(exist_ok=True)
     with quiet_start(log_file):
@@ -50,7 +50,7 @@ def export(run: str | Path) -> tuple[Path, str, bool]:
     tmp = folder / f"export.{os.getpid()}.tmp"
     shutil.rmtree(tmp, ignore_errors=True)
     model.save_pretrained(tmp)
-    shutil.copytree(index.store.folder("tokenizer"), tmp, dirs_exist_ok=True)
+    dataset.tokenizer().save_pretrained(tmp)
     (tmp / "SOURCE").write_text(source)
     if target.exists():
         shutil.rmtree(target)

@@ -37,8 +37,8 @@ def run(config: Config, ranks: Ranks, stop: StopRequest) -> None:
         UserError: for anything a user can mend: no shards, a batch that does not divide, a run
             that cannot be resumed, no disk space, a loss that is no longer finite.
     """
-    index = setup.check_before_start(config, ranks.world_size)
-    identity = setup.identity(config, index)
+    dataset = setup.check_before_start(config, ranks.world_size)
+    identity = setup.identity(config, dataset)
     folder, steps = config.run_dir, config.train.steps
     if setup.is_finished(config, identity):
         if ranks.is_first:
@@ -51,23 +51,25 @@ def run(config: Config, ranks: Ranks, stop: StopRequest) -> None:
         device = start_process_group(ranks)
         lock = _lock(config, ranks)
         seed_everything(config.run.seed)
-        engine = build_engine(setup.build_model(config, index), config, ranks.world_size)
+        engine = build_engine(setup.build_model(config, dataset), config, ranks.world_size)
     log_libraries_to(log_file)
     log = RunLog(config, enabled=ranks.is_first)
     accumulation = config.accumulation(ranks.world_size)
     regularisation, per_token = config.objective.mmd, config.objective.reconstruction == "mean"
     stream = ShardStream(
-        config.data.shards,
+        dataset,
         seed=config.run.seed,
         global_batch_size=config.data.global_batch_size,
         micro_batch_size=config.data.micro_batch_size,
         rank=ranks.rank,
         world_size=ranks.world_size,
+        on_corrupt=config.data.on_corrupt,
         sort_by_length=config.data.sort_by_length,
-        pad_to=None if config.model.mask_padding else index.max_length,
+        pad_to=None if config.model.mask_padding else dataset.max_length,
+        pin_memory=device.type == "cuda",
     )
     step = _resume(config, identity, engine, stream, log)
-    log.describe(setup.describe(config, index, ranks.world_size))
+    log.describe(setup.describe(config, dataset, ranks.world_size))
     if ranks.is_first:
         setup.write_config(config)
 
@@ -80,8 +82,8 @@ def run(config: Config, ranks: Ranks, stop: StopRequest) -> None:
             position = stream.consumed
             batches, problem = _fetch(stream, accumulation)
         own_tokens = sum(float((b.lengths * b.weights).sum()) for b in batches)
-        tokens, told_to_stop, unread = all_sum(
-            own_tokens, stop.requested, problem is not None, device=device
+        tokens, told_to_stop, unread, quarantined = all_sum(
+            own_tokens, stop.requested, problem is not None, stream.quarantined, device=device
         )
         if unread:
             raise_together(problem)
@@ -92,12 +94,13 @@ def run(config: Config, ranks: Ranks, stop: StopRequest) -> None:
         nll = regulariser = 0.0
         codes: list[Tensor] = []
         for micro, batch in enumerate(batches):
-            ids, row_weights = batch.ids.to(device), batch.weights.to(device)
+            ids = batch.ids.to(device, non_blocking=True)
+            row_weights = batch.weights.to(device, non_blocking=True)
             on_latent = Gathering(row_weights)
             output = engine(
                 ids,
                 mode="score",
-                regularisers=_regularisers(config, batch.sequence.to(device), position),
+                regularisers=_regularisers(config, batch, position, device),
                 on_latent=on_latent,
             )
             mmd = on_latent.pending.finish(
@@ -143,7 +146,8 @@ def run(config: Config, ranks: Ranks, stop: StopRequest) -> None:
                     "skipped": skipped,
                     **latent_diagnostics(torch.cat(codes)),
                     "consumed": stream.consumed,
-                    "epoch": stream.consumed / index.sequences("train"),
+                    **passes(stream),
+                    "quarantined": quarantined,
                     "tokens_per_second": tokens_since / clock.elapsed,
                     "data_wait": clock.waited / clock.elapsed,
                 }
@@ -153,7 +157,7 @@ def run(config: Config, ranks: Ranks, stop: StopRequest) -> None:
         log.advance(step)
 
         if config.eval.every and step % config.eval.every == 0:
-            nats = held_out(engine, index, config.eval.sequences, ranks, device)
+            nats = held_out(engine, dataset, config.eval.sequences, ranks, device)
             log.say(f"step {step:,}: {nats:.3f} nats a token on held-out sequences")
         due = config.checkpoint.every and step % config.checkpoint.every == 0
         if due or told_to_stop or step == steps:
@@ -201,13 +205,24 @@ class Gathering:
         self.pending = start_gather(z_BD, weights_B=self.weights_B)
 
 
-def _regularisers(config: Config, sequence_B: Tensor, position: int) -> Regularisers:
+def _regularisers(
+    config: Config, batch: Batch, position: int, device: torch.device
+) -> Regularisers:
+    number_B = batch.sequence + (batch.source << 40)
     return Regularisers(
-        row_keys(config.run.seed, position, sequence_B),
+        row_keys(config.run.seed, position, number_B.to(device)),
         latent_noise=config.objective.latent_noise,
         input_mask=config.objective.input_mask,
         word_dropout=config.objective.word_dropout,
     )
+
+
+def passes(stream: ShardStream) -> dict[str, float]:
+    """How often the data were gone through: all of them, and each dataset of a mixture."""
+    total = stream.consumed / stream.dataset.sequences("train")
+    if len(stream.epochs) == 1:
+        return {"epoch": total}
+    return {"epoch": total, **{f"epoch/{path}": n for path, n in stream.epochs.items()}}
 
 
 def latent_diagnostics(z_BD: Tensor) -> dict[str, float]:

@@ -192,7 +192,7 @@ def log_libraries_to(log_file: Path) -> None:
     """Send what libraries log from now on to a file, at every level they chose."""
     handler = logging.FileHandler(log_file)
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
-    for name in ("DeepSpeed", "py.warnings", "transformers", "torch.distributed"):
+    for name in ("DeepSpeed", "py.warnings", "shards", "transformers", "torch.distributed"):
         logger = logging.getLogger(name)
         logger.handlers = [handler]
         logger.propagate = False

@@ -9,36 +9,36 @@ from typing import IO, Any
 
 import torch
 
-from shards import Index, UserError, open_index
+from shards import Dataset, UserError
 from t5vae.config import Config
 from t5vae.model import T5VAE, T5VAEConfig
 from t5vae.training.checkpoint import check_identity, newest_manifest
 
 
-def model_config(config: Config, index: Index | None) -> T5VAEConfig:
+def model_config(config: Config, dataset: Dataset | None) -> T5VAEConfig:
     """The model's configuration; vocabulary, special ids and T come from the shards unless set.
 
     Args:
-        index: of the shards; None where there are none yet and the configuration names both
+        dataset: the shards; None where there are none yet and the configuration names both
             `model.vocab_size` and `model.sequence_length`.
 
     Raises:
         UserError: where an explicit key cannot hold what the shards contain.
     """
     vocabulary, length = config.model.vocab_size, config.model.sequence_length
-    pad, eos = (index.pad_id, index.eos_id) if index else (0, 1)
-    if index:
-        vocabulary = vocabulary or index.vocab_size
-        length = length or index.max_length
-        if vocabulary < index.vocab_size:
+    pad, eos = (dataset.pad_id, dataset.eos_id) if dataset else (0, 1)
+    if dataset:
+        vocabulary = vocabulary or dataset.vocab_size
+        length = length or dataset.max_length
+        if vocabulary < dataset.vocab_size:
             raise UserError(
-                f"model.vocab_size {vocabulary} is smaller than the {index.vocab_size} pieces of "
-                f"the tokenizer in {index.path}; leave it out to take the tokenizer's"
+                f"model.vocab_size {vocabulary} is smaller than the {dataset.vocab_size} pieces of "
+                f"the tokenizer in {dataset.path}; leave it out to take the tokenizer's"
             )
-        if length < index.max_length:
+        if length < dataset.max_length:
             raise UserError(
-                f"model.sequence_length {length} is shorter than the {index.max_length} tokens of "
-                f"the longest sequences in {index.path}; leave it out to take the shards'"
+                f"model.sequence_length {length} is shorter than the longest sequences in "
+                f"{dataset.path} ({dataset.max_length} tokens); leave it out to take the shards'"
             )
     t5 = config.model.t5.model_dump(exclude_none=True)
     t5.update(vocab_size=vocabulary, pad_token_id=pad, eos_token_id=eos)
@@ -46,10 +46,10 @@ def model_config(config: Config, index: Index | None) -> T5VAEConfig:
     return T5VAEConfig(t5=t5, sequence_length=length, **config.model.model_dump(exclude=elsewhere))
 
 
-def build_model(config: Config, index: Index) -> T5VAE:
+def build_model(config: Config, dataset: Dataset) -> T5VAE:
     """A T5VAE with random weights from the run's seed."""
     torch.manual_seed(config.run.seed)
-    model = T5VAE(model_config(config, index))
+    model = T5VAE(model_config(config, dataset))
     if config.train.precision != "fp32" and not torch.accelerator.is_available():
         # On a CPU torch's fused attention is slower in half precision than the plain one.
         model.t5.set_attn_implementation("eager")
@@ -58,14 +58,14 @@ def build_model(config: Config, index: Index) -> T5VAE:
     return model
 
 
-def describe(config: Config, index: Index | None, world_size: int) -> dict[str, Any]:
+def describe(config: Config, dataset: Dataset | None, world_size: int) -> dict[str, Any]:
     """What follows from a configuration: batch, epochs, parameters, memory. Nothing is allocated.
 
     Memory is an estimate for weights, gradients and the optimiser's state; activations are not in
-    it. Without an index, what depends on the data is left out.
+    it. Without a dataset, what depends on the data is left out.
     """
     with torch.device("meta"):
-        model = T5VAE(model_config(config, index))
+        model = T5VAE(model_config(config, dataset))
     parameters = sum(p.numel() for p in model.parameters())
     batch = config.data.global_batch_size
     accumulation = config.accumulation(world_size)
@@ -78,8 +78,8 @@ def describe(config: Config, index: Index | None, world_size: int) -> dict[str, 
         "parameters": parameters,
         "state_bytes_per_rank": state_bytes(parameters, config, world_size),
     }
-    if index:
-        sequences = index.sequences("train")
+    if dataset:
+        sequences = dataset.sequences("train")
         facts |= {
             "train_sequences": sequences,
             "steps_per_epoch": round(sequences / batch, 2),
@@ -94,10 +94,13 @@ def describe_config(config: Config, world_size: int) -> dict[str, Any]:
     Raises:
         UserError: where they do not, and the configuration does not say what they would.
     """
-    sized = config.model.vocab_size and config.model.sequence_length
-    if sized and not Path(config.data.shards).exists():
-        return describe(config, None, world_size)
-    return describe(config, open_index(config.data.shards), world_size)
+    try:
+        dataset = config.data.open()
+    except UserError:
+        if not (config.model.vocab_size and config.model.sequence_length):
+            raise
+        dataset = None
+    return describe(config, dataset, world_size)
 
 
 def state_bytes(parameters: int, config: Config, world_size: int) -> int:
@@ -117,15 +120,15 @@ def state_bytes(parameters: int, config: Config, world_size: int) -> int:
     return round(parameters * sum(parts))
 
 
-def check_before_start(config: Config, world_size: int) -> Index:
+def check_before_start(config: Config, world_size: int) -> Dataset:
     """Everything that can be refused without a process group.
 
     Raises:
         UserError: for missing or damaged shards, a batch that does not divide, a model that does
             not fit the shards, or a disk too full for a checkpoint.
     """
-    index = open_index(config.data.shards)
-    facts = describe(config, index, world_size)
+    dataset = config.data.open()
+    facts = describe(config, dataset, world_size)
     if facts["micro_batch_size"] * world_size < 2 and config.objective.mmd.estimator == "u":
         raise UserError(
             "the unbiased MMD needs at least 2 sequences in a micro step over all ranks"
@@ -140,7 +143,7 @@ def check_before_start(config: Config, world_size: int) -> Index:
             f"{nearest} has {free / 2**20:,.0f} MiB free; two checkpoints of this model need "
             f"{checkpoint * 2 / 2**20:,.0f} MiB: free some space, or set run.output_dir elsewhere"
         )
-    return index
+    return dataset
 
 
 def make_folder(folder: Path) -> None:
@@ -203,9 +206,9 @@ def write_config(config: Config) -> None:
     tmp.replace(path)
 
 
-def identity(config: Config, index: Index) -> dict[str, Any]:
+def identity(config: Config, dataset: Dataset) -> dict[str, Any]:
     """What a run that resumes must agree with."""
-    model = json.loads(model_config(config, index).to_json_string(use_diff=False))
+    model = json.loads(model_config(config, dataset).to_json_string(use_diff=False))
     del model["transformers_version"]  # a new release does not make it another model
     return {
         "zero_stage": config.deepspeed.zero_stage,
@@ -213,7 +216,7 @@ def identity(config: Config, index: Index) -> dict[str, Any]:
         "optimizer": config.optim.name,
         "global_batch_size": config.data.global_batch_size,
         "seed": config.run.seed,
-        "shards": index.sha256,
-        "tokenizer": index.tokenizer_fingerprint,
+        "shards": dataset.sha256,
+        "tokenizer": dataset.tokenizer_fingerprint,
         "model": model,
     }

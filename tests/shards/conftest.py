@@ -1,6 +1,8 @@
 """Small datasets for the tests of shards."""
 
 import ast
+import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -39,3 +41,38 @@ def dataset(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         shard_size=8192,
     )
     return path
+
+
+@pytest.fixture(scope="session")
+def parts(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The corpus in files of 100 lines, each line twice in all."""
+    folder = tmp_path_factory.mktemp("parts")
+    lines = corpus.read_text().splitlines()
+    for number in range(20):
+        some = lines[number % 10 * 100 :][:100]
+        (folder / f"{number:02}.txt").write_text("\n".join(some))
+    return folder
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand lines make many groups, runs and buckets."""
+    monkeypatch.setattr("shards.stages.LEAST_GROUP", 2000)
+    monkeypatch.setattr("shards.spool.RUN_BYTES", 2000)
+    monkeypatch.setattr("shards.spool.BUCKET_BYTES", 1500)
+    monkeypatch.setattr("shards.stages.BATCH_BYTES", 300)
+
+
+@pytest.fixture(scope="session")
+def digests() -> Callable[[Path], dict[str, str]]:
+    """The sha256 of each file of a dataset folder."""
+
+    def of(folder: Path) -> dict[str, str]:
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        assert {"index.json", "blocks.npy", "train-00000.tar"} <= {path.name for path in files}
+        return {
+            str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in files
+        }
+
+    return of

@@ -1,5 +1,8 @@
-import errno
+import io
 import os
+import sys
+from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -7,7 +10,7 @@ import webdataset
 
 import shards
 from shards import UserError
-from shards.pack import gather_ragged
+from shards.pack import blocks
 from shards.tokenizers import fingerprint
 
 OPTIONS = {"tokenizer": "byte", "max_length": 48, "block_size": 16, "valid_fraction": 0.1}
@@ -67,13 +70,35 @@ def test_totals_and_histograms_agree(dataset):
     assert index.share_within(index.max_length) == pytest.approx(kept / unique)
 
 
-def test_same_input_and_options_give_the_same_bytes(corpus, dataset, tmp_path):
+def test_same_input_and_options_give_the_same_bytes(corpus, dataset, tmp_path, digests):
     options = {"tokenizer": "train:300", "max_length": 24, "valid_fraction": 0.1}
     shards.build(corpus, tmp_path / "b", **options, block_size=32, shard_size=8192)
-    files = [path.relative_to(dataset) for path in sorted(dataset.rglob("*")) if path.is_file()]
-    assert len(files) > 5
-    for file in files:
-        assert (tmp_path / "b" / file).read_bytes() == (dataset / file).read_bytes(), file
+    assert digests(tmp_path / "b") == digests(dataset)
+
+
+@pytest.mark.parametrize("overflow", ["drop", "truncate", "split"])
+def test_the_way_through_the_disk_does_not_show(
+    parts, tmp_path, request, monkeypatch, digests, overflow
+):
+    options = OPTIONS | {"tokenizer": "train:300", "max_length": 12, "overflow": overflow}
+    whole = shards.build(parts, tmp_path / "whole", **options)
+    assert whole.dropped["duplicate"] == 1000
+    request.getfixturevalue("small_parts")
+    written = []
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda *names: (written.append(names[1]), replace(*names)))
+    shards.build(parts, tmp_path / "parts", **options)
+    assert len([path for path in written if path.suffix == ".arrow"]) >= 40
+    assert len([path for path in written if path.suffix == ".npz"]) > 20
+    assert digests(tmp_path / "whole") == digests(tmp_path / "parts")
+    assert sorted(os.listdir(tmp_path)) == ["parts", "whole"]
+
+
+def test_workers_do_not_show(parts, tmp_path, small_parts, digests):
+    options = OPTIONS | {"tokenizer": "train:300", "max_length": 12, "overflow": "split"}
+    for workers in (1, 2):
+        shards.build(parts, tmp_path / f"{workers}", **options, workers=workers)
+    assert digests(tmp_path / "1") == digests(tmp_path / "2")
 
 
 def test_a_built_dataset_is_left_alone_and_other_options_are_refused(corpus, tmp_path, capsys):
@@ -116,31 +141,109 @@ def test_what_is_dropped_is_counted(tmp_path):
         index.sequences("valid")
 
 
-def test_duplicates_stay_when_asked(tmp_path):
+def test_what_equals_another_only_by_its_hash_is_kept(parts, tmp_path, small_parts, monkeypatch):
+    monkeypatch.setattr("xxhash.xxh3_64_intdigest", lambda content: len(content) << 56)
+    index = shards.build(parts, tmp_path / "d", **OPTIONS)
+    lines = [line for path in parts.iterdir() for line in path.read_text().splitlines()]
+    assert sorted(everything(index, "train") + everything(index, "valid")) == sorted({*lines})
+    assert index.dropped == {"duplicate": 1000}
+
+
+def test_duplicates_stay_when_asked(tmp_path, parts):
     (tmp_path / "a.txt").write_text("a\na\nb\n")
     options = OPTIONS | {"valid_fraction": 0, "dedupe": False}
     index = shards.build(tmp_path / "a.txt", tmp_path / "d", **options)
     assert sorted(everything(index, "train")) == ["a", "a", "b"]
+    train = everything(shards.build(parts, tmp_path / "e", **options), "train")
+    assert len(train) == 2000
+    assert sum(a == b for a, b in pairwise(train)) < 20  # not side by side
 
 
-def test_truncated_sequences_keep_their_end_token(tmp_path):
-    (tmp_path / "a.txt").write_text("abcdef\nabc\n")
+def test_truncated_sequences_are_in_one_split_only(corpus, tmp_path):
+    (tmp_path / "a.txt").write_text("abcdef\nabc\nabcdxyz\n")
     options = OPTIONS | {"valid_fraction": 0, "max_length": 5, "overflow": "truncate"}
     index = shards.build(tmp_path / "a.txt", tmp_path / "d", **options)
     assert sorted(everything(index, "train")) == ["abc", "abcd"]
     ids, lengths = index.read("train", np.arange(2))
     assert (ids[np.arange(2), lengths - 1] == 1).all()
+    assert index.overlong == 2
+    assert index.unique_lengths == [0, 0, 0, 0, 1, 0, 0, 1, 1]
+    assert index.dropped == {"duplicate once cut": 1}
+
+    options = OPTIONS | {"max_length": 10, "overflow": "truncate"}
+    index = shards.build(corpus, tmp_path / "e", **options)
+    train, valid = everything(index, "train"), everything(index, "valid")
+    assert set(train) | set(valid) == {line[:9] for line in corpus.read_text().splitlines()}
+    assert not set(train) & set(valid)
+    assert index.overlong == 1000 == len(train) + len(valid) + sum(index.dropped.values())
+
+
+def test_split_sequences_make_up_the_text(tmp_path):
+    text = "".join(f"{i:03}" for i in range(100))
+    (tmp_path / "a.txt").write_text(f"{text}\nshort\n")
+    options = OPTIONS | {"valid_fraction": 0, "max_length": 13, "overflow": "split"}
+    index = shards.build(tmp_path / "a.txt", tmp_path / "d", **options)
+    pieces = sorted(everything(index, "train"))
+    assert "".join(pieces[:-1]) == text
+    assert pieces[-1] == "short"
+    assert (index.overlong, len(pieces), index.texts_read) == (1, 26, 2)
+
+
+def test_standard_input_is_a_corpus(corpus, tmp_path, monkeypatch, capsys):
+    def pipe(content):
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(content)))
+
+    pipe(corpus.read_bytes())
+    index = shards.build("-", tmp_path / "piped", **OPTIONS)
+    named = shards.build(corpus, tmp_path / "named", **OPTIONS)
+    assert index.shards == named.shards
+    assert index.recipe == named.recipe | {"source": "-"}
+    pipe(corpus.read_bytes())
+    shards.build("-", tmp_path / "piped", **OPTIONS)
+    assert "already built" in capsys.readouterr().err
+    pipe(b"another = 1\n")
+    with pytest.raises(UserError, match="another input"):
+        shards.build("-", tmp_path / "piped", **OPTIONS)
+
+
+def test_webdataset_texts_are_a_corpus_like_any(corpus, tmp_path):
+    with webdataset.TarWriter(str(tmp_path / "a.tar")) as writer:
+        for number, line in enumerate(corpus.read_text().splitlines()):
+            writer.write({"__key__": f"{number:05}", "txt": line})
+    texts = shards.build(tmp_path / "a.tar", tmp_path / "tar", **OPTIONS, format="webdataset")
+    lines = shards.build(corpus, tmp_path / "lines", **OPTIONS)
+    assert texts.shards == lines.shards
+
+
+@pytest.mark.parametrize("overflow", ["drop", "truncate", "split"])
+def test_webdataset_token_ids_are_a_corpus(tmp_path, overflow):
+    rows = [np.arange(10, 10 + length) for length in (3, 4, 7, 3)]
+    rows.append(np.array([10, 11, 12, 1, 0, 0]))  # the first once more, with an end and pads
+    with webdataset.TarWriter(str(tmp_path / "a.tar")) as writer:
+        for number, row in enumerate(rows):
+            writer.write({"__key__": f"{number:05}", "ids.npy": row})
+    options = {"format": "webdataset", "tokenizer": "byte", "max_length": 5, "valid_fraction": 0}
+    index = shards.build(tmp_path / "a.tar", tmp_path / "d", **options, overflow=overflow)
+    ids, lengths = index.read("train", np.arange(index.sequences("train")))
+    kept = sorted(row[: n - 1].tolist() for row, n in zip(ids, lengths, strict=True))
+    more = {"drop": [], "truncate": [], "split": [[14, 15, 16]]}[overflow]
+    assert kept == [[10, 11, 12], [10, 11, 12, 13], *more]
+    assert (ids[np.arange(len(ids)), lengths - 1] == 1).all()
     assert index.overlong == 1
+    assert index.dropped["duplicate"] == 2
+    with pytest.raises(UserError, match="token ids"):
+        shards.build(tmp_path / "a.tar", tmp_path / "e", **options | {"tokenizer": "train:300"})
 
 
-def test_a_failed_build_leaves_nothing(corpus, tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(webdataset.TarWriter, "write", full)
-    with pytest.raises(UserError, match="no space left"):
-        shards.build(corpus, tmp_path / "d", **OPTIONS)
-    assert os.listdir(tmp_path) == []
+def test_long_sequences_make_smaller_blocks(tmp_path):
+    (tmp_path / "short.txt").write_text("\n".join(f"{i:04}" for i in range(5000)))
+    (tmp_path / "long.txt").write_text("\n".join(f"{i:04}" * 250 for i in range(700)))
+    options = {"tokenizer": "byte", "max_length": 1001, "valid_fraction": 0}
+    short = shards.build(tmp_path / "short.txt", tmp_path / "s", **options)
+    long = shards.build(tmp_path / "long.txt", tmp_path / "l", **options)
+    assert (short.block_size, short.blocks["sequences"].max()) == (4096, 4096)
+    assert (long.block_size, long.blocks["sequences"].max()) == (256, 256)  # of 2^18 / 1001
+    assert shards.verify(tmp_path / "l").ok
 
 
 def test_bad_input_is_one_line(tmp_path):
@@ -153,14 +256,14 @@ def test_bad_input_is_one_line(tmp_path):
         ("long.txt", {"max_length": 1}, "max_length"),
         ("long.txt", {"valid_fraction": 1.0}, "valid_fraction"),
         ("long.txt", {"block_size": 100}, "multiple of 16"),
-        ("long.txt", {"overflow": "split"}, "overflow"),
+        ("long.txt", {"overflow": "wrap"}, "overflow"),
         ("long.txt", {"tokenizer": "train:many"}, "train:N"),
         ("long.txt", {"format": "jsonl"}, "--column"),
     ]:
         with pytest.raises(UserError, match=message) as error:
             shards.build(tmp_path / name, tmp_path / "out", **OPTIONS | options)
         assert "\n" not in str(error.value)
-        assert not (tmp_path / "out").exists()
+        assert sorted(os.listdir(tmp_path)) == ["empty.txt", "long.txt"]
 
 
 def test_reading_outside_a_split_is_an_error(dataset):
@@ -170,9 +273,15 @@ def test_reading_outside_a_split_is_an_error(dataset):
             index.read("valid", np.array([number]))
 
 
-def test_gather_ragged_equals_a_loop():
+def test_blocks_are_cut_across_parts():
     rng = np.random.default_rng(0)
-    tokens = rng.integers(0, 99, 500)
-    starts, lengths = rng.integers(0, 400, 50), rng.integers(1, 90, 50)
-    loop = np.concatenate([tokens[s : s + n] for s, n in zip(starts, lengths, strict=True)])
-    assert gather_ragged(tokens, starts, lengths).tolist() == loop.tolist()
+    parts = []
+    for sequences in (3, 0, 40, 1, 7, 16):
+        lengths = rng.integers(1, 9, sequences).astype(np.uint16)
+        parts.append((lengths, rng.integers(0, 99, lengths.sum()).astype(np.uint32)))
+    cut = list(blocks(parts, 16))
+    assert [len(lengths) for lengths, _ in cut] == [16, 16, 16, 16, 3]
+    assert all(len(tokens) == lengths.sum() for lengths, tokens in cut)
+    for which in (0, 1):
+        joined = np.concatenate([part[which] for part in parts])
+        assert np.concatenate([block[which] for block in cut]).tolist() == joined.tolist()

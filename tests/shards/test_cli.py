@@ -26,6 +26,20 @@ def test_build_inspect_and_verify(corpus, tmp_path):
     assert set(document["examples"]["train"]) <= set(corpus.read_text().splitlines())
 
 
+@pytest.mark.parametrize(
+    ("overflow", "fate"), [("drop", "dropped"), ("truncate", "truncated"), ("split", "pieces")]
+)
+def test_build_says_what_became_of_long_texts(corpus, tmp_path, overflow, fate):
+    options = ["--tokenizer", "byte", "--max-length", "30", "--workers", "1"]
+    out = str(tmp_path / "d")
+    built = run(app, ["build", str(corpus), "--out", out, *options, "--overflow", overflow])
+    assert built.exit_code == 0, built.output
+    overlong = sum(len(line) > 29 for line in corpus.read_text().splitlines())
+    [row] = [line for line in built.stdout.splitlines() if "over 30 tokens" in line]
+    assert f"{overlong} texts ({overlong / 1000:.1%})" in row
+    assert fate in row
+
+
 def test_verify_exits_1_on_damage(dataset, tmp_path):
     (tmp_path / "index.json").write_text((dataset / "index.json").read_text())
     result = run(app, ["verify", str(tmp_path)])

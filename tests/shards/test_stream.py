@@ -13,6 +13,18 @@ import shards
 from shards import ShardStream, UserError
 
 G = 12
+BATCH = 24
+
+
+@pytest.fixture(scope="module")
+def many_blocks(dataset, tmp_path_factory):
+    """About 2,700 sequences in more blocks than lanes, with the tokenizer of `dataset`."""
+    folder = tmp_path_factory.mktemp("many")
+    lines = [f"other_{i} = {'+'.join('xyz'[: i % 4])}" for i in range(3000)]
+    (folder / "lines.txt").write_text("\n".join(lines))
+    options = {"tokenizer": dataset / "tokenizer", "max_length": 40, "block_size": 16}
+    shards.build(folder / "lines.txt", folder / "data", **options, valid_fraction=0.1)
+    return folder / "data"
 
 
 def stream(path, **options):
@@ -27,6 +39,20 @@ def sequences(path, steps, **options) -> np.ndarray:
         with stream(path, world_size=world, rank=rank, **options) as batches:
             ranks.append([b.sequence.numpy() for b in islice(batches, steps)])
     return np.concatenate([rows for step in zip(*ranks, strict=True) for rows in step])
+
+
+def rows(source, steps, **options) -> list[list[tuple[int, int]]]:
+    """(source, sequence) of each row of each step, rank after rank."""
+    world = options.pop("world_size", 1)
+    seen: list[list[tuple[int, int]]] = [[] for _ in range(steps)]
+    for rank in range(world):
+        with stream(source, world_size=world, rank=rank, **options) as batches:
+            for step in seen:
+                before = batches.consumed
+                while batches.consumed == before:
+                    batch = next(batches)
+                    step += zip(batch.source.tolist(), batch.sequence.tolist(), strict=True)
+    return seen
 
 
 def threads() -> list[threading.Thread]:
@@ -59,18 +85,37 @@ def test_every_sequence_once_an_epoch_and_batches_straddle_epochs(dataset):
     assert (seen[:n] != seen[n : 2 * n]).any()
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(data=st.data())
-def test_ranks_and_restarts_change_nothing(dataset, data):
-    n = shards.open_index(dataset).sequences("train")
-    start = (n // G - 3) * G  # shortly before an epoch's end
-    whole = sequences(dataset, 12, consumed=start)
-    parts, consumed = [], start
-    for _ in range(3):
-        world = data.draw(st.sampled_from([1, 2, 3, 4, 6]))
-        parts.append(sequences(dataset, 4, world_size=world, consumed=consumed))
-        consumed += 4 * G
-    assert np.concatenate(parts).tolist() == whole.tolist()
+def test_ranks_and_restarts_change_nothing(dataset, many_blocks, data):
+    mixture = [{"path": dataset, "weight": 1}, {"path": many_blocks, "weight": 2.5}]
+    source = data.draw(st.sampled_from([dataset, many_blocks, mixture]))
+    by_length = data.draw(st.booleans())
+    n = shards.open_dataset(source).sequences("train")
+    start = n // BATCH * BATCH - data.draw(st.integers(0, 10)) * BATCH  # about an epoch's end
+    options = {"global_batch_size": BATCH, "sort_by_length": by_length}
+    whole = rows(source, 15, consumed=start, **options)
+    parts, consumed, in_order = [], start, True
+    for _ in range(5):
+        world = data.draw(st.sampled_from([1, 2, 3, 4, 6, 8]))
+        share = BATCH // world
+        micro = data.draw(st.sampled_from([n for n in range(1, share + 1) if share % n == 0]))
+        split = {"world_size": world, "micro_batch_size": micro}
+        in_order &= micro == share and not by_length
+        parts += rows(source, 3, consumed=consumed, **split, **options)
+        consumed += 3 * BATCH
+    assert [sorted(step) for step in parts] == [sorted(step) for step in whole]
+    if in_order:
+        assert parts == whole
+
+
+@pytest.mark.parametrize("world", [1, 3, 8])
+def test_every_sequence_once_an_epoch_at_any_world_size(many_blocks, world):
+    n = shards.open_index(many_blocks).sequences("train")
+    steps = 2 * n // BATCH + 1
+    seen = rows(many_blocks, steps, world_size=world, global_batch_size=BATCH)
+    numbers = [number for step in seen for _, number in step]
+    assert sorted(numbers[:n]) == sorted(numbers[n : 2 * n]) == list(range(n))
 
 
 @pytest.mark.parametrize("by_length", [False, True])
@@ -96,8 +141,60 @@ def test_micro_batches_and_sorting_keep_the_global_batch(dataset, world, micro, 
         batches.close()
     for step in range(steps):
         assert sorted(seen[step]) == sorted(whole[step])
-    if not by_length and world == 1:
-        assert np.concatenate(seen).tolist() == whole.ravel().tolist()
+
+
+def test_sorted_batches_need_less_padding_and_keep_the_mix_of_lengths(many_blocks):
+    def padding(by_length, **options):
+        shares = []
+        for rank in range(2):
+            options |= {"rank": rank, "world_size": 2, "global_batch_size": 128}
+            with stream(many_blocks, sort_by_length=by_length, **options) as batches:
+                shares += [(b.ids == 0).float().mean().item() for b in islice(batches, 40)]
+        return np.mean(shares)
+
+    assert padding(True) < padding(False)
+    assert padding(True, micro_batch_size=16) < 0.7 * padding(False, micro_batch_size=16)
+    index = shards.open_index(many_blocks)
+    corpus = index.read("train", np.arange(index.sequences("train")))[1]
+    for step in rows(many_blocks, 10, sort_by_length=True, world_size=2, global_batch_size=512):
+        lengths = index.read("train", np.array([number for _, number in step]))[1]
+        assert abs(lengths.mean() - corpus.mean()) < 4 * corpus.std() / 512**0.5
+        assert abs(lengths.std() - corpus.std()) < 0.2 * corpus.std()
+
+
+def test_a_mixture_keeps_its_weights_in_every_stretch(dataset, many_blocks):
+    mixture = [{"path": dataset, "weight": 0.3}, {"path": many_blocks, "weight": 0.7}]
+    for step in rows(mixture, 20, global_batch_size=100, consumed=12_345):
+        assert sum(source == 0 for source, _ in step) == 30
+    with stream(mixture, global_batch_size=100) as batches:
+        for _ in range(30):
+            next(batches)
+        first, second = (shards.open_index(p).sequences("train") for p in (dataset, many_blocks))
+        assert batches.epochs == {str(dataset): 900 / first, str(many_blocks): 2100 / second}
+
+
+def test_each_dataset_of_a_mixture_is_gone_through_once_an_epoch(dataset, many_blocks):
+    sizes = [shards.open_index(path).sequences("train") for path in (dataset, many_blocks)]
+    seen = [row for step in rows([dataset, many_blocks], 300, world_size=3) for row in step]
+    for source, size in enumerate(sizes):
+        numbers = [number for of, number in seen if of == source]
+        assert len(numbers) == 300 * G / 2
+        for start in range(0, len(numbers), size):
+            epoch = numbers[start : start + size]
+            assert len(set(epoch)) == len(epoch)
+
+
+def test_a_mixture_delivers_what_its_datasets_hold(dataset, many_blocks):
+    indexes = [shards.open_index(path) for path in (dataset, many_blocks)]
+    with stream([dataset, many_blocks], micro_batch_size=4) as batches:
+        for batch in islice(batches, 9):
+            assert len(set(batch.source.tolist())) == 2  # in every micro batch
+            for number, index in enumerate(indexes):
+                mine = batch.source == number
+                ids, lengths = index.read("train", batch.sequence[mine].numpy())
+                assert batch.lengths[mine].tolist() == lengths.tolist()
+                assert batch.ids[mine][:, : ids.shape[1]].tolist() == ids.tolist()
+                assert not batch.ids[mine][:, ids.shape[1] :].any()
 
 
 def test_a_saved_state_resumes_and_a_foreign_one_is_refused(dataset):

@@ -43,6 +43,20 @@ def other_dataset(lines: Path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def damaged_dataset(dataset: Path) -> Path:
+    """Other lines with the tokenizer of `dataset`; one bit of its first block is wrong."""
+    lines, folder = dataset.parent / "others.txt", dataset.parent / "damaged"
+    lines.write_text("\n".join(f"other_{i} = {i} + {'x' * (i % 5)}" for i in range(300)))
+    options = {"max_length": 16, "valid_fraction": 0.1, "block_size": 32}
+    index = shards.build(lines, folder, tokenizer=dataset / "tokenizer", **options)
+    shard = folder / index.shards[0].name
+    content = bytearray(shard.read_bytes())
+    content[index.blocks[0]["tokens_offset"]] ^= 1
+    shard.write_bytes(content)
+    return folder
+
+
 @pytest.fixture
 def make_config(dataset: Path, tmp_path: Path) -> Callable[..., Config]:
     """A small run's configuration; sections given replace its own."""

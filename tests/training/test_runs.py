@@ -318,8 +318,13 @@ def test_a_folder_in_use_is_refused_by_all_ranks_with_one_line_and_exit_code_2(
     assert not (run_of(config) / "metrics.jsonl").exists()
 
 
-def test_the_losses_do_not_depend_on_how_the_batch_is_split_over_ranks(launch, write_config):
+def test_the_losses_do_not_depend_on_how_the_batch_is_split_over_ranks(
+    launch, write_config, dataset, damaged_dataset
+):
+    """On a mixture, one of whose datasets has a damaged block, with all the noise there is."""
+    mixture = [{"path": str(dataset), "weight": 3}, {"path": str(damaged_dataset)}]
     sections = {
+        "data": {"shards": mixture, "global_batch_size": 16, "on_corrupt": "skip"},
         "objective": {"latent_noise": 0.5, "input_mask": 0.2, "word_dropout": 0.2},
         "optim": {"name": "adamw", "warmup": 0.0},
         "train": {"steps": 3, "precision": "fp32"},
@@ -336,7 +341,10 @@ def test_the_losses_do_not_depend_on_how_the_batch_is_split_over_ranks(launch, w
     pairs = list(zip(read_metrics(run_of(alone)), read_metrics(run_of(split)), strict=True))
     assert [left["step"] for left, _ in pairs] == [1, 2, 3]
     for left, right in pairs:
-        assert left["consumed"] == right["consumed"]
+        for name in ("consumed", "epoch", f"epoch/{dataset}", f"epoch/{damaged_dataset}"):
+            assert left[name] == right[name], name
+        assert left["quarantined"] >= 1
+        assert right["quarantined"] >= 1
         for name in ("loss", "reconstruction", "mmd", "nats_per_token", "nats_per_sequence"):
             assert left[name] == pytest.approx(right[name], rel=1e-3), (left["step"], name)
     said = [
@@ -345,6 +353,8 @@ def test_the_losses_do_not_depend_on_how_the_batch_is_split_over_ranks(launch, w
     ]
     nats = [float(line.split(": ")[1].split()[0]) for line in said]
     assert nats[0] == pytest.approx(nats[1], abs=2e-3)
+    log = run_of(alone) / "logs" / "rank-00000.log"
+    assert f"{damaged_dataset}/train-00000.tar, block 0 is damaged" in log.read_text()
 
 
 # What follows uses the finished run.

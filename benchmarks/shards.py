@@ -1,0 +1,464 @@
+"""Measure how fast `shards` loads, starts and builds and how much it stores, beside its peers.
+
+    python benchmarks/shards.py --quick --only limit,t5vae --data DIR   # DIR keeps the data
+    python benchmarks/shards.py --peers-python PEERS/bin/python --write
+
+Contenders take turns, each in a process of its own (`_contenders.py`), so that a noisy machine
+hits all alike; what is printed are medians of several turns. Ratios are taken turn by turn.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import numpy as np
+from _contenders import WEBDATASET_ROWS, cpu_seconds
+from _data import (
+    MAX_LENGTH,
+    PIECES,
+    generated_lines,
+    make_billion,
+    make_sequences,
+    stored_bytes,
+    write_lines,
+)
+from tokenizers import Encoding, Tokenizer
+
+ROOT = Path(__file__).parents[1]
+CONTENDERS = ROOT / "benchmarks" / "_contenders.py"
+DOC = ROOT / "docs" / "benchmarks" / "shards.md"
+sys.path[0] = str(ROOT)  # `shards` is the package, not this script
+os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+PEERS = {"webdataset": "webdataset", "mosaic": "mosaicml-streaming", "litdata": "litdata"}
+OWN = ("numpy", "torch", "tokenizers")
+SECTIONS = ("limit", "t5vae", *PEERS, "start", "build")
+
+
+@dataclass(frozen=True)
+class Loader:
+    """A contender in one of its ways, or in several that share its time."""
+
+    title: str
+    name: str
+    ways: tuple[dict[str, Any], ...] = ({},)
+    within: str = ""
+    """The folder of the data to load from."""
+
+
+def ranks(world_size: int, *numbers: int) -> tuple[dict[str, Any], ...]:
+    return tuple({"world_size": world_size, "rank": rank} for rank in numbers)
+
+
+LIMIT = "the limit: memory-mapped arrays, shuffled each epoch"
+ALONE = "`shards`, one rank"
+OF_8 = "`shards`, a rank of 8"
+OF_64 = "`shards`, a rank of 64"
+BILLION = "of a billion sequences"
+LARGE_8, LARGE_64 = f"{OF_8}, {BILLION}", f"{OF_64}, {BILLION}"
+RECORDS = "WebDataset, an array a sequence"
+RAW = "WebDataset, raw bytes a sequence"
+LOADERS = [
+    Loader(LIMIT, "limit"),
+    Loader("the same, one permutation drawn beforehand", "limit", ({"fresh": False},)),
+    Loader(ALONE, "t5vae"),
+    Loader(OF_8, "t5vae", ranks(8, 0, 3, 7)),
+    Loader(OF_64, "t5vae", ranks(64, 0, 21, 63)),
+    Loader(LARGE_8, "t5vae", ranks(8, 0, 3, 7), "billion"),
+    Loader(LARGE_64, "t5vae", ranks(64, 0, 21, 63), "billion"),
+    Loader(
+        "`shards`, one rank, sorted by length, micro batches of 128",
+        "t5vae",
+        ({"sort_by_length": True, "micro_batch_size": 128},),
+    ),
+    Loader(RECORDS, "webdataset"),
+    Loader(RAW, "webdataset", ({"member": "bin"},)),
+    Loader("MosaicML Streaming, raw bytes a sequence", "mosaic"),
+    Loader("LitData, an array a sequence", "litdata"),
+]
+TITLES = {
+    "limit": "memory-mapped arrays",
+    "t5vae": "`shards`",
+    "webdataset": RECORDS,
+    "mosaic": "MosaicML Streaming",
+    "litdata": "LitData",
+    "billion": f"`shards`, an index {BILLION}",
+}
+
+HEAD = """\
+# How fast `shards` loads, starts and builds
+
+Printed by `python benchmarks/shards.py --peers-python PEERS/bin/python --write`, where PEERS is a \
+virtual environment with `{install}`, on this machine: {machine}
+
+The data are {count:,} generated lines like one-line statements, of {mean:.1f} tokens (standard \
+deviation {deviation:.1f}, at most {longest}) out of a vocabulary of {pieces:,}: 2 bytes a token.
+"""
+
+LOADING = """\
+## Loading
+
+Sequences per second of CPU, helper threads included, that become padded int64 batches of 512, \
+shuffled, with all files in the page cache. Contenders take turns, {seconds:g} s of CPU each, in \
+processes of their own that stay; figures are medians of {turns} turns, ratios are taken turn by \
+turn. The limit gathers rows of one memory-mapped array in NumPy; unlike all others it shuffles \
+by a permutation of the whole dataset, which has to fit in memory. A rank of 8 or of 64 takes 512 \
+rows of a global batch of 8 or 64 times as many; three such ranks are measured, each alone, and \
+once more where an epoch does not end every few steps: on an index {billion} that lists the same \
+blocks again and again. The peers store a sequence a record, load in the process itself, and \
+share one collate function.
+
+"""
+
+STORAGE = """\
+## Storage
+
+All files but the tokenizer, beside the {own:.1f} bytes that the tokens of a sequence take.
+
+"""
+
+START = """\
+## Start
+
+From the constructor in a new process to the first batch, with all modules imported and all files \
+in the page cache; and how much this raises the process's peak of memory.
+
+"""
+
+BUILD = """\
+## Build
+
+What `shards.build` with one worker takes for {lines:,} unique lines of a text file, and what \
+`encode_batch_fast` of `tokenizers` takes for them, the two in turns batch by batch. The \
+difference is all else: to read, drop duplicates, split, shuffle, pack and check.
+
+"""
+
+
+# Measurements
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What to measure: the data, the Python of each contender, and how thoroughly."""
+
+    data: Path
+    pythons: dict[str, str]
+    quick: bool
+
+    @property
+    def seconds(self) -> float:
+        return 0.4 if self.quick else 1.5
+
+    @property
+    def turns(self) -> int:
+        return 5 if self.quick else 7
+
+    def command(self, action: str, name: str, data: Path, *options: str) -> list[str]:
+        return [self.pythons[name], str(CONTENDERS), action, name, str(data), *options]
+
+    def serve(self, loader: Loader, way: dict[str, Any]) -> list[str]:
+        return self.command("serve", loader.name, self.data / loader.within, json.dumps(way))
+
+    def prepare(self) -> None:
+        """Make the data that are not there yet."""
+        self.data.mkdir(parents=True, exist_ok=True)
+        if not (self.data / "limit").exists():
+            make_sequences(self.data, generated_lines(2**20 if self.quick else 2**21))
+        if not (self.data / "billion").exists():
+            make_billion(self.data)
+        for name in self.pythons:
+            if not (self.data / name).exists():
+                subprocess.run(self.command("write", name, self.data), check=True)
+
+    def rates(self) -> dict[str, list[float]]:
+        """Sequences per second of CPU of each loader, turn by turn."""
+        loaders = [loader for loader in LOADERS if loader.name in self.pythons]
+        found: dict[str, list[float]] = {loader.title: [] for loader in loaders}
+        with ExitStack() as stack:
+            workers = {
+                loader.title: [
+                    stack.enter_context(Worker(self.serve(loader, way))) for way in loader.ways
+                ]
+                for loader in loaders
+            }
+            for turn in range(self.turns + 1):
+                for title, ways in workers.items():
+                    rows, cpu = np.sum([way.load(self.seconds / len(ways)) for way in ways], axis=0)
+                    if turn:  # the first warms up
+                        found[title].append(rows / cpu)
+        return found
+
+    def starts(self) -> dict[str, tuple[float, float]]:
+        """Seconds to the first batch, and bytes of memory for it, in a new process."""
+        names = {name: self.data for name in self.pythons} | {"billion": self.data / "billion"}
+        found = {}
+        for title, data in names.items():
+            command = self.command("start", "t5vae" if title == "billion" else title, data)
+            runs = [json.loads(output(command)) for _ in range(1 if self.quick else 3)]
+            seconds, size = (median(run[key] for run in runs) for key in ("seconds", "bytes"))
+            found[title] = seconds, size
+        return found
+
+    def builds(self) -> tuple[int, list[float], list[float]]:
+        """How many lines; seconds of CPU to build them and only to tokenize them, turn by turn."""
+        import shards
+
+        lines = generated_lines(2**18 if self.quick else 2**19, seed=1)
+        few = write_lines(self.data / "few.txt", lines[:1000])
+        source = write_lines(self.data / "more.txt", lines)
+        out, tokenizer = self.data / "built", self.data / "vocabulary" / "tokenizer"
+
+        def build(source: Path) -> float:
+            before = cpu_seconds()
+            shards.build(source, out, tokenizer=tokenizer, max_length=MAX_LENGTH, workers=1)
+            cpu = cpu_seconds() - before
+            shutil.rmtree(out)
+            return cpu
+
+        build(few)  # imports what a build needs
+        built, tokenized = [], []
+        for _ in range(1 if self.quick else 5):
+            TwiceTokenizer.seconds = 0
+            with patch("tokenizers.Tokenizer", TwiceTokenizer):
+                cpu = build(source)
+            built.append(cpu - TwiceTokenizer.seconds)
+            tokenized.append(TwiceTokenizer.seconds)
+        return len(lines), built, tokenized
+
+
+class Worker:
+    """A loader in a process of its own, which ends with the block."""
+
+    def __init__(self, command: list[str]):
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, bufsize=1)
+
+    def load(self, seconds: float) -> tuple[int, float]:
+        """Rows loaded, and the seconds of CPU that took."""
+        assert self.process.stdin
+        assert self.process.stdout
+        print(seconds, file=self.process.stdin)
+        told = json.loads(self.process.stdout.readline())
+        return told["rows"], told["cpu"]
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self.process.stdin
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def output(command: list[str]) -> str:
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
+class TwiceTokenizer:
+    """A `tokenizers.Tokenizer` that encodes each batch once more, and counts the CPU of that.
+
+    So a build and tokenizing alone take turns batch by batch. Their difference is small, and that
+    of two runs would drown in what else the machine does.
+    """
+
+    seconds = 0.0
+
+    def __init__(self, json: str):
+        self.used, self.alone = Tokenizer.from_str(json), Tokenizer.from_str(json)
+
+    @classmethod
+    def from_str(cls, json: str) -> "TwiceTokenizer":
+        return cls(json)
+
+    def encode_batch_fast(self, texts: list[str]) -> list[Encoding]:
+        before = time.process_time()
+        self.alone.encode_batch_fast(texts)
+        TwiceTokenizer.seconds += time.process_time() - before
+        return self.used.encode_batch_fast(texts)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.used, name)
+
+
+# Report
+
+
+class Target(NamedTuple):
+    """A figure, and what it should at least, or at most, be."""
+
+    what: str
+    wanted: float
+    measured: float
+    at_most: bool = False
+
+    def row(self) -> tuple[str, ...]:
+        met = self.measured <= self.wanted if self.at_most else self.measured >= self.wanted
+        wanted = f"at {'most' if self.at_most else 'least'} {figure(self.wanted)}"
+        return self.what, wanted, figure(self.measured), "met" if met else "**not met**"
+
+
+Section = tuple[str, list[Target]]
+
+
+def loading(bench: Bench) -> Section:
+    rates = bench.rates()
+
+    def ratio(one: str, other: str) -> float:
+        return median(a / b for a, b in zip(rates[one], rates[other], strict=True))
+
+    others = [title for title in (LIMIT, RECORDS) if title in rates]
+    rows = [
+        (title, *map(figure, (median(values), *(ratio(title, other) for other in others))))
+        for title, values in rates.items()
+    ]
+    text = LOADING.format(turns=bench.turns, seconds=bench.seconds, billion=BILLION)
+    shares = {ALONE: 0.8, OF_8: 0.5, OF_64: 0.5, LARGE_8: 0.5, LARGE_64: 0.5}
+    targets = [
+        Target(f"loading, {title}: share of the limit", share, ratio(title, LIMIT))
+        for title, share in shares.items()
+    ]
+    if RECORDS in rates:
+        what = f"loading, {ALONE}: times WebDataset"
+        targets.append(Target(what, 100, ratio(ALONE, RECORDS)))
+    header = ("", "sequences / CPU s", "of the limit", "times WebDataset")[: 2 + len(others)]
+    return text + table(header, rows), targets
+
+
+def storage(bench: Bench) -> Section:
+    lengths = np.load(bench.data / "limit" / "lengths.npy")
+    own = 2 * lengths.mean()
+    sizes = {}
+    for name in bench.pythons:
+        if name == "webdataset":
+            for member, title in (("npy", RECORDS), ("bin", RAW)):
+                sizes[title] = stored_bytes(bench.data / name / member) / WEBDATASET_ROWS
+        else:
+            sizes[TITLES[name]] = stored_bytes(bench.data / name) / len(lengths)
+    rows = [(title, f"{size:,.1f}", f"{size / own:,.2f}") for title, size in sizes.items()]
+    text = STORAGE.format(own=own) + table(("", "bytes a sequence", "over the tokens"), rows)
+    ours = sizes[TITLES["t5vae"]] / own
+    return text, [Target("storage, `shards`: over the tokens' own bytes", 1.1, ours, at_most=True)]
+
+
+def start(bench: Bench) -> Section:
+    starts = bench.starts()
+    rows = [
+        (TITLES[name], f"{s:.2f}", f"{size / 2**20:,.0f}") for name, (s, size) in starts.items()
+    ]
+    seconds, _ = starts["billion"]
+    what = "start, a billion sequences: seconds to the first batch"
+    text = START + table(("", "seconds", "MiB"), rows)
+    return text, [Target(what, 1, seconds, at_most=True)]
+
+
+def build(bench: Bench) -> Section:
+    lines, built, tokenized = bench.builds()
+    rest = [whole - alone for whole, alone in zip(built, tokenized, strict=True)]
+    rows = [
+        (title, *(figure(lines / of(seconds)) for of in (median, max, min)))
+        for title, seconds in (
+            ("`shards.build`", built),
+            ("`encode_batch_fast` alone", tokenized),
+            ("the difference", rest),
+        )
+    ]
+    text = BUILD.format(lines=lines) + table(("", "lines / CPU s", "least", "most"), rows)
+    return text, [Target("build, all but tokenizing: lines / CPU s", 200_000, lines / median(rest))]
+
+
+def figure(value: float) -> str:
+    return f"{value:,.{0 if value >= 100 else 1 if value >= 10 else 3}f}"
+
+
+def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    rule = ("---", *("---:" for _ in header[1:]))
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rows)) + "\n"
+
+
+def installed(python: str, packages: Iterable[str]) -> dict[str, str]:
+    """The versions of those packages that a Python has."""
+    code = (
+        "import sys, json, importlib.metadata as m\n"
+        "have = {d.name.lower(): d.version for d in m.distributions() if d.name}\n"
+        "print(json.dumps({name: have[name] for name in sys.argv[1:] if name in have}))"
+    )
+    return json.loads(output([python, "-c", code, *packages]))
+
+
+def machine(versions: dict[str, str]) -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.split(": ", 1)[1] for line in lines if line.startswith("model name")]
+    packages = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return (
+        f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores, "
+        f"{platform.system()}, Python {platform.python_version()}, {packages}."
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="fewer sequences and turns")
+    parser.add_argument("--only", help=f"some of {','.join(SECTIONS)}")
+    parser.add_argument("--data", type=Path, help="a folder to keep the data in (else: temporary)")
+    parser.add_argument("--peers-python", default=sys.executable, help="a Python with the peers")
+    parser.add_argument("--write", action="store_true", help=f"save as {DOC.relative_to(ROOT)}")
+    args = parser.parse_args()
+    only = args.only.split(",") if args.only else SECTIONS
+    if unknown := set(only) - set(SECTIONS):
+        parser.error(f"--only {','.join(unknown)}: choose from {','.join(SECTIONS)}")
+    if args.write and (args.quick or args.only):
+        parser.error("--write saves whole runs: leave out --quick and --only")
+
+    versions = installed(sys.executable, OWN)
+    theirs = installed(args.peers_python, PEERS.values())
+    pythons = {name: sys.executable for name in ("limit", "t5vae")}
+    for name, package in PEERS.items():
+        if name in only and package not in theirs:
+            print(f"{name} is skipped; to have it: {args.peers_python} -m pip install {package}")
+        elif name in only:
+            pythons[name] = args.peers_python
+            versions[package] = theirs[package]
+
+    with tempfile.TemporaryDirectory() as temporary:
+        bench = Bench(args.data or Path(temporary), pythons, args.quick)
+        bench.prepare()
+        lengths = np.load(bench.data / "limit" / "lengths.npy")
+        parts = [loading, storage]
+        parts += [part for name, part in (("start", start), ("build", build)) if name in only]
+        texts, targets = zip(*(part(bench) for part in parts), strict=True)
+    head = HEAD.format(
+        install=" ".join(PEERS.values()),
+        machine=machine(versions),
+        count=len(lengths),
+        mean=lengths.mean(),
+        deviation=lengths.std(),
+        longest=lengths.max(),
+        pieces=PIECES,
+    )
+    rows = [target.row() for target in chain(*targets)]
+    summary = table(("target", "wanted", "measured", ""), rows)
+    page = "\n".join((head, summary, *texts))
+    print(page)
+    if args.write:
+        DOC.parent.mkdir(exist_ok=True)
+        DOC.write_text(page)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+from concurrent.futures import ThreadPoolExecutor
+
+import psutil
+import pytest
+
+from shards.store import OPEN_FILES, LocalStore, open_store
+
+FILES = 2 * OPEN_FILES
+
+
+@pytest.fixture
+def store(tmp_path):
+    for number in range(FILES):
+        (tmp_path / f"{number}").write_bytes(bytes([number]) * 9)
+    store = open_store(str(tmp_path))
+    assert isinstance(store, LocalStore)
+    return store
+
+
+def files_open_in(folder) -> int:
+    return sum(file.path.startswith(str(folder)) for file in psutil.Process().open_files())
+
+
+def test_ranges_end_with_the_file(store):
+    assert store.read("3", 0, 4) == b"\3" * 4
+    assert store.read("3", 7, 4) == b"\3" * 2
+    assert store.read("3", 9, 4) == b""
+    with pytest.raises(FileNotFoundError):
+        store.read("none", 0, 4)
+
+
+def test_few_files_are_held_open_and_none_after_close(store, tmp_path):
+    for number in range(FILES):
+        store.read(f"{number}", 0, 1)
+    assert files_open_in(tmp_path) == OPEN_FILES
+    store.close()
+    assert files_open_in(tmp_path) == 0
+    assert store.read("5", 0, 1) == b"\5"
+
+
+def test_threads_may_read_at_once(store):
+    def read(turn: int) -> bool:
+        number = turn * 31 % FILES
+        return store.read(f"{number}", turn % 5, 4) == bytes([number]) * 4
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(read, range(4000)))
+
+
+def test_a_replaced_file_is_read_on_as_it_was(store, tmp_path):
+    assert store.read("1", 0, 1) == b"\1"
+    (tmp_path / "new").write_bytes(b"new")
+    (tmp_path / "new").rename(tmp_path / "1")
+    assert store.read("1", 1, 1) == b"\1"
+    store.close()
+    assert store.read("1", 1, 1) == b"e"
