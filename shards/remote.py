@@ -107,7 +107,7 @@ class Remote:
                 if denied or not pauses:
                     code = errno.EACCES if denied else errno.EIO
                     reason = str(error) or type(error).__name__
-                    raise OSError(code, f"cannot read {url}: {reason}") from None
+                    raise OSError(code, reason) from None
             time.sleep(pauses.pop(0))
 
 

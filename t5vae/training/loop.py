@@ -147,7 +147,7 @@ def run(config: Config, ranks: Ranks, stop: StopRequest) -> None:
                     **latent_diagnostics(torch.cat(codes)),
                     "consumed": stream.consumed,
                     **passes(stream),
-                    "quarantined": quarantined,
+                    "quarantined": int(quarantined),
                     "tokens_per_second": tokens_since / clock.elapsed,
                     "data_wait": clock.waited / clock.elapsed,
                 }
