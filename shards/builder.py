@@ -27,6 +27,7 @@ from shards.progress import say, stage
 from shards.spool import Spool, fsync, open_spool
 from shards.stages import EQUAL_PIECES, Cut, Read, Tokenize, group_files, in_valid
 from shards.tokenizers import (
+    TokenEncoder,
     fingerprint,
     load_tokenizer,
     make_encoder,
@@ -179,8 +180,10 @@ def _build(
     """Make the dataset in `folder`; what is done on the way there lies in `parts`."""
     kind, seed, dedupe = corpus.kind, options.seed, options.dedupe
     groups = group_files(corpus.files)
-    ends = (given.pad_token_id, given.eos_token_id) if given and kind == "tokens" else ()
-    reading = Read(parts / "read", groups, corpus.format, corpus.column, kind, seed, dedupe, ends)
+    of_tokens = TokenEncoder.of(given) if given and kind == "tokens" else None
+    reading = Read(
+        parts / "read", groups, corpus.format, corpus.column, kind, seed, dedupe, of_tokens
+    )
     read = carry_out(reading, workers)
     spool = open_spool(reading.folder, [done["spool"] for done in read], kind, dedupe)
     tokenizer = _tokenizer(parts / "tokenizer", given, pieces, spool, options)

@@ -16,7 +16,7 @@ from shards.spool import FEWEST_BUCKETS, Spool, SpoolWriter, written
 from shards.workers import Counts, Job
 
 if TYPE_CHECKING:
-    from shards.tokenizers import Encoder
+    from shards.tokenizers import Encoder, TokenEncoder
 
 BATCH_BYTES = 2**19  # of items encoded at once
 EQUAL_PIECES = "duplicate once cut"  # a reason to drop
@@ -39,8 +39,8 @@ class Read(Job):
     kind: str
     seed: int
     dedupe: bool
-    ends: tuple[int, ...] = ()
-    """Token ids that are taken off the end of items of kind "tokens", so that equal ones meet."""
+    token_encoder: "TokenEncoder | None"
+    """Of items of kind "tokens": so that equal sequences meet, however they end."""
 
     @property
     def tasks(self) -> int:
@@ -55,7 +55,7 @@ class Read(Job):
         writer = SpoolWriter(self.folder, task, self.kind, self.seed, self.dedupe)
         before = 0
         for items in reading:
-            writer.add([_without(self.ends, item) for item in items] if self.ends else items)
+            writer.add(self.token_encoder.plain(items) if self.token_encoder else items)
             advance(reading.bytes_read - before)
             before = reading.bytes_read
         writer.flush()
@@ -167,12 +167,6 @@ def group_files(files: Sequence[File]) -> list[list[File]]:
 def in_valid(hashes: np.ndarray, valid_fraction: float) -> np.ndarray:
     """Which items are in the split "valid": it depends on the item alone. bool [n]."""
     return hashes < np.uint64(valid_fraction * 2**64)
-
-
-def _without(ends: tuple[int, ...], item: bytes) -> bytes:
-    ids = np.frombuffer(item, "<i4")
-    inner = np.flatnonzero(~np.isin(ids, ends))
-    return ids[: inner[-1] + 1].tobytes() if len(inner) else b""
 
 
 class _Batch(NamedTuple):

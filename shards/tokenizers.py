@@ -136,7 +136,7 @@ def make_encoder(tokenizer: "PreTrainedTokenizerBase", kind: Literal["text", "to
     from transformers import ByT5Tokenizer
 
     if kind == "tokens":
-        return TokenEncoder(len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id)
+        return TokenEncoder.of(tokenizer)
     names = {str(token) for token in tokenizer.added_tokens_decoder.values()}
     special = re.compile("|".join(map(re.escape, sorted(names | {tokenizer.eos_token}))))
     if isinstance(tokenizer, ByT5Tokenizer):
@@ -245,6 +245,15 @@ class TokenEncoder:
     vocabulary: int
     pad_id: int
     eos_id: int
+
+    @classmethod
+    def of(cls, tokenizer: "PreTrainedTokenizerBase") -> "TokenEncoder":
+        """The encoder of ids of a tokenizer."""
+        return cls(len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id)
+
+    def plain(self, items: list[bytes]) -> list[bytes]:
+        """Items without the end token and pads at their ends: equal sequences become equal."""
+        return [self._content(item).tobytes() for item in items]
 
     def encode(self, items: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
         end = np.array([self.eos_id], np.int32)
