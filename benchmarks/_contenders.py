@@ -53,7 +53,11 @@ class Sequences:
             yield self.tokens[start : start + length]
 
 
-def limit(folder: Path, fresh: bool = True) -> Iterator[Padded]:
+def limit(folder: Path, plain: bool = False, fresh: bool = True) -> Iterator[Padded]:
+    return by_index(folder) if plain else by_views(folder, fresh)
+
+
+def by_views(folder: Path, fresh: bool) -> Iterator[Padded]:
     """Gather rows by a random permutation of all sequences, drawn anew each epoch if `fresh`.
 
     A row is one copy of 2T bytes, from a view of which element s is tokens[s : s + T]; then what
@@ -84,6 +88,21 @@ def limit(folder: Path, fresh: bool = True) -> Iterator[Padded]:
             yield torch.from_numpy(ids.astype(np.int64)), torch.from_numpy(length)
         if fresh:
             rng.shuffle(order)
+
+
+def by_index(folder: Path) -> Iterator[Padded]:
+    """Gather rows as one writes it first: by a matrix of indices into the array, and a mask."""
+    sequences = Sequences.open(folder)
+    tokens, starts, lengths = sequences.tokens, sequences.starts, sequences.lengths
+    order = np.random.default_rng(0).permutation(len(starts))
+    while True:
+        for first in range(0, len(order) - BATCH + 1, BATCH):
+            rows = order[first : first + BATCH]
+            length = lengths[rows]
+            columns = np.arange(-(-int(length.max()) // ROUND) * ROUND)
+            at = np.minimum(starts[rows][:, None] + columns, len(tokens) - 1)
+            ids = np.where(columns < length[:, None], tokens[at], 0).astype(np.int64)
+            yield torch.from_numpy(ids), torch.from_numpy(length)
 
 
 def t5vae(folder: Path, world_size: int = 1, **options: Any) -> Iterator[Padded]:

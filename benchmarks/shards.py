@@ -65,6 +65,7 @@ def ranks(world_size: int, *numbers: int) -> tuple[dict[str, Any], ...]:
 
 
 LIMIT = "the limit: memory-mapped arrays, shuffled each epoch"
+PLAIN = "a plain gather: an index matrix, one permutation"
 ALONE = "`shards`, one rank"
 OF_8 = "`shards`, a rank of 8"
 OF_64 = "`shards`, a rank of 64"
@@ -75,6 +76,7 @@ RAW = "WebDataset, raw bytes a sequence"
 LOADERS = [
     Loader(LIMIT, "limit"),
     Loader("the same, one permutation drawn beforehand", "limit", ({"fresh": False},)),
+    Loader(PLAIN, "limit", ({"plain": True},)),
     Loader(ALONE, "t5vae"),
     Loader(OF_8, "t5vae", ranks(8, 0, 3, 7)),
     Loader(OF_64, "t5vae", ranks(64, 0, 21, 63)),
@@ -115,8 +117,9 @@ LOADING = """\
 Sequences per second of CPU, helper threads included, that become padded int64 batches of 512, \
 shuffled, with all files in the page cache. Contenders take turns, {seconds:g} s of CPU each, in \
 processes of their own that stay; figures are medians of {turns} turns, ratios are taken turn by \
-turn. The limit gathers rows of one memory-mapped array in NumPy; unlike all others it shuffles \
-by a permutation of the whole dataset, which has to fit in memory. A rank of 8 or of 64 takes 512 \
+turn. The limit copies rows of one memory-mapped array by views of it, as `shards` does from its \
+windows, and the plain gather takes its tokens by an index matrix; both visit a permutation of the \
+whole dataset, which has to fit in memory. A rank of 8 or of 64 takes 512 \
 rows of a global batch of 8 or 64 times as many; three such ranks are measured, each alone, and \
 once more where an epoch does not end every few steps: on an index {billion} that lists the same \
 blocks again and again. The peers store a sequence a record, load in the process itself, and \
@@ -321,7 +324,7 @@ def loading(bench: Bench) -> Section:
     def ratio(one: str, other: str) -> float:
         return median(a / b for a, b in zip(rates[one], rates[other], strict=True))
 
-    others = [title for title in (LIMIT, RECORDS) if title in rates]
+    others = [title for title in (LIMIT, PLAIN, RECORDS) if title in rates]
     rows = [
         (title, *map(figure, (median(values), *(ratio(title, other) for other in others))))
         for title, values in rates.items()
@@ -329,13 +332,15 @@ def loading(bench: Bench) -> Section:
     text = LOADING.format(turns=bench.turns, seconds=bench.seconds, billion=BILLION)
     shares = {ALONE: 0.8, OF_8: 0.5, OF_64: 0.5, LARGE_8: 0.5, LARGE_64: 0.5}
     targets = [
-        Target(f"loading, {title}: share of the limit", share, ratio(title, LIMIT))
+        Target(f"loading, {title}: share of {limit}", share, ratio(title, other))
+        for limit, other in (("a plain gather", PLAIN), ("the limit", LIMIT))
         for title, share in shares.items()
     ]
     if RECORDS in rates:
         what = f"loading, {ALONE}: times WebDataset"
         targets.append(Target(what, 100, ratio(ALONE, RECORDS)))
-    header = ("", "sequences / CPU s", "of the limit", "times WebDataset")[: 2 + len(others)]
+    of = ("of the limit", "of a plain gather", "times WebDataset")
+    header = ("", "sequences / CPU s", *of[: len(others)])
     return text + table(header, rows), targets
 
 

@@ -35,6 +35,7 @@ def watch(event, arguments):
         os.kill(os.getpid(), signal.SIGKILL)
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     shards.stages.LEAST_GROUP = 2000
     shards.spool.RUN_BYTES = 2000
     shards.spool.BUCKET_BYTES = 1500
