@@ -167,7 +167,9 @@ class TextEncoder(ABC):
         """The offset in a text at which each of its tokens, special ones left out, ends."""
 
     def usable(self, items: list[str]) -> np.ndarray:
-        clean = np.fromiter((not self.special.search(text) for text in items), bool, len(items))
+        clean = np.ones(len(items), bool)
+        if self.special.search("\n".join(items)):  # rarely
+            clean[:] = [not self.special.search(text) for text in items]
         odd = [i for i, text in enumerate(items) if not WORD.search(text)]  # may leave no token
         if odd:
             nothing = self.encode([""])[1]
