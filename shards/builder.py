@@ -96,6 +96,8 @@ def build(
         UserError: bad input or options, nothing left to train on, a folder that holds something
             else, another process that builds it, or no space left on the disk.
     """
+    if "://" in str(out):
+        raise UserError(f"{out} is no folder of this machine: build in one (--out), then copy it")
     out = Path(out)
     if not out.name:
         raise UserError(f"{out} has no name: choose another folder (--out)")

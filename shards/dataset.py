@@ -139,7 +139,8 @@ def open_dataset(sources: Sources, cache: "Cache | None" = None) -> Dataset:
         cache: where copies of remote shards are kept; by default `Cache()`.
 
     Raises:
-        UserError: no such dataset, weights that are not positive, or tokenizers that differ.
+        UserError: no such dataset, one named twice, weights that are not positive, or tokenizers
+            that differ.
     """
     if isinstance(sources, str | Path):
         return Dataset((open_index(sources, cache),), (1,))
@@ -149,7 +150,9 @@ def open_dataset(sources: Sources, cache: "Cache | None" = None) -> Dataset:
     if not entries:
         raise UserError("a mixture of no datasets: name at least one")
     indexes = tuple(open_index(entry["path"], cache) for entry in entries)
-    for index in indexes[1:]:
+    for number, index in enumerate(indexes[1:], 1):
+        if index.path in (other.path for other in indexes[:number]):
+            raise UserError(f"a mixture names {index.path} twice: give it one larger weight")
         if index.tokenizer_fingerprint != indexes[0].tokenizer_fingerprint:
             raise UserError(
                 f"{indexes[0].path} and {index.path} have different tokenizers: build one with "

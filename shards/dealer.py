@@ -79,7 +79,7 @@ class Dealer:
     def plans(self, consumed: int) -> Iterator["Plan"]:
         """What to deal from a position on, for ever: first one step, then several at once.
 
-        A plan's rows stay in memory until the second plan after it is made.
+        A plan's rows stay in memory while the next one is made.
         """
         steps = 1
         while True:
@@ -147,6 +147,8 @@ class Dealer:
             found = part.find(ranges.take(own))
             which = spread(at[own], ranges.size[own])
             parts.append((which, _Rows(*found, np.full(len(which), number))))
+        for part in self.sources:  # not before all have found theirs: the last plan is in use
+            part.settle()
         tokens = tuple(part.tokens for part in self.sources)
         return Plan(consumed, steps, tokens, self._deal(_Rows.merge(parts), steps))
 
@@ -161,15 +163,15 @@ class Dealer:
         cut = ranges._replace(place=place, size=high - low)
         return cut.take(mine), source[mine]
 
-    def _deal(self, plan: "_Rows", steps: int) -> "_Rows":
+    def _deal(self, rows: "_Rows", steps: int) -> "_Rows":
         """Rows [steps * share] as micro batches [steps * A, micro]."""
         micro = self.micro_batch_size
         if self.sort_by_length:
-            by_length = np.argsort(plan.lengths.reshape(steps, -1), axis=1, kind="stable")
+            by_length = np.argsort(rows.lengths.reshape(steps, -1), axis=1, kind="stable")
             by_length += np.arange(steps)[:, None] * self._share
             bands = by_length.reshape(steps, -1, self.world_size, micro)[:, :, self.rank]
-            return plan.map(lambda column: column[bands].reshape(-1, micro))
-        return plan.map(
+            return rows.map(lambda column: column[bands].reshape(-1, micro))
+        return rows.map(
             lambda column: column.reshape(steps, micro, -1).swapaxes(1, 2).reshape(-1, micro)
         )
 

@@ -21,7 +21,7 @@ logger = logging.getLogger("shards")
 
 
 class Found(NamedTuple):
-    """Sequences in memory, until others are looked for twice.
+    """Sequences in memory, until what was found after them is settled.
 
     Attributes:
         starts: int64 [n], where each begins in `Windows.tokens`.
@@ -37,9 +37,9 @@ class Found(NamedTuple):
 
 
 class _Block(NamedTuple):
-    places: (
-        np.ndarray
-    )  # int64 [rows]: the start in its tokens << 17 | the weight << 16 | the length
+    """A block's rows; a place is the start in its tokens << 17 | the weight << 16 | the length."""
+
+    places: np.ndarray  # int64 [rows]
     tokens: np.ndarray
     sequence: np.ndarray  # int64 [rows]
 
@@ -71,14 +71,13 @@ class Windows:
         self._free: list[int] = []
         self._places = np.empty((0, self._rows), np.int64)
         self._sequence = np.empty((0, self._rows), np.int64)
-        self._oldest = 0  # the first window that the last find may have looked for
+        self._sought = self._settled = 0  # windows before these were not looked for
         self.tokens = np.empty(reader.index.max_length, reader.index.dtype)
 
     def find(self, ranges: Ranges) -> Found:
         """Bring the sequences of ranges into memory; n is the sum of their sizes.
 
-        Positions only grow: windows before all those of the last call are given up. Those may
-        still be in use.
+        Positions only grow: windows before all those that were settled last are given up.
 
         Raises:
             DamageError: a block's bytes are missing or not those that were written.
@@ -87,7 +86,7 @@ class Windows:
         wanted, which = np.unique(names, return_inverse=True)
         missing = [name for name in wanted.tolist() if name not in self._slots]
         if missing:
-            for name in [name for name in self._slots if name < self._oldest]:
+            for name in [name for name in self._slots if name < self._settled]:
                 self._free.append(self._slots.pop(name))
             self._make_room(len(missing))
             windows = [self.order.window_of(name) for name in missing]
@@ -95,9 +94,8 @@ class Windows:
             for name, window in zip(missing, windows, strict=True):
                 self._fill(self._free[-1], window, blocks)
                 self._slots[name] = self._free.pop()
-        self._oldest = (
-            min(wanted.tolist(), default=0) // self.order.all_lanes * self.order.all_lanes
-        )
+        earliest = min(wanted.tolist(), default=0)
+        self._sought = earliest - earliest % self.order.all_lanes
         slots = np.array([self._slots[name] for name in wanted.tolist()], np.int64)
         at = spread(slots[which] * self._rows + first, count)
         places = self._places.ravel()[at]
@@ -106,6 +104,10 @@ class Windows:
             weights[:] = places >> 16 & 1
         lengths = places.astype(np.uint16)  # its low 16 bits
         return Found(places >> 17, lengths, weights, self._sequence.ravel()[at])
+
+    def settle(self) -> None:
+        """Say that what was found last is in use now, and all that was found before no more."""
+        self._settled = self._sought
 
     def gather(
         self, tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray, width: int

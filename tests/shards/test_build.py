@@ -235,6 +235,11 @@ def test_webdataset_token_ids_are_a_corpus(tmp_path, overflow):
         shards.build(tmp_path / "a.tar", tmp_path / "e", **options | {"tokenizer": "train:300"})
 
 
+def test_a_url_is_no_place_to_build_in(corpus):
+    with pytest.raises(UserError, match="s3://bucket/d is no folder of this machine"):
+        shards.build(corpus, "s3://bucket/d", **OPTIONS)
+
+
 def test_long_sequences_make_smaller_blocks(tmp_path):
     (tmp_path / "short.txt").write_text("\n".join(f"{i:04}" for i in range(5000)))
     (tmp_path / "long.txt").write_text("\n".join(f"{i:04}" * 250 for i in range(700)))

@@ -76,6 +76,7 @@ def test_bad_mixtures_are_one_line(dataset, second, tmp_path, corpus):
     shards.build(corpus, tmp_path / "bytes", tokenizer="byte", max_length=60)
     for entries, message in [
         ([], "no datasets"),
+        ([dataset, second, dataset], "twice"),
         ([dataset, tmp_path / "bytes"], "different tokenizers"),
         ([{"path": dataset, "weight": 0}, second], "above 0"),
         ([dataset, tmp_path], "no dataset"),
