@@ -75,10 +75,11 @@ def test_what_is_settled_stays_while_others_are_looked_for():
     reader = reader_of([np.full(32, 3)] * 64, "uint16", 0)
     order = Order(np.full(64, 32), 0, lanes=2, window=2, chunk=4)
     windows = Windows(reader, order)
-    found = windows.find(order.ranges(np.array([0, 64])))
-    windows.settle()
+    for start in range(0, order.sequences, 64):
+        found = windows.find(order.ranges(np.array([start, start + 64])))
+        windows.settle()
     tokens = windows.tokens
     before = windows.gather(tokens, found.starts, found.lengths, 3)
-    for start in range(64, order.sequences, 64):
+    for start in range(order.sequences, 2 * order.sequences, 64):
         windows.find(order.ranges(np.array([start, start + 64])))
     assert windows.gather(tokens, found.starts, found.lengths, 3).tolist() == before.tolist()
