@@ -46,7 +46,7 @@ test: setup
 	$(BIN)/python -m pytest -m 'not soak'
 
 test-fast: setup
-	$(BIN)/python -m pytest -m 'not soak and not distributed'
+	$(BIN)/python -m pytest -m 'not soak and not distributed and not slow'
 
 soak: setup
 	$(BIN)/python -m pytest -m soak; code=$$?; [ $$code -eq 5 ] || exit $$code

@@ -130,8 +130,8 @@ class Model(Section):
 
 class MMD(Section):
     kernel: Literal["rbf", "multi_rbf", "imq", "legacy"] = "imq"
-    prior: Literal["normal", "sampled"] = "normal"
-    """N(0, sigma^2 I): its expectations in closed form, or draws of it."""
+    prior: Literal["normal", "uniform", "sampled"] = "normal"
+    """N(0, sigma^2 I) or uniform on (-sigma, sigma)^D, in closed form; or draws of the former."""
     estimator: Literal["u", "v"] = "u"
     sigma: float = Field(default=1.0, gt=0)
     weight: float = Field(default=10.0, ge=0)
@@ -141,10 +141,22 @@ class MMD(Section):
     """Share of the steps over which "linear" rises."""
     slope: float = 0.0025
     offset: float = 6.25
+    implementation: Literal["blocked", "triton"] = "blocked"
+    """triton: fused, on CUDA devices alone."""
+
+
+class EppsPulley(Section):
+    weight: float = Field(default=0.0, ge=0)
+    slices: int = Field(default=256, ge=0)
+    """Random directions, new ones in every step."""
+    axes: bool = True
+    """The coordinate axes too."""
 
 
 class Objective(Section):
     mmd: MMD = MMD()
+    epps_pulley: EppsPulley = EppsPulley()
+    """A second regulariser, which sees the axes and tails that MMD does not."""
     reconstruction: Literal["mean", "sum"] = "mean"
     """Cross-entropy per real token of the global batch, or its sum, as the original had it."""
     latent_noise: float = Field(default=0.0, ge=0)

@@ -156,7 +156,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_valid_one(write, wrong, righ
         "model.squash=relu",
         "model.vocab_size=3",
         "objective.mmd.kernel=cubic",
-        "objective.mmd.prior=uniform",
+        "objective.mmd.prior=cauchy",
         "objective.mmd.estimator=w",
         "objective.mmd.sigma=0",
         "objective.mmd.sigma=.nan",

@@ -1,4 +1,4 @@
-"""MMD^2 between the global batch of latent codes and the prior N(0, sigma^2 I).
+"""MMD^2 between the global batch of latent codes and the prior.
 
 Shapes: b codes of this rank, N codes of the global batch, D latent size.
 
@@ -7,16 +7,22 @@ gradient of its own rows from its row block [b, N] already in the forward pass, 
 pass communicates nothing. W ranks with b codes each give what one process with W*b codes gives.
 """
 
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from t5vae.objective.kernels import make_kernel
+from t5vae.objective import blocked
+from t5vae.objective.gradient import with_gradient
+from t5vae.objective.kernels import Kernel, make_kernel
+from t5vae.objective.priors import CLOSED, draws
 
-ROWS = 512
+log = logging.getLogger(__name__)
+
+PairSum = Callable[[Tensor, Tensor, Kernel], tuple[Tensor, Tensor]]
 
 
 def mmd(
@@ -30,72 +36,98 @@ def mmd(
     group: dist.ProcessGroup | None = None,
     gradient_scale: float | None = None,
     generator_seed: int = 0,
+    implementation: str = "blocked",
 ) -> Tensor:
     """MMD^2 (Gretton et al., JMLR 13, 2012, eq. 3 and 5) of the global batch of codes.
 
     Args:
         z_BD: this rank's codes, floating, [b, D]; b may differ between ranks.
         kernel: "rbf", "multi_rbf", "imq" or "legacy" (see `make_kernel`).
-        prior: "normal", its expectations in closed form, or "sampled", N draws of it.
+        prior: "normal", N(0, sigma^2 I), or "uniform", on (-sigma, sigma)^D, both in closed form;
+            or "sampled": N draws of N(0, sigma^2 I).
         estimator: "u" (unbiased) or "v" (biased: its optimum shrinks the codes).
-        sigma: the prior's standard deviation.
-        weights_B: [b], 0 for rows that do not count; default all ones.
+        sigma: the prior's scale; it sets the kernel's bandwidth too.
+        weights_B: [b], 0 for rows that do not count and get no gradient, 1 for others, the default.
         group: the data-parallel ranks; default all, or this process alone where none is set up.
         gradient_scale: multiplies the gradient; default the number of ranks, which cancels the
             mean reduction of DeepSpeed and DDP.
         generator_seed: seeds the draws of prior "sampled"; must be the same on every rank.
+        implementation: "blocked", on any device, or "triton", on a CUDA device.
 
     Returns:
-        A float32 scalar, equal on every rank, with its gradient to `z_BD`; 0 where fewer than two
-        rows of the global batch count.
+        A float32 scalar, equal on every rank, with its gradient to `z_BD`; 0, and a warning in the
+        log, where fewer than two rows of the global batch count.
 
     Raises:
-        ValueError: for an unknown kernel, prior or estimator, or codes that are not [b, D].
+        ValueError: before anything is communicated, for codes that are not finite or not [b, D]
+            with b, D >= 1, one single code with estimator "u", or an unknown name.
     """
+    options = {"kernel": kernel, "prior": prior, "estimator": estimator}
+    _check_names(**options, implementation=implementation)
+    if not z_BD.isfinite().all():
+        raise ValueError("codes are not finite")
     pending = start_gather(z_BD, weights_B=weights_B, group=group)
+    if estimator == "u" and len(pending.gathered_NE) < 2:
+        raise ValueError('estimator "u" compares codes with each other: it needs at least 2')
     return pending.finish(
-        kernel=kernel,
-        prior=prior,
-        estimator=estimator,
+        **options,
         sigma=sigma,
         gradient_scale=gradient_scale,
         generator_seed=generator_seed,
+        implementation=implementation,
     )
 
 
 def start_gather(
-    z_BD: Tensor, *, weights_B: Tensor | None = None, group: dist.ProcessGroup | None = None
+    z_BD: Tensor,
+    *,
+    weights_B: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+    equal_rows: bool = False,
 ) -> "PendingMMD":
-    """Start gathering the codes, so that they travel while the decoder runs; see `finish`."""
-    if z_BD.ndim != 2 or z_BD.shape[1] == 0:
-        raise ValueError(f"codes have shape {tuple(z_BD.shape)}; expected [rows, dimensions]")
-    if weights_B is None:
-        weights_B = torch.ones(z_BD.shape[0], device=z_BD.device)
-    local = torch.cat([z_BD.detach().float(), weights_B.detach().float()[:, None]], dim=1)
-    if not dist.is_initialized() or dist.get_world_size(group) == 1:
-        return PendingMMD(z_BD, weights_B, group, [local], 0, [])
+    """Start gathering the codes, so that they travel while the decoder runs; see `finish`.
 
-    world = dist.get_world_size(group)
-    count = torch.tensor([local.shape[0]], device=local.device)
-    counts = [torch.empty_like(count) for _ in range(world)]
-    dist.all_gather(counts, count, group=group)
-    most = int(max(counts))
-    padded = torch.nn.functional.pad(local, (0, 0, 0, most - local.shape[0]))
-    gathered = [torch.empty_like(padded) for _ in range(world)]
-    work = dist.all_gather(gathered, padded, group=group, async_op=True)
-    return PendingMMD(z_BD, weights_B, group, gathered, dist.get_rank(group) * most, [work])
+    Nothing here waits for the codes to be computed, so codes that are not finite pass: they make
+    the value NaN on every rank, and all ranks can act alike.
+
+    Args:
+        z_BD, weights_B, group: as in `mmd`.
+        equal_rows: every rank has b rows; saves asking how many each has.
+
+    Raises:
+        ValueError: for codes that are not [b, D] with b, D >= 1.
+    """
+    if z_BD.ndim != 2 or 0 in z_BD.shape:
+        raise ValueError(f"codes have shape {list(z_BD.shape)}; expected [rows, dimensions]")
+    if weights_B is None:
+        weights_B = torch.ones(len(z_BD), device=z_BD.device)
+    local_BE = torch.cat([z_BD.detach().float(), weights_B.detach().float()[:, None]], dim=1)
+    world = dist.get_world_size(group) if dist.is_initialized() else 1
+    if world == 1:
+        return PendingMMD(z_BD, weights_B, local_BE, None, group)
+
+    most = len(z_BD) if equal_rows else _most_rows(z_BD, group)
+    local_BE = torch.nn.functional.pad(local_BE, (0, 0, 0, most - len(z_BD)))
+    gathered_NE = local_BE.new_empty(world * most, local_BE.shape[1])
+    work = dist.all_gather_into_tensor(gathered_NE, local_BE, group=group, async_op=True)
+    return PendingMMD(z_BD, weights_B, gathered_NE, work, group)
+
+
+def _most_rows(z_BD: Tensor, group: dist.ProcessGroup | None) -> int:
+    rows = torch.tensor(len(z_BD), device=z_BD.device)
+    dist.all_reduce(rows, dist.ReduceOp.MAX, group=group)
+    return int(rows)
 
 
 @dataclass
 class PendingMMD:
-    """A gather under way. `offset` is where this rank's rows begin among the gathered ones."""
+    """A gather under way: codes beside their weights, [N, D + 1], where `work` has waited."""
 
     z_BD: Tensor
     weights_B: Tensor
+    gathered_NE: Tensor
+    work: dist.Work | None
     group: dist.ProcessGroup | None
-    gathered: list[Tensor]
-    offset: int
-    works: list
 
     def finish(
         self,
@@ -106,89 +138,74 @@ class PendingMMD:
         sigma: float = 1.0,
         gradient_scale: float | None = None,
         generator_seed: int = 0,
+        implementation: str = "blocked",
     ) -> Tensor:
         """Wait for the codes and compute the statistic; arguments and result as in `mmd`."""
-        if prior not in ("normal", "sampled"):
-            raise ValueError(f"prior is {prior!r}; choose normal or sampled")
-        if estimator not in ("u", "v"):
-            raise ValueError(f"estimator is {estimator!r}; choose u or v")
-        dimensions = self.z_BD.shape[1]
-        phi = make_kernel(kernel, dimensions, sigma)
-        for work in self.works:
-            work.wait()
-        everyone = torch.cat(self.gathered)
-        codes_ND, weights_N = everyone[:, :-1], everyone[:, -1]
-        count = float(weights_N.sum())
+        _check_names(kernel, prior, estimator, implementation)
+        if self.work:
+            self.work.wait()
+        everyone_ND = self.gathered_NE[self.gathered_NE[:, -1] > 0, :-1]
+        count, dimensions = everyone_ND.shape
         if count < 2:
-            return self.z_BD.float().sum() * 0.0
-        unbiased = estimator == "u"
-        pairs = count * (count - 1) if unbiased else count**2
+            log.warning("MMD is 0: fewer than two codes of the global batch count")
+            return with_gradient(self.z_BD, everyone_ND.new_zeros(()), torch.zeros_like(self.z_BD))
+        pair_sum = _pair_sum(implementation)
+        phi = make_kernel(kernel, dimensions, sigma)
+        pairs = count * (count - 1) if estimator == "u" else count**2
+        counts_B = self.weights_B > 0
+        own_BD = self.z_BD.detach().float()[counts_B]
 
-        with torch.autocast(self.z_BD.device.type, enabled=False):
-            z_BD, weights_B = self.z_BD.float(), self.weights_B.float()
-            own = self.offset if unbiased else None
-            within = _PairSum.apply(z_BD, weights_B, codes_ND, weights_N, phi, own, 4) / pairs
-            if prior == "normal":
-                cross_B = phi.prior_cross(z_BD.square().sum(1), dimensions, sigma)
-                cross = (weights_B * cross_B).sum(dtype=torch.float64) / count
-                constant = phi.prior_self(dimensions, sigma)
-            else:
-                draws = _draws(int(count), dimensions, sigma, generator_seed, z_BD.device)
-                ones = torch.ones_like(draws[:, 0])
-                cross = _PairSum.apply(z_BD, weights_B, draws, ones, phi, None, 2) / count**2
-                skip = 0 if unbiased else None
-                constant = _PairSum.apply(draws, ones, draws, ones, phi, skip, 4) / pairs
-            local = within - 2 * cross
+        # The kernel's value at 0 cancels between the terms: all of them are taken minus 1.
+        centre_D = everyone_ND.mean(0)
+        centred_ND = everyone_ND - centre_D
+        centred_BD = own_BD - centre_D if self.work else centred_ND
+        total, pull_BD = pair_sum(centred_BD, centred_ND, phi)
+        value, gradient_BD = total / pairs, pull_BD * (4 / pairs)
+        value += 0 * centre_D.sum()  # NaN where a code is not finite, whatever a kernel clamps
+        if prior == "sampled":
+            drawn_ND = draws(count, dimensions, sigma, generator_seed).to(own_BD.device)
+            total, pull_BD = pair_sum(own_BD, drawn_ND, phi)
+            value -= 2 / count**2 * total
+            gradient_BD -= 4 / count**2 * pull_BD
+            share_BD = self._share(drawn_ND)
+            value += pair_sum(share_BD, drawn_ND, phi)[0] / pairs
+            constant = 0.0
+        else:
+            cross, of_prior = CLOSED[prior]
+            total, slope_BD = cross(own_BD, phi.mixture(), sigma)
+            value -= 2 / count * total
+            gradient_BD -= 2 / count * slope_BD
+            constant = of_prior(dimensions, phi.mixture(), sigma)
 
-        value = local.detach().clone()
-        if self.works:
+        if self.work:
             dist.all_reduce(value, group=self.group)
         if gradient_scale is None:
-            gradient_scale = len(self.gathered)
-        # The value is the global one, the gradient that of this rank's own rows.
-        return (value + constant + gradient_scale * (local - local.detach())).float()
+            gradient_scale = dist.get_world_size(self.group) if self.work else 1
+        full_BD = torch.zeros_like(self.z_BD, dtype=torch.float32)
+        full_BD[counts_B] = gradient_scale * gradient_BD
+        return with_gradient(self.z_BD, (value + constant).float(), full_BD)
+
+    def _share(self, rows: Tensor) -> Tensor:
+        """This rank's part of rows that every rank has."""
+        if not self.work:
+            return rows
+        return rows.tensor_split(dist.get_world_size(self.group))[dist.get_rank(self.group)]
 
 
-class _PairSum(torch.autograd.Function):
-    """sum_ij w_i v_j phi(|x_i - y_j|^2) in fp64, by chunks of rows: memory O(chunk N + N D).
-
-    Args of `apply`: x [b, D] with weights w [b]; constants y [N, D] with weights v [N]; the
-    kernel; `own`, the column of row 0 among the y, to leave out i = j, or None; `factor` of the
-    gradient factor * w_i [(P y)_i - rowsum(P)_i x_i]: 2, or 4 where the y are the global batch,
-    since each pair then stands twice in the global sum.
-    """
-
-    @staticmethod
-    def forward(ctx, x_BD, w_B, y_ND, v_N, phi, own, factor):
-        total = torch.zeros((), dtype=torch.float64, device=x_BD.device)
-        grad_BD = torch.empty_like(x_BD)
-        # Distances do not change under a shift, and lose fewer digits near the origin.
-        mean_D = (v_N @ y_ND) / v_N.sum().clamp_min(1)
-        y_ND = y_ND - mean_D
-        y_squared_N = y_ND.square().sum(1)
-        for start in range(0, x_BD.shape[0], ROWS):
-            rows = slice(start, start + ROWS)
-            x_bD = x_BD[rows] - mean_D
-            s_bN = torch.addmm(y_squared_N, x_bD, y_ND.T, alpha=-2)
-            s_bN = (s_bN + x_bD.square().sum(1, keepdim=True)).clamp_min_(0)
-            value_bN, slope_bN = phi.pair(s_bN)
-            weight_bN = w_B[rows, None] * v_N
-            if own is not None:
-                weight_bN.diagonal(own + start).zero_()
-            total += (value_bN * weight_bN).sum(dtype=torch.float64)
-            slope_bN *= weight_bN
-            grad_BD[rows] = factor * (slope_bN @ y_ND - slope_bN.sum(1, keepdim=True) * x_bD)
-        ctx.save_for_backward(grad_BD)
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        (grad_BD,) = ctx.saved_tensors
-        return grad.to(grad_BD.dtype) * grad_BD, *(None,) * 6
+def _check_names(kernel: str, prior: str, estimator: str, implementation: str) -> None:
+    make_kernel(kernel, 1)
+    for name, value, choices in (
+        ("prior", prior, (*CLOSED, "sampled")),
+        ("estimator", estimator, ("u", "v")),
+        ("implementation", implementation, ("blocked", "triton")),
+    ):
+        if value not in choices:
+            raise ValueError(f"{name} is {value!r}; choose {', '.join(choices)}")
 
 
-def _draws(count: int, dimensions: int, sigma: float, seed: int, device) -> Tensor:
-    """Draws of the prior, [count, D], the same on every rank."""
-    generator = torch.Generator().manual_seed(seed)
-    return (sigma * torch.randn(count, dimensions, generator=generator)).to(device)
+def _pair_sum(implementation: str) -> PairSum:
+    if implementation == "triton":
+        from t5vae.objective import fused
+
+        return fused.pair_sum
+    return blocked.pair_sum

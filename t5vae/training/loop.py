@@ -1,6 +1,5 @@
 """The training run, top to bottom."""
 
-import math
 from typing import IO, Any
 
 import torch
@@ -9,8 +8,7 @@ from torch import Tensor
 
 from shards import Batch, ShardStream, UserError
 from t5vae.config import Config
-from t5vae.model import Regularisers, row_keys
-from t5vae.objective import mmd_weight, start_gather
+from t5vae.objective import mmd_weight
 from t5vae.training import checkpoint, setup
 from t5vae.training.distributed import (
     Ranks,
@@ -21,6 +19,7 @@ from t5vae.training.distributed import (
 )
 from t5vae.training.engine import build_engine, gradient_norm, schedule, set_learning_rate
 from t5vae.training.heldout import held_out
+from t5vae.training.losses import Step, micro_step
 from t5vae.training.preemption import StopRequest, requeue_job
 from t5vae.training.runlog import RunLog, Stopwatch, log_libraries_to, quiet_start
 
@@ -55,7 +54,7 @@ def run(config: Config, ranks: Ranks, stop: StopRequest) -> None:
     log_libraries_to(log_file)
     log = RunLog(config, enabled=ranks.is_first)
     accumulation = config.accumulation(ranks.world_size)
-    regularisation, per_token = config.objective.mmd, config.objective.reconstruction == "mean"
+    objective = config.objective
     stream = ShardStream(
         dataset,
         seed=config.run.seed,
@@ -87,64 +86,39 @@ def run(config: Config, ranks: Ranks, stop: StopRequest) -> None:
         )
         if unread:
             raise_together(problem)
-        weight = mmd_weight(step, steps, regularisation)
+        weight = mmd_weight(step, steps, objective.mmd)
         lr_share = schedule(step, steps, config.optim)
         set_learning_rate(engine, lr_share)
 
-        nll = regulariser = 0.0
-        codes: list[Tensor] = []
+        shared = Step(step + 1, position, tokens, weight, ranks.world_size * accumulation)
+        parts = []
         for micro, batch in enumerate(batches):
-            ids = batch.ids.to(device, non_blocking=True)
-            row_weights = batch.weights.to(device, non_blocking=True)
-            on_latent = Gathering(row_weights)
-            output = engine(
-                ids,
-                mode="score",
-                regularisers=_regularisers(config, batch, position, device),
-                on_latent=on_latent,
-            )
-            mmd = on_latent.pending.finish(
-                kernel=regularisation.kernel,
-                prior=regularisation.prior,
-                estimator=regularisation.estimator,
-                sigma=regularisation.sigma,
-                generator_seed=(config.run.seed << 40) + position + micro,
-            )
-            own_nll = (output.nll * row_weights).sum()
-            all_nll, infinite = all_sum(own_nll.item(), not mmd.isfinite(), device=device)
-            if infinite or not math.isfinite(all_nll):
-                raise UserError(
-                    f"the loss of step {step + 1} is not finite (the batch from position "
-                    f"{position:,}); the checkpoints before it are untouched: lower optim.lr, or "
-                    "use another train.precision"
-                )
-            # DeepSpeed divides by ranks and accumulation; the sum over all tokens must not be.
-            parts = ranks.world_size * accumulation
-            scale = parts / (tokens if per_token else 1)
-            engine.backward(scale * own_nll + weight * mmd)
+            parts.append(micro_step(engine, batch, micro, shared, config, device))
             engine.step()
-            nll += all_nll
-            regulariser += mmd.item() / accumulation
-            codes.append(output.latent.detach())
         step += 1
         skipped += not engine.was_step_applied()
         tokens_since += tokens
 
         if step % config.log.every == 0 or step == steps:
-            reconstruction = nll / (tokens if per_token else 1)
+            nll = sum(part.nll for part in parts)
+            mmd = sum(part.mmd for part in parts) / accumulation
+            epps_pulley = sum(part.epps_pulley for part in parts) / accumulation
+            reconstruction = nll / (tokens if objective.reconstruction == "mean" else 1)
+            regulariser = weight * mmd + objective.epps_pulley.weight * epps_pulley
             log.metrics(
                 {
                     "step": step,
-                    "loss": reconstruction + weight * regulariser,
+                    "loss": reconstruction + regulariser,
                     "reconstruction": reconstruction,
                     "nats_per_token": nll / tokens,
                     "nats_per_sequence": nll / config.data.global_batch_size,
-                    "mmd": regulariser,
+                    "mmd": mmd,
                     "mmd_weight": weight,
+                    **({"epps_pulley": epps_pulley} if objective.epps_pulley.weight else {}),
                     "lr": lr_share * config.optim.lr,
                     **gradient_norm(engine, config.optim),
                     "skipped": skipped,
-                    **latent_diagnostics(torch.cat(codes)),
+                    **latent_diagnostics(torch.cat([part.codes_BD for part in parts])),
                     "consumed": stream.consumed,
                     **passes(stream),
                     "quarantined": int(quarantined),
@@ -193,28 +167,6 @@ def _lock(config: Config, ranks: Ranks) -> IO[str] | None:
             problem = error
     raise_together(problem)
     return lock
-
-
-class Gathering:
-    """Starts gathering the codes as soon as the model knows them."""
-
-    def __init__(self, weights_B: Tensor):
-        self.weights_B = weights_B
-
-    def __call__(self, z_BD: Tensor) -> None:
-        self.pending = start_gather(z_BD, weights_B=self.weights_B)
-
-
-def _regularisers(
-    config: Config, batch: Batch, position: int, device: torch.device
-) -> Regularisers:
-    number_B = batch.sequence + (batch.source << 40)
-    return Regularisers(
-        row_keys(config.run.seed, position, number_B.to(device)),
-        latent_noise=config.objective.latent_noise,
-        input_mask=config.objective.input_mask,
-        word_dropout=config.objective.word_dropout,
-    )
 
 
 def passes(stream: ShardStream) -> dict[str, float]:

@@ -1,15 +1,14 @@
 """mmd() over gloo ranks against one process on the whole batch.
 
-The tests start this file itself, once for each of three ranks; two of them also form a group.
+The tests start this file itself, once for each of four ranks; one and two of them also form groups.
 """
 
-import functools
 import json
 import os
-import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from itertools import product
 from pathlib import Path
@@ -21,33 +20,29 @@ from torch import Tensor
 
 from t5vae.objective import mmd, start_gather
 
-WORLD = 3
+WORLD = 4
 INPUTS, DIMENSIONS = 6, 4
 OPTIONS = [
     {"kernel": kernel, "estimator": estimator, "prior": prior, "generator_seed": 5}
     for kernel, estimator, prior in product(
-        ["rbf", "multi_rbf", "imq", "legacy"], ["u", "v"], ["normal", "sampled"]
+        ["rbf", "multi_rbf", "imq", "legacy"], ["u", "v"], ["normal", "sampled", "uniform"]
     )
+    if (kernel, prior) != ("imq", "uniform")
 ]
 # Rows of each rank by name of the split; the weights of all rows, 1 where not named.
 SPLITS = {
+    "one": ([8], {}),
     "two equal": ([4, 4], {}),
     "two unequal": ([7, 2], {}),
-    "two, one empty": ([0, 5], {}),
     "two with quarantined rows": ([3, 5], {0: 0, 4: 0, 7: 0}),
     "two with one real row": ([2, 2], {0: 0, 1: 0, 3: 0}),
-    "three equal": ([4, 4, 4], {}),
-    "three unequal": ([1, 6, 3], {}),
-    "three longer than a chunk": ([600, 530, 3], {}),
-    "three, one quarantined": ([2, 3, 2], {2: 0, 3: 0, 4: 0}),
-    "three without a real row": ([1, 1, 1], {0: 0, 1: 0, 2: 0}),
+    "four equal": ([4, 4, 4, 4], {}),
+    "four unequal": ([1, 6, 3, 2], {}),
+    "four longer than a tile": ([600, 530, 3, 100], {}),
+    "four, one quarantined": ([2, 3, 2, 1], {2: 0, 3: 0, 4: 0}),
+    "four without a real row": ([1, 1, 1, 1], {0: 0, 1: 0, 2: 0, 3: 0}),
 }
-COLLECTIVES = [
-    name
-    for name in dir(dist)
-    if callable(getattr(dist, name))
-    and re.match("all_|barrier|batch_|broadcast|gather|i?recv|i?send|reduce|scatter", name)
-]
+PROFILED = ["one", "two equal", "four unequal"]  # to count collectives; profiling is slow
 
 
 def whole_batch(name: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,13 +57,15 @@ def whole_batch(name: str) -> tuple[Tensor, Tensor, Tensor]:
     return x + 0.2, weights, encoder.requires_grad_()
 
 
-def counted(collective: Callable, calls: list[str]) -> Callable:
-    @functools.wraps(collective)
-    def call(*args, **options):
-        calls.append(collective.__name__)
-        return collective(*args, **options)
-
-    return call
+@contextmanager
+def collectives(split: str, counted: list[int]) -> Iterator[None]:
+    """Append how many collectives run within, as torch itself names them."""
+    if split not in PROFILED:
+        yield
+        return
+    with torch.profiler.profile() as profile:
+        yield
+    counted.append(sum(event.name.startswith("c10d::") for event in profile.events()))
 
 
 def rank_main(rank: int, folder: Path) -> None:
@@ -78,43 +75,38 @@ def rank_main(rank: int, folder: Path) -> None:
         init_method=f"file://{folder}/store",
         rank=rank,
         world_size=WORLD,
-        timeout=timedelta(seconds=30),
+        timeout=timedelta(seconds=90),
     )
-    calls: list[str] = []
-    pair = dist.new_group([0, 1])
-    for name in COLLECTIVES:
-        setattr(dist, name, counted(getattr(dist, name), calls))
-
-    results = []
+    groups = {size: dist.new_group(list(range(size))) for size in (1, 2)}
+    results = {}
     for split, (rows, _) in SPLITS.items():
         world = len(rows)
         if rank >= world:
             continue
-        group = pair if world == 2 else None
+        group = groups.get(world)
         x, weights, encoder = whole_batch(split)
         x_b, weights_b = x.split(rows)[rank], weights.split(rows)[rank]
-        for case, options in enumerate(OPTIONS):
-            z_BD = x_b @ encoder.T
-            calls.clear()
-            if case % 2:  # the two forms of one thing
-                pending = start_gather(z_BD, weights_B=weights_b, group=group)
-                loss = pending.finish(**options)
-            else:
-                loss = mmd(z_BD, weights_B=weights_b, group=group, **options)
-            forward = len(calls)
-            (gradient,) = torch.autograd.grad(loss, encoder)
-            backward = len(calls) - forward
+        equal = len(set(rows)) == 1
+        counted: list[int] = []
+        with collectives(split, counted):
+            losses = []
+            for case, options in enumerate(OPTIONS):
+                z_BD = x_b @ encoder.T
+                if case % 2:  # the two forms of one thing
+                    pending = start_gather(z_BD, weights_B=weights_b, group=group, equal_rows=equal)
+                    losses.append(pending.finish(**options))
+                else:
+                    losses.append(mmd(z_BD, weights_B=weights_b, group=group, **options))
+        with collectives(split, counted):
+            gradients = [torch.autograd.grad(loss, encoder)[0] for loss in losses]
+        for gradient in gradients:
             dist.all_reduce(gradient, group=group)
-            results.append(
-                {
-                    "split": split,
-                    "case": case,
-                    "value": loss.item(),
-                    "gradient": (gradient / world).tolist(),  # the engine's mean reduction
-                    "forward": forward,
-                    "backward": backward,
-                }
-            )
+            gradient /= world  # the engine's mean reduction
+        results[split] = {
+            "values": [loss.item() for loss in losses],
+            "gradients": [gradient.tolist() for gradient in gradients],
+            "collectives": counted,
+        }
     (folder / f"{rank}.json").write_text(json.dumps(results))
     dist.destroy_process_group()
 
@@ -124,7 +116,7 @@ pytestmark = pytest.mark.distributed
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """Per split and case, what each of its ranks computed; one launch for all tests."""
+    """By split, what each of its ranks computed; one launch for all tests."""
     folder = tmp_path_factory.mktemp("ranks")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if sys.platform == "linux":  # elsewhere the loopback has another name
@@ -144,41 +136,48 @@ def results(tmp_path_factory):
         for rank in ranks:
             rank.kill()
     assert all(rank.returncode == 0 for rank in ranks), "\n".join(errors)[-3000:]
-    found = {}
+    found = {split: [] for split in SPLITS}
     for rank in range(WORLD):
-        for result in json.loads((folder / f"{rank}.json").read_text()):
-            found.setdefault((result["split"], result["case"]), []).append(result)
+        for split, result in json.loads((folder / f"{rank}.json").read_text()).items():
+            found[split].append(result)
     return found
 
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_ranks_give_the_value_and_gradient_of_one_process_on_the_whole_batch(results, split):
+    ranks = results[split]
+    assert len(ranks) == len(SPLITS[split][0])
     for case, options in enumerate(OPTIONS):
         x, weights, encoder = whole_batch(split)
         expected = mmd(x @ encoder.T, weights_B=weights, **options)
         (expected_gradient,) = torch.autograd.grad(expected, encoder)
-        ranks = results[split, case]
-        assert len(ranks) == len(SPLITS[split][0])
         for result in ranks:
-            assert result["value"] == ranks[0]["value"]
-            assert result["value"] == pytest.approx(expected.item(), rel=1e-5, abs=1e-7), options
-            gradient = torch.tensor(result["gradient"], dtype=torch.float64)
+            value = result["values"][case]
+            assert value == ranks[0]["values"][case]
+            assert value == pytest.approx(expected.item(), rel=1e-5, abs=5e-7), options
+            gradient = torch.tensor(result["gradients"][case], dtype=torch.float64)
             error = (gradient - expected_gradient).norm()
             assert error <= 1e-5 * expected_gradient.norm(), (options, error)
 
 
 def test_fewer_than_two_real_rows_over_all_ranks_give_0_with_zero_gradient(results):
-    for split in ("two with one real row", "three without a real row"):
-        for case in range(len(OPTIONS)):
-            for result in results[split, case]:
-                assert result["value"] == 0
-                assert not any(map(any, result["gradient"]))
+    for split in ("two with one real row", "four without a real row"):
+        for result in results[split]:
+            assert not any(result["values"])
+            assert not torch.tensor(result["gradients"]).any()
 
 
-def test_backward_calls_no_collective(results):
-    everything = [result for ranks in results.values() for result in ranks]
-    assert all(result["backward"] == 0 for result in everything)
-    assert all(result["forward"] > 0 for result in everything)  # the count counts
+def test_forward_calls_few_collectives_and_backward_none(results):
+    cases = len(OPTIONS)
+    expected = {
+        "one": 0,
+        "two equal": 2.5 * cases,  # the codes, the value; half of the cases ask how many codes
+        "four unequal": 3 * cases,
+    }
+    assert expected.keys() == set(PROFILED)
+    for split, forward in expected.items():
+        for result in results[split]:
+            assert result["collectives"] == [forward, 0], split
 
 
 if __name__ == "__main__":

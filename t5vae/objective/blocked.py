@@ -1,0 +1,123 @@
+"""Sums over pairs of codes by tiles, on any device: memory O(tile + (b + N) D).
+
+Shapes: b rows x, N columns y, D latent size, E = D + 2; r x c a tile of pairs.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from t5vae.objective.kernels import Gaussians, InverseMultiquadric, Kernel
+
+FARTHEST = 64.0
+
+
+def pair_sum(x_BD: Tensor, y_ND: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor]:
+    """Sum phi over all pairs, and what pulls each x; half the work where `y_ND` is `x_BD`.
+
+    Distances come from a product, so their error grows with the norms: in fp32 about 1e-7 |x|^2.
+    Where |x|^2 is many times the squared distance at which the kernel falls, fp64 is used.
+
+    Args:
+        x_BD: float32 or float64 [b, D], centred for accuracy: a common shift changes nothing.
+        y_ND: like x, [N, D].
+        kernel: phi; P = -phi'.
+
+    Returns:
+        float64 scalar: sum_ij (phi(s_ij) - 1); like x: sum_j P(s_ij) (y_j - x_i).
+    """
+    alone = y_ND is x_BD
+    x_norm_B1 = x_BD.square().sum(1, keepdim=True)
+    y_norm_N1 = x_norm_B1 if alone else y_ND.square().sum(1, keepdim=True)
+    farthest = torch.cat([x_norm_B1, y_norm_N1]).max()
+    if x_BD.dtype == torch.float32 and farthest > FARTHEST * reach(kernel):
+        x_64 = x_BD.double()
+        total, pull_BD = pair_sum(x_64, x_64 if alone else y_ND.double(), kernel)
+        return total, pull_BD.float()
+
+    # One product of augmented rows gives unit * |x - y|^2.
+    unit = _unit(kernel)
+    left_BE = torch.cat([-2 * unit * x_BD, unit * x_norm_B1, torch.ones_like(x_norm_B1)], 1)
+    right_NE = torch.cat([y_ND, torch.ones_like(y_norm_N1), unit * y_norm_N1], 1)
+    total = torch.zeros((), dtype=torch.float64, device=x_BD.device)
+    pull_BD, weight_B = torch.zeros_like(x_BD), torch.zeros_like(x_BD[:, 0])
+    height, width = _tile_size(x_BD, y_ND)
+    buffers = x_BD.new_empty(3, height * width)
+    for rows, columns in _tiles(len(x_BD), len(y_ND), height, width, alone):
+        x_rD, y_cD = x_BD[rows], y_ND[columns]
+        pairs = len(x_rD) * len(y_cD)
+        s_rc, slope_rc, spare_rc = buffers[:, :pairs].view(3, len(x_rD), len(y_cD))
+        torch.mm(left_BE[rows], right_NE[columns].T, out=s_rc)
+        excess = _phi(kernel, s_rc, slope_rc, spare_rc)
+        pull_BD[rows].addmm_(slope_rc, y_cD)
+        weight_B[rows] += slope_rc.sum(1)
+        if alone and rows != columns:
+            pull_BD[columns].addmm_(slope_rc.T, x_rD)
+            weight_B[columns] += slope_rc.sum(0)
+            excess *= 2
+        total += excess
+    pull_BD.addcmul_(weight_B[:, None], x_BD, value=-1)
+    if isinstance(kernel, Gaussians):
+        return total / kernel.octaves, pull_BD.mul_(kernel.gamma / kernel.octaves)
+    return total / len(kernel.scales), pull_BD.div_(len(kernel.scales))
+
+
+def reach(kernel: Kernel) -> float:
+    """The squared distance at which the narrowest part of a kernel falls."""
+    if isinstance(kernel, Gaussians):
+        return 1 / (kernel.gamma * 2 ** (kernel.octaves - 1))
+    return min(kernel.scales)
+
+
+def _tile_size(x_BD: Tensor, y_ND: Tensor) -> tuple[int, int]:
+    """Large enough that calls cost little, small enough for a cache; square where x is y."""
+    most = 512 if x_BD.device.type == "cpu" else 4096
+    if y_ND is x_BD:
+        side = min(most, max(256, len(x_BD) // 4))
+        return side, side
+    return max(1, min(most, len(x_BD))), min(4 * most, len(y_ND))
+
+
+def _tiles(
+    rows: int, columns: int, height: int, width: int, alone: bool
+) -> Iterator[tuple[slice, slice]]:
+    """All tiles, or those on and above the diagonal."""
+    for row in range(0, rows, height):
+        for column in range(row if alone else 0, columns, width):
+            yield slice(row, row + height), slice(column, column + width)
+
+
+def _unit(kernel: Kernel) -> float:
+    """What turns squared distances into what `_phi` takes: exponents of 2, or themselves."""
+    return -kernel.gamma / math.log(2) if isinstance(kernel, Gaussians) else 1.0
+
+
+def _phi(kernel: Kernel, s_rc: Tensor, slope_rc: Tensor, spare_rc: Tensor) -> Tensor:
+    """Fill `slope_rc` with P in a unit of the kernel's; the sum of phi - 1 over a tile.
+
+    `s_rc` and `spare_rc` are overwritten. The passes over the tile are what this costs.
+    """
+    if isinstance(kernel, InverseMultiquadric):
+        sums = []
+        before = 0.0
+        slope_rc.zero_()
+        for scale in kernel.scales:
+            torch.reciprocal(s_rc.add_(scale - before), out=spare_rc)
+            sums.append(scale * spare_rc.sum().double())
+            slope_rc.addcmul_(spare_rc, spare_rc, value=scale)
+            before = scale
+        return sum(sums) - len(sums) * s_rc.numel()
+    if kernel.octaves == 1:  # perhaps nearly flat: then the digits are in 1 - phi
+        total = torch.mul(s_rc, math.log(2), out=spare_rc).expm1_().sum().double()
+        torch.exp2(s_rc, out=slope_rc)
+        return total
+    u_rc = s_rc.exp2_()  # each octave is the square of the one before
+    total = u_rc.sum().double()
+    torch.square(u_rc, out=spare_rc)
+    torch.add(u_rc, spare_rc, alpha=2, out=slope_rc)
+    for octave in range(2, kernel.octaves):
+        total += spare_rc.sum()
+        slope_rc.add_(spare_rc.square_(), alpha=2**octave)
+    return total + spare_rc.sum() - kernel.octaves * s_rc.numel()

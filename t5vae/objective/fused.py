@@ -1,0 +1,399 @@
+"""Sums over pairs of codes in Triton, for CUDA: the arithmetic of `blocked`, fused.
+
+Shapes: b rows x, N columns y, D latent size; R, C, W: b, N, D in whole tiles; S parts of the N.
+
+Up to `FUSED` coordinates one kernel does everything: distances by a product on the tensor cores,
+phi and P in registers, P y by a second product. A program takes a tile of rows and a part of the
+columns; the parts are added afterwards in a fixed order, so that results repeat. Above that one
+kernel stores P, a chunk of rows at a time, and cuBLAS does the second product.
+"""
+
+import math
+from functools import cache
+from itertools import chain
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from t5vae.objective import blocked
+from t5vae.objective.kernels import Gaussians, Kernel
+
+Precision = Literal["fp16", "fp32"]
+Tile = tuple[int, int, int, int]  # rows, columns, warps, stages
+
+FUSED = {"fp16": 256, "fp32": 128}  # a wider tile does not fit the registers
+TILE = 128  # rows and columns are padded to multiples of it, and tiles divide it
+CHUNK = 2**26  # elements of P held at a time
+
+FAR = tl.constexpr(1e30)  # the squared norm of padding: phi and P vanish there
+# Distances are taken shorter by this share of |x|^2 + |y|^2, which is about the rounding of their
+# product, so that equal codes, however large, are at distance 0.
+ROUNDING = tl.constexpr(2.0**-21)
+EXPM1 = tl.constexpr(tuple(1 / math.factorial(i) for i in range(7, 0, -1)))  # its series over u
+
+
+class Form(NamedTuple):
+    """What of a kernel is compiled in, for distances s in the kernel's own unit.
+
+    Gaussians: sum over m < octaves of 2^(-2^m s). Inverse multiquadrics (octaves = 0): sum over
+    C of C / (C + s), where each four C are a fraction N / D of polynomials, so that they cost one
+    division; `fractions` has the coefficients of N, D, N' and D' of each, highest powers first, the
+    latter two over P(0): P(0) = 1 is exact in fp16.
+    """
+
+    octaves: int
+    fractions: tuple[float, ...]
+    terms: int
+
+
+def pair_sum(
+    x_BD: Tensor, y_ND: Tensor, kernel: Kernel, precision: Precision | None = None
+) -> tuple[Tensor, Tensor]:
+    """Sum phi over all pairs, and what pulls each x.
+
+    Args:
+        x_BD: float32 [b, D], centred for accuracy: a common shift changes nothing.
+        y_ND: like x, [N, D].
+        kernel: phi; P = -phi'.
+        precision: of the factors of both products; sums are fp32. "fp16" keeps 11 significant
+            bits, as many as tf32, at twice its rate; codes beyond some 2e4 times the kernel's
+            width are cut off. "fp32" is slow, and leaves codes too far out for it to `blocked`.
+            Default: what `default_precision` says.
+
+    Returns:
+        float64 scalar: sum_ij (phi(s_ij) - 1); like x: sum_j P(s_ij) (y_j - x_i).
+    """
+    rows, dimensions = x_BD.shape
+    precision = precision or default_precision(kernel, dimensions)
+    form, unit, slope, near = form_of(kernel)
+    width, fused = padded_width(dimensions, precision)
+    # Coordinates near 1, whatever D, for codes as large as the kernel is wide.
+    scale = 2.0 ** round(math.log2(unit * dimensions) / 2)
+    factor = unit / scale**2
+    sizes = (width, scale, factor, precision)
+    x_RW, x_norm_R = _prepare(x_BD, *sizes)
+    y_CW, y_norm_C = (x_RW, x_norm_R) if y_ND is x_BD else _prepare(y_ND, *sizes)
+    if precision == "fp32":
+        farthest = torch.cat([x_norm_R[:rows], y_norm_C[: len(y_ND)]]).max() / unit
+        if farthest > blocked.FARTHEST * blocked.reach(kernel):
+            return blocked.pair_sum(x_BD, y_ND, kernel)
+    run = _in_one if fused else _in_two
+    pull_SRW, weight_SR, phi_SR = run(x_RW, y_CW, x_norm_R, y_norm_C, len(y_ND), 2 * factor, form)
+    total = phi_SR[:, :rows].sum(dtype=torch.float64)
+
+    pull_BD = torch.empty_like(x_BD)
+    tile = _thin_tile(width)
+    _finish_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
+        x_BD, x_RW, x_norm_R, pull_SRW, weight_SR, pull_BD, rows, dimensions, len(x_RW), width,
+        len(pull_SRW), 1 / scale, slope, near, **tile,
+    )  # fmt: skip
+    return total, pull_BD
+
+
+def default_precision(kernel: Kernel, dimensions: int) -> Precision:
+    """ "fp32" for a kernel so flat that fp16, or tf32, would lose what it sees, "fp16" otherwise.
+
+    Where gamma s is small, P is gamma (1 - gamma s): its constant part only sees the mean, and
+    cancels against the prior's, so that the variance shows in a share gamma s of the gradient, with
+    s near 2 D. Factors rounded to 11 bits err by up to 2^-11 of the whole, that is
+    2^-11 / (2 D gamma) of this share, here held to 1 %. The narrowest part of a kernel decides.
+    """
+    return "fp32" if 2 * dimensions / blocked.reach(kernel) < 100 * 2**-11 else "fp16"
+
+
+@cache
+def form_of(kernel: Kernel) -> tuple[Form, float, float, float]:
+    """A kernel's form; its unit, s in the form = unit |x - y|^2; P = slope * the form's P; and the
+    unit |x|^2 of codes so far out that there are hardly any others in the kernel's reach."""
+    if isinstance(kernel, Gaussians):
+        form = Form(kernel.octaves, (), kernel.octaves)
+        return form, kernel.gamma / math.log(2), kernel.gamma / kernel.octaves, 4.0
+    unit = 1 / min(kernel.scales)
+    scales = sorted(round(c * unit, 6) for c in kernel.scales)
+    top = sum(1 / c for c in scales)
+    fours = (_fraction(scales[i : i + 4], top) for i in range(0, len(scales), 4))
+    form = Form(0, tuple(chain.from_iterable(fours)), len(scales))
+    return form, unit, unit * top / len(scales), 4 * max(scales)
+
+
+def _fraction(scales: list[float], top: float) -> list[float]:
+    """N, D, N' / top and D' / top, with n, n + 1, n - 1 and n coefficients for n scales."""
+    below = np.poly([-c for c in scales])
+    others = (np.atleast_1d(np.poly([-d for d in scales if d != c])) for c in scales)
+    above = np.sum([c * other for c, other in zip(scales, others, strict=True)], axis=0)
+    slopes = np.concatenate([np.polyder(above), np.polyder(below)]) / top
+    return np.concatenate([above, below, slopes]).tolist()
+
+
+def padded_width(dimensions: int, precision: Precision) -> tuple[int, bool]:
+    """W, and whether one kernel does everything."""
+    if dimensions <= FUSED[precision]:
+        return max(16, triton.next_power_of_2(dimensions)), True
+    return triton.cdiv(dimensions, 64) * 64, False
+
+
+def _prepare(x_BD: Tensor, width: int, scale: float, factor: float, precision: Precision):
+    """The codes times `scale`, rounded and padded, [R, W], and `factor` times their squared norms.
+
+    The norms are those of the rounded codes. Distances are then exactly those of rounded codes,
+    never negative and 0 between equal ones, whatever the rounding.
+    """
+    rows, dimensions = x_BD.shape
+    padded = triton.cdiv(rows, TILE) * TILE
+    dtype = torch.float16 if precision == "fp16" else torch.float32
+    x_RW = x_BD.new_empty(padded, width, dtype=dtype)
+    norm_R = x_BD.new_empty(padded)
+    tile = _thin_tile(width)
+    _prepare_kernel[(padded // tile["ROWS"],)](
+        x_BD, x_RW, norm_R, rows, dimensions, width, scale, factor, precision == "fp16", **tile
+    )
+    return x_RW, norm_R
+
+
+def _thin_tile(width: int) -> dict[str, int]:
+    whole = triton.next_power_of_2(width)
+    return {"ROWS": min(TILE, max(1, 4096 // whole)), "WIDTH": whole}
+
+
+def _in_one(x_RW, y_CW, x_norm_R, y_norm_C, columns: int, twice: float, form: Form):
+    """Sums of P y, [S, R, W], and of P and phi - 1, [S, R], over S parts of the columns."""
+    rows, width = x_RW.shape
+    parts = _parts(rows // TILE, len(y_CW) // TILE, x_RW.device)
+    span = triton.cdiv(len(y_CW) // TILE, parts) * TILE
+    pull_SRW = x_norm_R.new_empty(parts, rows, width)
+    weight_SR, phi_SR = x_norm_R.new_empty(2, parts, rows)
+    exact = x_RW.dtype == torch.float32
+    kernel = _tuned(_pair_kernel, tiles_of(width, True, exact))
+    kernel[lambda tile: (rows // tile["ROWS"], parts)](
+        x_RW, y_CW, x_norm_R, y_norm_C, pull_SRW, weight_SR, phi_SR, rows, columns, len(y_CW),
+        span, twice, WIDTH=width, EXACT=exact, **form._asdict(),
+    )  # fmt: skip
+    return pull_SRW, weight_SR, phi_SR
+
+
+@cache
+def _parts(row_tiles: int, column_tiles: int, device: torch.device) -> int:
+    """Into how many parts to split the columns, so that no processor idles for long."""
+    processors = 4
+    if device.type == "cuda":
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+
+    def duration(parts: int) -> int:  # of one tile, or of starting and storing, is 1
+        return triton.cdiv(row_tiles * parts, processors) * (triton.cdiv(column_tiles, parts) + 1)
+
+    return min(range(1, min(column_tiles, processors) + 1), key=duration)
+
+
+def _in_two(x_RW, y_CW, x_norm_R, y_norm_C, columns: int, twice: float, form: Form):
+    """As `_in_one`, with S = 1 for P y and P; S tiles of columns for phi - 1."""
+    (rows, width), padded = x_RW.shape, len(y_CW)
+    exact = x_RW.dtype == torch.float32
+    tiles = tiles_of(width, False, exact)
+    kernel = _tuned(_slope_kernel, tiles)
+    chunk = max(TILE, CHUNK // padded // TILE * TILE)
+    slope_rC = torch.empty(min(chunk, rows), padded, dtype=x_RW.dtype, device=x_RW.device)
+    pull_RW = x_norm_R.new_empty(rows, width)
+    weight_SR, phi_SR = x_norm_R.new_empty(2, padded // tiles[0][1], rows)
+    for start in range(0, rows, chunk):
+        part = slice(start, min(start + chunk, rows))
+        x_rW, slope_rC = x_RW[part], slope_rC[: part.stop - start]
+        kernel[lambda tile, x=x_rW: (len(x) // tile["ROWS"], padded // tile["COLUMNS"])](
+            x_rW, y_CW, x_norm_R[part], y_norm_C, slope_rC, weight_SR[:, part], phi_SR[:, part],
+            rows, columns, padded, twice, WIDTH=width, EXACT=exact, **form._asdict(),
+        )  # fmt: skip
+        pull_RW[part] = _product(slope_rC, y_CW)
+    return pull_RW[None], weight_SR.sum(0, keepdim=True), phi_SR
+
+
+def _product(slope_rC: Tensor, y_CW: Tensor) -> Tensor:
+    """float32 [r, W]: by cuBLAS with sums in fp32, or in fp64 whatever torch does with fp32."""
+    if slope_rC.dtype == torch.float16 and slope_rC.is_cuda:
+        return torch.mm(slope_rC, y_CW, out_dtype=torch.float32)
+    return (slope_rC.double() @ y_CW.double()).float()
+
+
+def tiles_of(width: int, fused: bool, exact: bool) -> tuple[Tile, ...]:
+    """What is tried, none of which spills registers on an H100; unfused all of equal columns."""
+    if fused and exact:
+        return (32, 32, 4, 2), (64, 32, 8, 2)
+    if fused:
+        tiles = (64, 64, 4, 3), (64, 32, 4, 3), (128, 64, 8, 3)
+        return tiles if width == 256 else (*tiles, (128, 128, 8, 2))
+    if exact:
+        return (64, 64, 4, 2), (64, 64, 8, 2)
+    return (128, 128, 8, 3), (128, 128, 8, 4), (64, 128, 4, 4)
+
+
+@cache
+def _tuned(kernel, tiles: tuple[Tile, ...]):
+    """The fastest of the tiles, found once; the first under the interpreter."""
+    configurations = [
+        triton.Config({"ROWS": rows, "COLUMNS": columns}, num_warps=warps, num_stages=stages)
+        for rows, columns, warps, stages in (tiles[:1] if triton.knobs.runtime.interpret else tiles)
+    ]
+    return triton.autotune(configurations, key=["WIDTH", "octaves"])(kernel)
+
+
+@triton.jit
+def _prepare_kernel(
+    x_ptr, out_ptr, norm_ptr, rows, dimensions, width, scale, factor,
+    HALF: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    d = tl.arange(0, WIDTH)[None, :]
+    real = row < rows
+    x = tl.load(x_ptr + row[:, None] * dimensions + d, real[:, None] & (d < dimensions), 0.0)
+    x *= scale
+    if HALF:
+        x = tl.minimum(tl.maximum(x, -65504.0), 65504.0).to(tl.float16)
+    tl.store(out_ptr + row[:, None] * width + d, x, d < width)
+    x = x.to(tl.float32)
+    norm = tl.sum(x * x, 1) * ((1 - ROUNDING) * factor)
+    tl.store(norm_ptr + row, tl.where(real, norm, FAR))
+
+
+@triton.jit
+def _finish_kernel(
+    x_ptr, rounded_ptr, norm_ptr, pull_ptr, weight_ptr, out_ptr, rows, dimensions, padded, width,
+    parts, unscale, slope, near, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    d = tl.arange(0, WIDTH)[None, :]
+    pull = tl.zeros((ROWS, WIDTH), tl.float32)
+    weight = tl.zeros((ROWS,), tl.float32)
+    for part in range(parts):
+        pull += tl.load(pull_ptr + (part * padded + row)[:, None] * width + d, d < width, 0.0)
+        weight += tl.load(weight_ptr + part * padded + row)
+    real = (row < rows)[:, None] & (d < dimensions)
+    x = tl.load(x_ptr + row[:, None] * dimensions + d, real, 0.0)
+    # The roundings of all y near x average out, so that x itself is best not rounded; but alone
+    # with its own y it has to be rounded as that is, or their difference would not be 0.
+    rounded = tl.load(rounded_ptr + row[:, None] * width + d, d < width, 0.0).to(tl.float32)
+    x = tl.where((tl.load(norm_ptr + row) > near)[:, None], rounded * unscale, x)
+    pull = slope * (pull * unscale - weight[:, None] * x)
+    tl.store(out_ptr + row[:, None] * dimensions + d, pull, real)
+
+
+@triton.jit
+def _pair_kernel(
+    x_ptr, y_ptr, x_norm_ptr, y_norm_ptr, pull_ptr, weight_ptr, phi_ptr,
+    rows, columns, padded, span, twice,
+    WIDTH: tl.constexpr, EXACT: tl.constexpr, octaves: tl.constexpr, fractions: tl.constexpr,
+    terms: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    d = tl.arange(0, WIDTH)[None, :]
+    first = tl.program_id(1) * span
+    x = tl.load(x_ptr + row[:, None] * WIDTH + d)
+    x_norm = tl.load(x_norm_ptr + row)
+    pull = tl.zeros((ROWS, WIDTH), tl.float32)
+    weight = tl.zeros((ROWS,), tl.float32)
+    phi = tl.zeros((ROWS,), tl.float32)
+    column = first.to(tl.int64) + tl.arange(0, COLUMNS)
+    y_ptrs = y_ptr + column[:, None] * WIDTH + d
+    y_norm_ptrs = y_norm_ptr + column
+    for start in range(first, min(first + span, padded), COLUMNS):
+        y = tl.load(y_ptrs)
+        xy = tl.dot(x, y.T, input_precision="ieee")
+        s = x_norm[:, None] + tl.load(y_norm_ptrs)[None, :] - twice * xy
+        more, slope = _phi(s, start, columns, EXACT, octaves, fractions, terms, COLUMNS)
+        phi += more
+        weight += tl.sum(slope, 1)
+        pull = tl.dot(slope.to(y.dtype), y, pull, input_precision="ieee")
+        y_ptrs += COLUMNS * WIDTH
+        y_norm_ptrs += COLUMNS
+    row += tl.program_id(1) * rows
+    tl.store(pull_ptr + row[:, None] * WIDTH + d, pull)
+    tl.store(weight_ptr + row, weight)
+    tl.store(phi_ptr + row, phi / terms)
+
+
+@triton.jit
+def _slope_kernel(
+    x_ptr, y_ptr, x_norm_ptr, y_norm_ptr, slope_ptr, weight_ptr, phi_ptr,
+    rows, columns, padded, twice,
+    WIDTH: tl.constexpr, EXACT: tl.constexpr, octaves: tl.constexpr, fractions: tl.constexpr,
+    terms: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    SLICE: tl.constexpr = 32 if EXACT else 64
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    start = tl.program_id(1) * COLUMNS
+    column = start.to(tl.int64) + tl.arange(0, COLUMNS)
+    d = tl.arange(0, SLICE)[None, :]
+    x_ptrs = x_ptr + row[:, None] * WIDTH + d
+    y_ptrs = y_ptr + column[:, None] * WIDTH + d
+    xy = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for _ in range(0, WIDTH, SLICE):
+        xy = tl.dot(tl.load(x_ptrs), tl.load(y_ptrs).T, xy, input_precision="ieee")
+        x_ptrs += SLICE
+        y_ptrs += SLICE
+    s = tl.load(x_norm_ptr + row)[:, None] + tl.load(y_norm_ptr + column)[None, :] - twice * xy
+    phi, slope = _phi(s, start, columns, EXACT, octaves, fractions, terms, COLUMNS)
+    tl.store(slope_ptr + row[:, None] * padded + column[None, :], slope.to(x_ptr.dtype.element_ty))
+    row += tl.program_id(1) * rows
+    tl.store(weight_ptr + row, tl.sum(slope, 1))
+    tl.store(phi_ptr + row, phi / terms)
+
+
+@triton.jit
+def _phi(
+    s, start, columns, EXACT: tl.constexpr, octaves: tl.constexpr, fractions: tl.constexpr,
+    terms: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The sum over a tile's columns of phi - 1, unless they are padding, and P for each pair.
+
+    With factors of fp32, Gaussians are added up as phi - 1, so that flat ones keep their digits;
+    otherwise phi is, and the ones are subtracted at the end, which halves the arithmetic.
+    """
+    within = tl.maximum(tl.minimum(columns - start, COLUMNS), 0)
+    s = tl.maximum(s, 0.0)
+    if octaves == 0:
+        s = tl.minimum(s, 1e9)  # beyond it the polynomials overflow
+        phi = tl.zeros_like(s)
+        slope = tl.zeros_like(s)
+        for g in tl.static_range(0, terms, 4):
+            part, falling = _fraction_at(s, fractions, 4 * g, terms - g if terms - g < 4 else 4)
+            phi += part
+            slope += falling
+    else:
+        power = tl.exp2(-s)
+        excess = _exp2m1(-s, power) if EXACT else power
+        phi = excess
+        slope = power
+        for m in tl.static_range(1, octaves):
+            power *= power
+            excess = excess * (excess + 2) if EXACT else power
+            phi += excess
+            slope += 2**m * power
+    if EXACT or octaves == 0:
+        phi = tl.where((tl.arange(0, COLUMNS) < within)[None, :], phi, 0.0)
+    ones = 0 if EXACT and octaves > 0 else terms
+    return tl.sum(phi, 1) - ones * within, slope
+
+
+@triton.jit
+def _fraction_at(s, fractions: tl.constexpr, FIRST: tl.constexpr, N: tl.constexpr):
+    """The fraction of n terms, and minus its derivative."""
+    inverse = 1 / _polynomial(s, fractions, FIRST + N, N + 1)
+    phi = _polynomial(s, fractions, FIRST, N) * inverse
+    rising = _polynomial(s, fractions, FIRST + 2 * N + 1, N - 1)
+    return phi, (phi * _polynomial(s, fractions, FIRST + 3 * N, N) - rising) * inverse
+
+
+@triton.jit
+def _polynomial(s, coefficients: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr):
+    value = coefficients[FIRST] if COUNT > 0 else 0.0
+    for i in tl.static_range(1, COUNT):
+        value = value * s + coefficients[FIRST + i]
+    return value
+
+
+@triton.jit
+def _exp2m1(v, power):
+    """2^v - 1 for v <= 0 with all its digits; `power` is 2^v. Triton has no expm1."""
+    u = v * 0.6931471805599453
+    return tl.where(v > -0.5, _polynomial(u, EXPM1, 0, 7) * u, power - 1)
