@@ -26,7 +26,7 @@ CHECKED_ROWS = 256
 COMPILED_ROWS = 4096
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-"""The statistic of z [N, D], with gradient, beside draws [N, D]."""
+"""The statistic of codes, with gradient to them; see `inputs` for the second argument."""
 
 
 # Ours; the prior's expectations are in closed form unless told otherwise.
@@ -38,17 +38,14 @@ def ours(z_ND: Tensor, p_ND: Tensor, kernel: str, **options: Any) -> Tensor:
     return mmd(z_ND, kernel=kernel, **options)
 
 
-def ours_block(z_ND: Tensor, p_ND: Tensor, kernel: str) -> Tensor:
+def ours_block(z_BD: Tensor, gathered_NE: Tensor, kernel: str) -> Tensor:
     """What the first of `RANKS` ranks does, in a group of its own: a gather that is over."""
     from t5vae.objective.mmd import PendingMMD
 
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    weights_N1 = torch.ones_like(z_ND[:, :1])
-    gathered_NE = torch.cat([z_ND.detach(), weights_N1], 1)
-    rows = len(z_ND) // RANKS
-    pending = PendingMMD(z_ND[:rows], weights_N1[:rows, 0], gathered_NE, Gathered(), None)
-    return pending.finish(kernel=kernel)
+    weights_B = torch.ones(len(z_BD), device=z_BD.device)
+    return PendingMMD(z_BD, weights_B, gathered_NE, Gathered(), None).finish(kernel=kernel)
 
 
 class Gathered(dist.Work):
@@ -60,6 +57,10 @@ def ours_exact(z_ND: Tensor, p_ND: Tensor, kernel: str, prior: str = "normal") -
     from t5vae.objective.reference import terms
 
     return terms(z_ND, kernel, prior).value
+
+
+def block_exact(z_BD: Tensor, gathered_NE: Tensor, kernel: str) -> Tensor:
+    return ours_exact(torch.cat([z_BD, gathered_NE[len(z_BD) :, :-1]]), gathered_NE, kernel)
 
 
 # The peers: means of three blocks of a kernel, the prior's expectations by as many draws.
@@ -144,7 +145,7 @@ def own(title: str, kernel: str, prior: str = "normal", **options: Any) -> Conte
 
 
 def block(title: str, kernel: str) -> Contender:
-    loss, exact = partial(ours_block, kernel=kernel), partial(ours_exact, kernel=kernel)
+    loss, exact = partial(ours_block, kernel=kernel), partial(block_exact, kernel=kernel)
     return Contender(title, loss, exact, ranks=RANKS)
 
 
@@ -185,25 +186,31 @@ CONTENDERS = {
 # One contender in this process
 
 
-def with_gradient(loss: Loss, z_ND: Tensor, p_ND: Tensor) -> tuple[Tensor, Tensor]:
-    z_ND.grad = None
-    value = loss(z_ND, p_ND)
+def with_gradient(loss: Loss, z_BD: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    z_BD.grad = None
+    value = loss(z_BD, other)
     value.backward()
-    assert z_ND.grad is not None
-    return value.detach(), z_ND.grad
+    assert z_BD.grad is not None
+    return value.detach(), z_BD.grad
 
 
-def check(contender: Contender, loss: Loss, z_ND: Tensor, p_ND: Tensor, threads: int) -> None:
+def inputs(contender: Contender, z_ND: Tensor, p_ND: Tensor) -> tuple[Tensor, Tensor]:
+    """What its loss takes: codes and draws, or a rank's codes and everyone's with weights."""
+    if contender.ranks == 1:
+        return z_ND, p_ND
+    weights_N1 = torch.ones_like(z_ND[:, :1])
+    return z_ND[: len(z_ND) // contender.ranks], torch.cat([z_ND, weights_N1], 1)
+
+
+def check(contender: Contender, loss: Loss, z_BD: Tensor, other: Tensor, threads: int) -> None:
     """That a contender computes what it is said to; also its first call, which may compile."""
     torch.set_num_threads(1)  # the exact one has many small steps, and is not timed
-    z_64 = z_ND.double().requires_grad_()
-    exact, exact_gradient = with_gradient(contender.exact, z_64, p_ND.double())
+    z_64 = z_BD.double().requires_grad_()
+    exact, exact_gradient = with_gradient(contender.exact, z_64, other.double())
     torch.set_num_threads(threads)
-    value, gradient = with_gradient(loss, z_ND.clone().requires_grad_(), p_ND)
-    if contender.ranks == 1:
+    value, gradient = with_gradient(loss, z_BD.clone().requires_grad_(), other)
+    if contender.ranks == 1:  # one of several does not have the others' parts of the value
         assert abs(value - exact) < 1e-4, f"the value is {value:.6f}, should be {exact:.6f}"
-    rows = len(z_ND) // contender.ranks  # a rank alone knows its rows' gradient, not the value
-    gradient, exact_gradient = gradient[:rows], exact_gradient[:rows]
     error = (gradient - exact_gradient).norm() / exact_gradient.norm()
     assert error < 1e-2, f"the gradient's relative error is {error:.1e}"
 
@@ -283,18 +290,16 @@ def main(name: str, N: int, D: int, threads: int, device_name: str, seconds: flo
     if contender.compiled:
         loss = torch.compile(loss, dynamic=False)
     rows = min(N, COMPILED_ROWS if contender.compiled else CHECKED_ROWS)
-    check(contender, loss, z_ND[:rows], p_ND[:rows], threads)
-    trained_ND = z_ND.clone().requires_grad_()
+    check(contender, loss, *inputs(contender, z_ND[:rows], p_ND[:rows]), threads)
+    z_BD, other = inputs(contender, z_ND, p_ND)
+    trained_BD = z_BD.clone().requires_grad_()
     if contender.compiled and rows < N:
-        with_gradient(loss, trained_ND, p_ND)  # it is compiled for one size
+        with_gradient(loss, trained_BD, other)  # it is compiled for one size
 
-    references = {
-        precision: Timed(call, device)
-        for precision, call in limits(z_ND[: N // contender.ranks], z_ND).items()
-    }
+    references = {key: Timed(call, device) for key, call in limits(z_BD, z_ND).items()}
     for reference in references.values():
         reference.seconds()
-    timed = Timed(lambda: with_gradient(loss, trained_ND, p_ND), device)
+    timed = Timed(lambda: with_gradient(loss, trained_BD, other), device)
     peak, end = Peak(device), time.perf_counter() + seconds
     for turn in count():
         if turn and time.perf_counter() > end:

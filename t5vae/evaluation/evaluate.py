@@ -16,7 +16,7 @@ from t5vae.evaluation import metrics
 from t5vae.evaluation.trigram import Trigram
 from t5vae.latent import LatentSpace, checker
 from t5vae.latent.codes import Gaussian, Normal, path
-from t5vae.objective import mmd
+from t5vae.objective import mmd, sliced_epps_pulley
 
 SCHEMA_VERSION = 1
 FIT = 10_000  # training sequences the Gaussian prior is fitted on
@@ -64,8 +64,9 @@ def evaluate(
         - valid, unique, novel, valid_unique_novel: of the draws from N(0, I), and under
           `gaussian` from a normal distribution fitted on training codes;
         - interpolation: validity, directness, distinct;
-        - mmd (the unbiased estimate of MMD^2 to N(0, I), kernel imq), mean_square_norm,
-          participation_ratio, active_dimensions, latent_size: of the held-out codes;
+        - mmd (the unbiased estimate of MMD^2 to N(0, I), kernel imq), epps_pulley_slices,
+          epps_pulley_axes, mean_square_norm, participation_ratio, active_dimensions, latent_size:
+          of the held-out codes;
         - n: how many of everything; schema_version, check, seed;
         - controls: the same names, where they are defined, for `trigram` (a token trigram model),
           `shuffled` (each held-out sequence given another one's code), `endpoints` (paths that
@@ -167,6 +168,8 @@ def evaluate(
 def _geometry(z_ND: Tensor) -> dict[str, float]:
     return {
         "mmd": mmd(z_ND, kernel="imq", prior="normal", estimator="u").item(),
+        "epps_pulley_slices": sliced_epps_pulley(z_ND, axes=False).item(),
+        "epps_pulley_axes": sliced_epps_pulley(z_ND, slices=0).item(),
         "mean_square_norm": metrics.mean_square_norm(z_ND),
         "participation_ratio": metrics.participation_ratio(z_ND),
         "active_dimensions": metrics.active_dimensions(z_ND),
@@ -190,6 +193,8 @@ ROWS = [
     ("interpolation.directness", "endpoints", "1: no detour from one end to the other"),
     ("interpolation.distinct", "endpoints", "distinct texts on a path"),
     ("mmd", "prior", "MMD^2 between codes and N(0, I)"),
+    ("epps_pulley_slices", "prior", "distance from N(0, 1) on random directions"),
+    ("epps_pulley_axes", "prior", "the same on each coordinate"),
     ("mean_square_norm", "prior", "|z|^2 / D"),
     ("participation_ratio", "prior", "directions that carry the variance"),
     ("active_dimensions", "prior", "coordinates that vary at all"),

@@ -38,11 +38,11 @@ def pair_sum(x_BD: Tensor, y_ND: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor
         return total, pull_BD.float()
 
     # One product of augmented rows gives unit * |x - y|^2.
-    unit = _unit(kernel)
+    unit, slope_unit, terms = _units(kernel)
     left_BE = torch.cat([-2 * unit * x_BD, unit * x_norm_B1, torch.ones_like(x_norm_B1)], 1)
     right_NE = torch.cat([y_ND, torch.ones_like(y_norm_N1), unit * y_norm_N1], 1)
-    total = torch.zeros((), dtype=torch.float64, device=x_BD.device)
     pull_BD, weight_B = torch.zeros_like(x_BD), torch.zeros_like(x_BD[:, 0])
+    once, twice = [x_BD.new_zeros(())], [x_BD.new_zeros(())]
     height, width = _tile_size(x_BD, y_ND)
     buffers = x_BD.new_empty(3, height * width)
     for rows, columns in _tiles(len(x_BD), len(y_ND), height, width, alone):
@@ -50,18 +50,20 @@ def pair_sum(x_BD: Tensor, y_ND: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor
         pairs = len(x_rD) * len(y_cD)
         s_rc, slope_rc, spare_rc = buffers[:, :pairs].view(3, len(x_rD), len(y_cD))
         torch.mm(left_BE[rows], right_NE[columns].T, out=s_rc)
-        excess = _phi(kernel, s_rc, slope_rc, spare_rc)
+        sums = _phi(kernel, s_rc, slope_rc, spare_rc)
         pull_BD[rows].addmm_(slope_rc, y_cD)
         weight_B[rows] += slope_rc.sum(1)
         if alone and rows != columns:
             pull_BD[columns].addmm_(slope_rc.T, x_rD)
             weight_B[columns] += slope_rc.sum(0)
-            excess *= 2
-        total += excess
-    pull_BD.addcmul_(weight_B[:, None], x_BD, value=-1)
-    if isinstance(kernel, Gaussians):
-        return total / kernel.octaves, pull_BD.mul_(kernel.gamma / kernel.octaves)
-    return total / len(kernel.scales), pull_BD.div_(len(kernel.scales))
+            twice += sums
+        else:
+            once += sums
+    total = torch.stack(once).sum(dtype=torch.float64)
+    total += 2 * torch.stack(twice).sum(dtype=torch.float64)
+    if terms > 1:
+        total = total / terms - len(x_BD) * len(y_ND)
+    return total, pull_BD.addcmul_(weight_B[:, None], x_BD, value=-1).mul_(slope_unit)
 
 
 def reach(kernel: Kernel) -> float:
@@ -89,35 +91,37 @@ def _tiles(
             yield slice(row, row + height), slice(column, column + width)
 
 
-def _unit(kernel: Kernel) -> float:
-    """What turns squared distances into what `_phi` takes: exponents of 2, or themselves."""
-    return -kernel.gamma / math.log(2) if isinstance(kernel, Gaussians) else 1.0
+def _units(kernel: Kernel) -> tuple[float, float, int]:
+    """What squared distances are multiplied by before `_phi`, what its slopes are multiplied by
+    to be P, and of how many terms phi is the mean."""
+    if isinstance(kernel, InverseMultiquadric):
+        return 1.0, 1 / len(kernel.scales), len(kernel.scales)
+    return -kernel.gamma / math.log(2), kernel.gamma / kernel.octaves, kernel.octaves
 
 
-def _phi(kernel: Kernel, s_rc: Tensor, slope_rc: Tensor, spare_rc: Tensor) -> Tensor:
-    """Fill `slope_rc` with P in a unit of the kernel's; the sum of phi - 1 over a tile.
+def _phi(kernel: Kernel, s_rc: Tensor, slope_rc: Tensor, spare_rc: Tensor) -> list[Tensor]:
+    """Fill `slope_rc`; the sums over a tile of phi's terms, or of phi - 1 where it has one term.
 
     `s_rc` and `spare_rc` are overwritten. The passes over the tile are what this costs.
     """
     if isinstance(kernel, InverseMultiquadric):
         sums = []
-        before = 0.0
+        one = s_rc.new_ones(())
         slope_rc.zero_()
         for scale in kernel.scales:
-            torch.reciprocal(s_rc.add_(scale - before), out=spare_rc)
-            sums.append(scale * spare_rc.sum().double())
-            slope_rc.addcmul_(spare_rc, spare_rc, value=scale)
-            before = scale
-        return sum(sums) - len(sums) * s_rc.numel()
-    if kernel.octaves == 1:  # perhaps nearly flat: then the digits are in 1 - phi
-        total = torch.mul(s_rc, math.log(2), out=spare_rc).expm1_().sum().double()
+            torch.add(one, s_rc, alpha=1 / scale, out=spare_rc).reciprocal_()
+            sums.append(spare_rc.sum())
+            slope_rc.addcmul_(spare_rc, spare_rc, value=1 / scale)
+        return sums
+    if kernel.octaves == 1:  # perhaps nearly flat: then the digits are in phi - 1
+        sums = [torch.mul(s_rc, math.log(2), out=spare_rc).expm1_().sum()]
         torch.exp2(s_rc, out=slope_rc)
-        return total
+        return sums
     u_rc = s_rc.exp2_()  # each octave is the square of the one before
-    total = u_rc.sum().double()
     torch.square(u_rc, out=spare_rc)
     torch.add(u_rc, spare_rc, alpha=2, out=slope_rc)
+    sums = [u_rc.sum(), spare_rc.sum()]
     for octave in range(2, kernel.octaves):
-        total += spare_rc.sum()
         slope_rc.add_(spare_rc.square_(), alpha=2**octave)
-    return total + spare_rc.sum() - kernel.octaves * s_rc.numel()
+        sums.append(spare_rc.sum())
+    return sums

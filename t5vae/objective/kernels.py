@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,17 @@ class InverseMultiquadric:
         rule converges geometrically (Trefethen and Weideman, SIAM Review 56, 2014). From
         C gamma = e^-24 for the widest scale to e^4.5 for the narrowest.
         """
-        step = 0.45
-        low, high = -24 - math.log(max(self.scales)), 4.5 - math.log(min(self.scales))
-        gammas = [math.exp(low + step * i) for i in range(math.ceil((high - low) / step) + 1)]
-        mass = [sum(c * g * math.exp(-c * g) for c in self.scales) for g in gammas]
-        total = sum(mass)
-        return Mixture(tuple(m / total for m in mass), tuple(gammas))
+        return _on_a_grid(self.scales)
+
+
+@cache
+def _on_a_grid(scales: tuple[float, ...]) -> Mixture:
+    step = 0.45
+    low, high = -24 - math.log(max(scales)), 4.5 - math.log(min(scales))
+    gammas = [math.exp(low + step * i) for i in range(math.ceil((high - low) / step) + 1)]
+    mass = [sum(c * g * math.exp(-c * g) for c in scales) for g in gammas]
+    total = sum(mass)
+    return Mixture(tuple(m / total for m in mass), tuple(gammas))
 
 
 Kernel = Gaussians | InverseMultiquadric

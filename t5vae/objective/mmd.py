@@ -67,7 +67,7 @@ def mmd(
     if not z_BD.isfinite().all():
         raise ValueError("codes are not finite")
     pending = start_gather(z_BD, weights_B=weights_B, group=group)
-    if estimator == "u" and len(pending.gathered_NE) < 2:
+    if estimator == "u" and pending.work is None and len(z_BD) < 2:
         raise ValueError('estimator "u" compares codes with each other: it needs at least 2')
     return pending.finish(
         **options,
@@ -101,16 +101,19 @@ def start_gather(
         raise ValueError(f"codes have shape {list(z_BD.shape)}; expected [rows, dimensions]")
     if weights_B is None:
         weights_B = torch.ones(len(z_BD), device=z_BD.device)
-    local_BE = torch.cat([z_BD.detach().float(), weights_B.detach().float()[:, None]], dim=1)
     world = dist.get_world_size(group) if dist.is_initialized() else 1
     if world == 1:
-        return PendingMMD(z_BD, weights_B, local_BE, None, group)
-
+        return PendingMMD(z_BD, weights_B, group)
+    local_BE = torch.cat([z_BD.detach().float(), weights_B.detach().float()[:, None]], dim=1)
     most = len(z_BD) if equal_rows else _most_rows(z_BD, group)
     local_BE = torch.nn.functional.pad(local_BE, (0, 0, 0, most - len(z_BD)))
     gathered_NE = local_BE.new_empty(world * most, local_BE.shape[1])
     work = dist.all_gather_into_tensor(gathered_NE, local_BE, group=group, async_op=True)
-    return PendingMMD(z_BD, weights_B, gathered_NE, work, group)
+    return PendingMMD(z_BD, weights_B, group, gathered_NE, work)
+
+
+def _rows_that_count(codes: Tensor, counts: Tensor) -> Tensor:
+    return codes if counts.all() else codes[counts]
 
 
 def _most_rows(z_BD: Tensor, group: dist.ProcessGroup | None) -> int:
@@ -121,13 +124,16 @@ def _most_rows(z_BD: Tensor, group: dist.ProcessGroup | None) -> int:
 
 @dataclass
 class PendingMMD:
-    """A gather under way: codes beside their weights, [N, D + 1], where `work` has waited."""
+    """A gather under way: codes beside their weights, [N, D + 1], as soon as `work` has waited.
+
+    One process alone gathers nothing.
+    """
 
     z_BD: Tensor
     weights_B: Tensor
-    gathered_NE: Tensor
-    work: dist.Work | None
     group: dist.ProcessGroup | None
+    gathered_NE: Tensor | None = None
+    work: dist.Work | None = None
 
     def finish(
         self,
@@ -142,48 +148,51 @@ class PendingMMD:
     ) -> Tensor:
         """Wait for the codes and compute the statistic; arguments and result as in `mmd`."""
         _check_names(kernel, prior, estimator, implementation)
-        if self.work:
+        own_BD, counts_B = self.z_BD.detach().float(), self.weights_B > 0
+        own_BD = _rows_that_count(own_BD, counts_B)
+        everyone_ND = own_BD
+        if self.work and self.gathered_NE is not None:
             self.work.wait()
-        everyone_ND = self.gathered_NE[self.gathered_NE[:, -1] > 0, :-1]
+            everyone_ND = _rows_that_count(self.gathered_NE[:, :-1], self.gathered_NE[:, -1] > 0)
         count, dimensions = everyone_ND.shape
         if count < 2:
             log.warning("MMD is 0: fewer than two codes of the global batch count")
-            return with_gradient(self.z_BD, everyone_ND.new_zeros(()), torch.zeros_like(self.z_BD))
+            return with_gradient(self.z_BD, own_BD.new_zeros(()), torch.zeros_like(self.z_BD))
         pair_sum = _pair_sum(implementation)
         phi = make_kernel(kernel, dimensions, sigma)
         pairs = count * (count - 1) if estimator == "u" else count**2
-        counts_B = self.weights_B > 0
-        own_BD = self.z_BD.detach().float()[counts_B]
 
         # The kernel's value at 0 cancels between the terms: all of them are taken minus 1.
         centre_D = everyone_ND.mean(0)
         centred_ND = everyone_ND - centre_D
         centred_BD = own_BD - centre_D if self.work else centred_ND
         total, pull_BD = pair_sum(centred_BD, centred_ND, phi)
-        value, gradient_BD = total / pairs, pull_BD * (4 / pairs)
+        value, gradient_BD = total / pairs, pull_BD.mul_(4 / pairs)
         value += 0 * centre_D.sum()  # NaN where a code is not finite, whatever a kernel clamps
         if prior == "sampled":
             drawn_ND = draws(count, dimensions, sigma, generator_seed).to(own_BD.device)
             total, pull_BD = pair_sum(own_BD, drawn_ND, phi)
             value -= 2 / count**2 * total
-            gradient_BD -= 4 / count**2 * pull_BD
-            share_BD = self._share(drawn_ND)
-            value += pair_sum(share_BD, drawn_ND, phi)[0] / pairs
+            gradient_BD.sub_(pull_BD, alpha=4 / count**2)
+            value += pair_sum(self._share(drawn_ND), drawn_ND, phi)[0] / pairs
             constant = 0.0
         else:
             cross, of_prior = CLOSED[prior]
             total, slope_BD = cross(own_BD, phi.mixture(), sigma)
             value -= 2 / count * total
-            gradient_BD -= 2 / count * slope_BD
+            gradient_BD.sub_(slope_BD, alpha=2 / count)
             constant = of_prior(dimensions, phi.mixture(), sigma)
 
         if self.work:
             dist.all_reduce(value, group=self.group)
         if gradient_scale is None:
             gradient_scale = dist.get_world_size(self.group) if self.work else 1
-        full_BD = torch.zeros_like(self.z_BD, dtype=torch.float32)
-        full_BD[counts_B] = gradient_scale * gradient_BD
-        return with_gradient(self.z_BD, (value + constant).float(), full_BD)
+        gradient_BD *= gradient_scale
+        if len(own_BD) < len(self.z_BD):
+            gradient_BD = torch.zeros_like(self.z_BD, dtype=torch.float32).masked_scatter(
+                counts_B[:, None], gradient_BD
+            )
+        return with_gradient(self.z_BD, (value + constant).float(), gradient_BD)
 
     def _share(self, rows: Tensor) -> Tensor:
         """This rank's part of rows that every rank has."""

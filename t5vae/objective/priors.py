@@ -1,12 +1,14 @@
 """What a kernel expects under a prior, in closed form, and draws of the priors.
 
 h(z) = E phi(|z - p|^2) and c = E phi(|p - p'|^2) for p, p' drawn from the prior, where phi is a
-mixture of exp(-gamma s). Each comes minus 1, so that nearly flat kernels keep their digits, and in
-fp64, since it costs little. Shapes: b codes, D latent size, K components of the mixture.
+mixture of exp(-gamma s). Each comes minus 1, so that nearly flat kernels keep their digits, and is
+computed in fp64, since that costs little. Codes are float32. Shapes: b codes, D latent size,
+K components of the mixture.
 """
 
 import math
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -21,17 +23,18 @@ def normal_cross(z_BD: Tensor, mixture: Mixture, sigma: float) -> tuple[Tensor, 
     """Under N(0, sigma^2 I) (Rustamov, arXiv 1901.03227, eq. 3).
 
     Returns:
-        float64 scalar: sum_i (h(z_i) - 1); float64 [b, D]: the gradient of h at each code.
+        float64 scalar: sum_i (h(z_i) - 1); float32 [b, D]: the gradient of h at each code.
     """
-    z_BD = z_BD.double()
-    weights_K, gammas_K = z_BD.new_tensor(mixture.weights), z_BD.new_tensor(mixture.gammas)
+    squares_B1 = z_BD.square().sum(1, keepdim=True).double()
+    weights_K, gammas_K = squares_B1.new_tensor((mixture.weights, mixture.gammas))
     spread_K = 1 + 2 * gammas_K * sigma**2
-    log_BK = z_BD.square().sum(1, keepdim=True) * (-gammas_K / spread_K)
+    log_BK = squares_B1 * (-gammas_K / spread_K)
     log_BK -= 0.5 * z_BD.shape[1] * spread_K.log()
-    slope_B = log_BK.exp() @ (weights_K * gammas_K / spread_K)
-    return (log_BK.expm1() @ weights_K).sum(), -2 * slope_B[:, None] * z_BD
+    slope_B = log_BK.exp() @ (-2 * weights_K * gammas_K / spread_K)
+    return (log_BK.expm1() @ weights_K).sum(), z_BD * slope_B[:, None].to(z_BD.dtype)
 
 
+@cache
 def normal_constant(dimensions: int, mixture: Mixture, sigma: float) -> float:
     """c - 1 under N(0, sigma^2 I) (the same source)."""
     return sum(
@@ -60,9 +63,10 @@ def uniform_cross(z_BD: Tensor, mixture: Mixture, sigma: float) -> tuple[Tensor,
         edges_BD = torch.exp(-gamma * far_BD.square()) - torch.exp(-gamma * near_BD.square())
         slope_BD = 2 * root / math.sqrt(math.pi) * edges_BD / mass_BD
         gradient_BD += weight * log_B.exp()[:, None] * slope_BD
-    return total, gradient_BD * z_BD.sign()
+    return total, (gradient_BD * z_BD.sign()).float()
 
 
+@cache
 def uniform_constant(dimensions: int, mixture: Mixture, sigma: float) -> float:
     """c - 1 under the uniform distribution: the same integral once more."""
     total = 0.0
