@@ -45,7 +45,7 @@ def ours_block(z_BD: Tensor, gathered_NE: Tensor, kernel: str) -> Tensor:
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     weights_B = torch.ones(len(z_BD), device=z_BD.device)
-    return PendingMMD(z_BD, weights_B, gathered_NE, Gathered(), None).finish(kernel=kernel)
+    return PendingMMD(z_BD, weights_B, None, gathered_NE, Gathered()).finish(kernel=kernel)
 
 
 class Gathered(dist.Work):

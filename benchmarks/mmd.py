@@ -19,8 +19,7 @@ from statistics import median
 
 import torch
 from _mmd_peers import CHECKED_ROWS, COMPILED_ROWS, CONTENDERS, RANKS, Contender
-
-from shards import Target, figure, installed, machine, table
+from _report import Target, figure, installed, machine, table
 
 ROOT = Path(__file__).parents[1]
 WORKER = ROOT / "benchmarks" / "_mmd_peers.py"
@@ -125,12 +124,12 @@ class Bench:
     @property
     def seconds(self) -> float:
         """For the turns of one contender; a last turn may take longer."""
-        return 1 if self.quick else 6
+        return 1 if self.quick else 3
 
     @property
     def cut_off(self) -> float:
         """The seconds after which a contender's process is ended."""
-        return 60 if self.quick else 400
+        return 60 if self.quick else 150
 
     @property
     def sizes(self) -> list[tuple[int, int]]:

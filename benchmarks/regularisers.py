@@ -9,16 +9,16 @@ Every draw is seeded: two runs print the same.
 import argparse
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from _report import table
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # `shards` is the package, not the script
-from t5vae.objective import mmd
-from t5vae.objective.epps_pulley import sliced_epps_pulley
+from t5vae.objective import mmd, sliced_epps_pulley
 from t5vae.objective.kernels import make_kernel
 
 ROOT = Path(__file__).parents[1]
@@ -374,11 +374,6 @@ def averaging(quick: bool) -> str:
 
 def figure(value: float) -> str:
     return f"{value:,.{0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2}f}"
-
-
-def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    rule = ("---", *("---:" for _ in header[1:]))
-    return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rows)) + "\n"
 
 
 def main() -> None:

@@ -10,19 +10,17 @@ hits all alike; what is printed are medians of several turns. Ratios are taken t
 import argparse
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -36,6 +34,7 @@ from _data import (
     stored_bytes,
     write_lines,
 )
+from _report import Target, figure, installed, machine, output, table
 from tokenizers import Encoding, Tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -269,10 +268,6 @@ class Worker:
         self.process.wait()
 
 
-def output(command: list[str]) -> str:
-    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-
-
 class TwiceTokenizer:
     """A `tokenizers.Tokenizer` that encodes each batch once more, and counts the CPU of that.
 
@@ -300,20 +295,6 @@ class TwiceTokenizer:
 
 
 # Report
-
-
-class Target(NamedTuple):
-    """A figure, and what it should at least, or at most, be."""
-
-    what: str
-    wanted: float
-    measured: float
-    at_most: bool = False
-
-    def row(self) -> tuple[str, ...]:
-        met = self.measured <= self.wanted if self.at_most else self.measured >= self.wanted
-        wanted = f"at {'most' if self.at_most else 'least'} {figure(self.wanted)}"
-        return self.what, wanted, figure(self.measured), "met" if met else "**not met**"
 
 
 Section = tuple[str, list[Target]]
@@ -385,36 +366,6 @@ def build(bench: Bench) -> Section:
     ]
     text = BUILD.format(lines=lines) + table(("", "lines / CPU s", "least", "most"), rows)
     return text, [Target("build, all but tokenizing: lines / CPU s", 200_000, lines / median(rest))]
-
-
-def figure(value: float) -> str:
-    return f"{value:,.{0 if value >= 100 else 1 if value >= 10 else 3}f}"
-
-
-def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    rule = ("---", *("---:" for _ in header[1:]))
-    return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rows)) + "\n"
-
-
-def installed(python: str, packages: Iterable[str]) -> dict[str, str]:
-    """The versions of those packages that a Python has."""
-    code = (
-        "import sys, json, importlib.metadata as m\n"
-        "have = {d.name.lower(): d.version for d in m.distributions() if d.name}\n"
-        "print(json.dumps({name: have[name] for name in sys.argv[1:] if name in have}))"
-    )
-    return json.loads(output([python, "-c", code, *packages]))
-
-
-def machine(versions: dict[str, str]) -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.split(": ", 1)[1] for line in lines if line.startswith("model name")]
-    packages = ", ".join(f"{name} {version}" for name, version in versions.items())
-    return (
-        f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores, "
-        f"{platform.system()}, Python {platform.python_version()}, {packages}."
-    )
 
 
 def main() -> None:

@@ -75,11 +75,15 @@ def reach(kernel: Kernel) -> float:
 
 def _tile_size(x_BD: Tensor, y_ND: Tensor) -> tuple[int, int]:
     """Large enough that calls cost little, small enough for a cache; square where x is y."""
-    most = 512 if x_BD.device.type == "cpu" else 4096
+    if x_BD.device.type == "cpu":
+        threads = min(torch.get_num_threads(), 3)
+        least, most = 256 * threads, 384 * threads
+    else:
+        least, most = 1024, 4096
     if y_ND is x_BD:
-        side = min(most, max(256, len(x_BD) // 4))
+        side = min(most, max(least, len(x_BD) // 4))
         return side, side
-    return max(1, min(most, len(x_BD))), min(4 * most, len(y_ND))
+    return max(1, min(most, len(x_BD))), min(2 * most, len(y_ND))
 
 
 def _tiles(

@@ -64,7 +64,7 @@ def mmd(
     """
     options = {"kernel": kernel, "prior": prior, "estimator": estimator}
     _check_names(**options, implementation=implementation)
-    if not z_BD.isfinite().all():
+    if not z_BD.sum(dtype=torch.float64).isfinite():
         raise ValueError("codes are not finite")
     pending = start_gather(z_BD, weights_B=weights_B, group=group)
     if estimator == "u" and pending.work is None and len(z_BD) < 2:

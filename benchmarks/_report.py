@@ -1,0 +1,57 @@
+"""What the benchmarks share to report: targets, tables, versions, the machine."""
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Target(NamedTuple):
+    """A figure, and what it should at least, or at most, be."""
+
+    what: str
+    wanted: float
+    measured: float
+    at_most: bool = False
+
+    def row(self) -> tuple[str, ...]:
+        met = self.measured <= self.wanted if self.at_most else self.measured >= self.wanted
+        wanted = f"at {'most' if self.at_most else 'least'} {figure(self.wanted)}"
+        return self.what, wanted, figure(self.measured), "met" if met else "**not met**"
+
+
+def figure(value: float) -> str:
+    return f"{value:,.{0 if value >= 100 else 1 if value >= 10 else 3}f}"
+
+
+def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    rule = ("---", *("---:" for _ in header[1:]))
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rows)) + "\n"
+
+
+def output(command: list[str]) -> str:
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
+def installed(python: str, packages: Iterable[str]) -> dict[str, str]:
+    """The versions of those packages that a Python has."""
+    code = (
+        "import sys, json, importlib.metadata as m\n"
+        "have = {d.name.lower(): d.version for d in m.distributions() if d.name}\n"
+        "print(json.dumps({name: have[name] for name in sys.argv[1:] if name in have}))"
+    )
+    return json.loads(output([python, "-c", code, *packages]))
+
+
+def machine(versions: dict[str, str]) -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.split(": ", 1)[1] for line in lines if line.startswith("model name")]
+    packages = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return (
+        f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores, "
+        f"{platform.system()}, Python {platform.python_version()}, {packages}."
+    )
