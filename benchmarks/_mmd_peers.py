@@ -284,6 +284,9 @@ def status_bytes(key: str) -> int:
 def main(name: str, N: int, D: int, threads: int, device_name: str, seconds: float) -> None:
     """Print a line of JSON for each turn: the limits, the contender, and the limits again."""
     device, contender = torch.device(device_name), CONTENDERS[name]
+    # Large tensors come and go in training: from then on glibc keeps what is freed. Until then it
+    # gives memory back after each call, and the next call pays for it.
+    torch.ones(2**22)
     generator = torch.Generator().manual_seed(0)
     z_ND, p_ND = torch.randn(2, N, D, generator=generator).to(device)
     loss = contender.loss

@@ -265,11 +265,16 @@ class Config(Section):
                 "optim.gradient_clipping goes with optim.name adamw: muon's updates have a fixed "
                 "norm, which DeepSpeed would clip in place of the gradient's; leave it out"
             )
+        other = self.objective.epps_pulley
+        if other.weight and not (other.slices or other.axes):
+            raise ValueError("objective.epps_pulley needs directions: set slices, axes or both")
         mmd = self.objective.mmd
-        if self.model.squash == "tanh" and mmd.sigma >= 1 and mmd.kernel != "legacy":
+        fits = mmd.prior == "uniform" or mmd.sigma < 1 or mmd.kernel == "legacy"
+        if self.model.squash == "tanh" and not fits:
             raise ValueError(
                 "model.squash tanh cannot match the prior: codes are bounded to (-1, 1); "
-                "use no squash, or objective.mmd.sigma below 1 (only kernel legacy allows both)"
+                "use no squash, objective.mmd.prior uniform, or objective.mmd.sigma below 1 "
+                "(only kernel legacy allows both)"
             )
         return self
 

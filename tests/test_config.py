@@ -203,6 +203,13 @@ def test_tanh_under_a_wide_prior_is_refused_but_for_the_legacy_kernel(write):
     assert "tanh" in refusal(write(), ["model.squash=tanh"])
     load_config(write(), ["model.squash=tanh", "objective.mmd.kernel=legacy"])
     load_config(write(), ["model.squash=tanh", "objective.mmd.sigma=0.3"])
+    load_config(write(), ["model.squash=tanh", "objective.mmd.prior=uniform"])
+
+
+def test_epps_pulley_without_a_direction_is_refused(write):
+    none = ["objective.epps_pulley.slices=0", "objective.epps_pulley.axes=false"]
+    assert "slices" in refusal(write(), [*none, "objective.epps_pulley.weight=1"])
+    load_config(write(), none)
 
 
 def test_clipping_under_muon_is_refused(write):

@@ -29,8 +29,8 @@ def pair_sum(x_BD: Tensor, y_ND: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor
         float64 scalar: sum_ij (phi(s_ij) - 1); like x: sum_j P(s_ij) (y_j - x_i).
     """
     alone = y_ND is x_BD
-    x_norm_B1 = x_BD.square().sum(1, keepdim=True)
-    y_norm_N1 = x_norm_B1 if alone else y_ND.square().sum(1, keepdim=True)
+    x_norm_B1 = _squared_norms(x_BD)
+    y_norm_N1 = x_norm_B1 if alone else _squared_norms(y_ND)
     farthest = torch.cat([x_norm_B1, y_norm_N1]).max()
     if x_BD.dtype == torch.float32 and farthest > FARTHEST * reach(kernel):
         x_64 = x_BD.double()
@@ -64,6 +64,10 @@ def pair_sum(x_BD: Tensor, y_ND: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor
     if terms > 1:
         total = total / terms - len(x_BD) * len(y_ND)
     return total, pull_BD.addcmul_(weight_B[:, None], x_BD, value=-1).mul_(slope_unit)
+
+
+def _squared_norms(x_BD: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x_BD, dim=1, keepdim=True).square_()
 
 
 def reach(kernel: Kernel) -> float:

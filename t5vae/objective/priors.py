@@ -25,7 +25,7 @@ def normal_cross(z_BD: Tensor, mixture: Mixture, sigma: float) -> tuple[Tensor, 
     Returns:
         float64 scalar: sum_i (h(z_i) - 1); float32 [b, D]: the gradient of h at each code.
     """
-    squares_B1 = z_BD.square().sum(1, keepdim=True).double()
+    squares_B1 = torch.linalg.vector_norm(z_BD, dim=1, keepdim=True).double().square()
     weights_K, gammas_K = squares_B1.new_tensor((mixture.weights, mixture.gammas))
     spread_K = 1 + 2 * gammas_K * sigma**2
     log_BK = squares_B1 * (-gammas_K / spread_K)

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
 
@@ -132,6 +133,13 @@ def check_before_start(config: Config, world_size: int) -> Dataset:
     if facts["micro_batch_size"] * world_size < 2 and config.objective.mmd.estimator == "u":
         raise UserError(
             "the unbiased MMD needs at least 2 sequences in a micro step over all ranks"
+        )
+    if config.objective.mmd.implementation == "triton" and not (
+        torch.cuda.is_available() and find_spec("triton")
+    ):
+        raise UserError(
+            "objective.mmd.implementation=triton needs a CUDA device and the package triton; "
+            "leave it out, or name blocked"
         )
     nearest = config.run_dir.absolute()
     while not nearest.exists():

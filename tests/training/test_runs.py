@@ -45,6 +45,7 @@ VARIANTS = {
         "optim": {"name": "adamw"},
         "deepspeed": {"zero_stage": 2},
         "train": {"steps": STEPS, "precision": "fp32"},
+        "objective": {"mmd": {"prior": "uniform"}, "epps_pulley": {"weight": 1.0, "slices": 8}},
     },
 }
 
@@ -210,6 +211,8 @@ def test_a_run_logs_every_step_and_keeps_its_last_checkpoints(golden):
         for name in ("loss", "reconstruction", "mmd", *TIMINGS, *([] if muon else ["grad_norm"])):
             assert math.isfinite(line[name])
         total = line["reconstruction"] + line["mmd_weight"] * line["mmd"]
+        assert ("epps_pulley" in line) is not muon
+        total += line.get("epps_pulley", 0)
         assert line["loss"] == pytest.approx(total)
         assert line["skipped"] == 0
     assert sum(line["loss"] for line in lines[-5:]) < sum(line["loss"] for line in lines[:5])

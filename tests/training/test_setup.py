@@ -5,6 +5,7 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from shards import UserError, open_index
@@ -139,6 +140,12 @@ def test_a_micro_step_of_one_sequence_is_refused_under_the_unbiased_mmd(make_con
     refusal(setup.check_before_start, make_config(data=data), 1)
     setup.check_before_start(make_config(data=data), 2)
     setup.check_before_start(make_config(data=data, objective={"mmd": {"estimator": "v"}}), 1)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device has it")
+def test_triton_is_refused_where_there_is_no_cuda_device(make_config):
+    config = make_config(objective={"mmd": {"implementation": "triton"}})
+    assert "blocked" in refusal(setup.check_before_start, config, 1)
 
 
 def test_a_full_disk_is_refused_before_the_start(make_config, monkeypatch, tmp_path):
