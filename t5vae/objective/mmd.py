@@ -108,7 +108,7 @@ def start_gather(
     most = len(z_BD) if equal_rows else _most_rows(z_BD, group)
     local_BE = torch.nn.functional.pad(local_BE, (0, 0, 0, most - len(z_BD)))
     gathered_NE = local_BE.new_empty(world * most, local_BE.shape[1])
-    work = dist.all_gather_into_tensor(gathered_NE, local_BE, group=group, async_op=True)
+    work = dist.all_gather(list(gathered_NE.chunk(world)), local_BE, group=group, async_op=True)
     return PendingMMD(z_BD, weights_B, group, gathered_NE, work)
 
 
@@ -162,26 +162,27 @@ class PendingMMD:
         phi = make_kernel(kernel, dimensions, sigma)
         pairs = count * (count - 1) if estimator == "u" else count**2
 
-        # The kernel's value at 0 cancels between the terms: all of them are taken minus 1.
-        centre_D = everyone_ND.mean(0)
-        centred_ND = everyone_ND - centre_D
-        centred_BD = own_BD - centre_D if self.work else centred_ND
-        total, pull_BD = pair_sum(centred_BD, centred_ND, phi)
-        value, gradient_BD = total / pairs, pull_BD.mul_(4 / pairs)
-        value += 0 * centre_D.sum()  # NaN where a code is not finite, whatever a kernel clamps
-        if prior == "sampled":
-            drawn_ND = draws(count, dimensions, sigma, generator_seed).to(own_BD.device)
-            total, pull_BD = pair_sum(own_BD, drawn_ND, phi)
-            value -= 2 / count**2 * total
-            gradient_BD.sub_(pull_BD, alpha=4 / count**2)
-            value += pair_sum(self._share(drawn_ND), drawn_ND, phi)[0] / pairs
-            constant = 0.0
-        else:
-            cross, of_prior = CLOSED[prior]
-            total, slope_BD = cross(own_BD, phi.mixture(), sigma)
-            value -= 2 / count * total
-            gradient_BD.sub_(slope_BD, alpha=2 / count)
-            constant = of_prior(dimensions, phi.mixture(), sigma)
+        with torch.autocast(self.z_BD.device.type, enabled=False):
+            # The kernel's value at 0 cancels between the terms: all of them are taken minus 1.
+            centre_D = everyone_ND.mean(0)
+            centred_ND = everyone_ND - centre_D
+            centred_BD = own_BD - centre_D if self.work else centred_ND
+            total, pull_BD = pair_sum(centred_BD, centred_ND, phi)
+            value, gradient_BD = total / pairs, pull_BD.mul_(4 / pairs)
+            value += 0 * centre_D.sum()  # NaN where a code is not finite, whatever a kernel clamps
+            if prior == "sampled":
+                drawn_ND = draws(count, dimensions, sigma, generator_seed).to(own_BD.device)
+                total, pull_BD = pair_sum(own_BD, drawn_ND, phi)
+                value -= 2 / count**2 * total
+                gradient_BD.sub_(pull_BD, alpha=4 / count**2)
+                value += pair_sum(self._share(drawn_ND), drawn_ND, phi)[0] / pairs
+                constant = 0.0
+            else:
+                cross, of_prior = CLOSED[prior]
+                total, slope_BD = cross(own_BD, phi.mixture(), sigma)
+                value -= 2 / count * total
+                gradient_BD.sub_(slope_BD, alpha=2 / count)
+                constant = of_prior(dimensions, phi.mixture(), sigma)
 
         if self.work:
             dist.all_reduce(value, group=self.group)

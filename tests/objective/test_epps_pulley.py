@@ -4,8 +4,6 @@ One test starts this file itself, once for each of four ranks; two of them also 
 """
 
 import math
-import os
-import subprocess
 import sys
 from datetime import timedelta
 from itertools import product
@@ -331,25 +329,8 @@ def rank_main(rank: int, folder: Path) -> None:
 
 
 @pytest.mark.distributed
-def test_ranks_give_the_value_and_gradient_of_one_process_on_the_whole_batch(tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    if sys.platform == "linux":  # elsewhere the loopback has another name
-        environment["GLOO_SOCKET_IFNAME"] = "lo"
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(tmp_path)],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(WORLD)
-    ]
-    try:
-        errors = [rank.communicate(timeout=120)[1] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert all(rank.returncode == 0 for rank in ranks), "\n".join(errors)[-3000:]
+def test_ranks_give_the_value_and_gradient_of_one_process_on_the_whole_batch(run_ranks, tmp_path):
+    run_ranks(__file__, WORLD, tmp_path)
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(WORLD)]
 
     for split, (rows, _) in SPLITS.items():

@@ -23,6 +23,8 @@ triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 fused = pytest.importorskip("t5vae.objective.fused")
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 KERNELS = ["rbf", "multi_rbf", "imq", "legacy"]
 DIMENSIONS = [1, 7, 64, 128, 1000]

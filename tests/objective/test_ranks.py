@@ -4,8 +4,6 @@ The tests start this file itself, once for each of four ranks; one and two of th
 """
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -115,27 +113,10 @@ pytestmark = pytest.mark.distributed
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def results(run_ranks, tmp_path_factory):
     """By split, what each of its ranks computed; one launch for all tests."""
     folder = tmp_path_factory.mktemp("ranks")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    if sys.platform == "linux":  # elsewhere the loopback has another name
-        environment["GLOO_SOCKET_IFNAME"] = "lo"
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(folder)],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(WORLD)
-    ]
-    try:
-        errors = [rank.communicate(timeout=120)[1] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert all(rank.returncode == 0 for rank in ranks), "\n".join(errors)[-3000:]
+    run_ranks(__file__, WORLD, folder)
     found = {split: [] for split in SPLITS}
     for rank in range(WORLD):
         for split, result in json.loads((folder / f"{rank}.json").read_text()).items():

@@ -235,7 +235,7 @@ def rank_step(engine: Any, name: str, stage: int) -> dict[str, Any]:
 def recorded(engine: Any) -> Iterator[list[str]]:
     """The order of gather and decoder, while micro steps run."""
     events: list[str] = []
-    gather, finish = dist.all_gather_into_tensor, PendingMMD.finish
+    gather, finish = dist.all_gather, PendingMMD.finish
 
     class Work:
         def __init__(self, work: dist.Work):
@@ -259,7 +259,7 @@ def recorded(engine: Any) -> Iterator[list[str]]:
         decoder.register_forward_hook(lambda *_: events.append("decoder ends")),
     ]
     with (
-        patch.object(dist, "all_gather_into_tensor", gathering),
+        patch.object(dist, "all_gather", gathering),
         patch.object(PendingMMD, "finish", finishing),
     ):
         yield events
