@@ -170,9 +170,7 @@ CONTENDERS = {
     "triton": own("`mmd`, multi_rbf, Triton", "multi_rbf", implementation="triton"),
     "triton_imq": own("`mmd`, imq, Triton", "imq", implementation="triton"),
     "original": peer("the original's formula", tiled, tiles=6),
-    "original_compiled": peer(
-        "the original's formula, `torch.compile`", tiled, compiled=True, tiles=4
-    ),
+    "original_compiled": peer("the original's formula, `torch.compile`", tiled, compiled=True),
     "cdist": peer("`torch.cdist`, multi_rbf", by_cdist),
     "cdist_compiled": peer("`torch.cdist`, multi_rbf, `torch.compile`", by_cdist, compiled=True),
     "gemm": peer("a product, multi_rbf", by_gemm),

@@ -25,7 +25,6 @@ OPTIONS = [
     for kernel, estimator, prior in product(
         ["rbf", "multi_rbf", "imq", "legacy"], ["u", "v"], ["normal", "sampled", "uniform"]
     )
-    if (kernel, prior) != ("imq", "uniform")
 ]
 # Rows of each rank by name of the split; the weights of all rows, 1 where not named.
 SPLITS = {
