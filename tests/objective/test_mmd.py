@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from t5vae.objective import mmd, reference, start_gather
-from t5vae.objective.priors import draws
+from t5vae.objective.kernels import make_kernel
+from t5vae.objective.priors import draws, normal_constant, normal_cross
 
 KERNELS = ["rbf", "multi_rbf", "imq", "legacy"]
 PRIORS = ["normal", "uniform", "sampled"]
@@ -91,6 +92,18 @@ def test_the_references_quadrature_integrates_the_exponential():
         assert (v**power * mass).sum().item() == pytest.approx(moment, rel=1e-10)
     for s in (0.0, 1e-3, 1.0, 1e4):  # C / (C + s) = E exp(-v s / C), here with C = 1
         assert (torch.exp(-v * s) * mass).sum().item() == pytest.approx(1 / (1 + s), rel=1e-10)
+
+
+@pytest.mark.parametrize("dimensions", [1, 64, 1000])
+def test_imqs_expectations_are_exact_to_1e_7_at_any_distance(dimensions):
+    formulas = reference.Formulas("imq", dimensions)
+    mixture = make_kernel("imq", dimensions).mixture()
+    for radius in (0.0, 0.1, 1.0, 10.0, 100.0):
+        z_1D = torch.full((1, dimensions), radius)
+        h = 1 + normal_cross(z_1D, mixture, 1.0)[0].item()
+        assert h == pytest.approx(formulas.normal_h(z_1D.double()).item(), rel=1e-7)
+    c = 1 + normal_constant(dimensions, mixture, 1.0)
+    assert c == pytest.approx(formulas.normal_c().item(), rel=1e-7)
 
 
 @pytest.mark.parametrize(("dimensions", "radius"), [(1, 10), (1, 100), (7, 100), (64, 100)])
