@@ -72,18 +72,20 @@ def evaluate(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Measure a run on held-out data, beside its controls; write RUN/eval.json.
+    """Measure a run on held-out data, beside its controls; write RUN/eval.json and the model card.
 
     Example: `t5vae eval runs/quickstart --samples 10000`
     """
     from rich.console import Console
 
     from t5vae.evaluation import evaluate_run, table
+    from t5vae.training.card import write_card
 
     _quiet_transformers()
     report, known = evaluate_run(
         run, sequences=sequences, samples=samples, interpolations=interpolations, check=check
     )
+    write_card(Path(run), Path(run) / "export")
     if json:
         _print_json(report)
         return

@@ -92,20 +92,24 @@ class Data(Section):
 
 
 class T5(Section):
-    """The T5 inside, in transformers' names, built with random weights."""
+    """The T5 inside, in transformers' names; null takes `model.base`'s, or T5-small's without."""
 
-    d_model: int = Field(default=512, ge=1)
-    d_kv: int = Field(default=64, ge=1)
-    d_ff: int = Field(default=2048, ge=1)
-    num_layers: int = Field(default=6, ge=1)
+    d_model: int | None = Field(default=None, ge=1)
+    d_kv: int | None = Field(default=None, ge=1)
+    d_ff: int | None = Field(default=None, ge=1)
+    num_layers: int | None = Field(default=None, ge=1)
     num_decoder_layers: int | None = Field(default=None, ge=1)
-    """Null takes num_layers."""
-    num_heads: int = Field(default=8, ge=1)
-    feed_forward_proj: Literal["relu", "gated-gelu", "gated-silu"] = "relu"
-    dropout_rate: Fraction = 0.0
+    """Null takes num_layers, or the base's."""
+    num_heads: int | None = Field(default=None, ge=1)
+    feed_forward_proj: Literal["relu", "gated-gelu", "gated-silu"] | None = None
+    dropout_rate: Fraction | None = None
+    """Null takes the base's, or 0 without."""
 
 
 class Model(Section):
+    base: str | None = None
+    """A pretrained T5, T5 v1.1, Flan-T5, ByT5, mT5 or UMT5 to start from: a folder, or a Hugging
+    Face name. Its tokenizer must be the shards'. Null for random weights."""
     t5: T5 = T5()
     vocab_size: int | None = Field(default=None, ge=4)
     """Null takes the shards' tokenizer's."""
@@ -121,11 +125,18 @@ class Model(Section):
     memory_length: int = Field(default=8, ge=1)
     """M, tokens the decoder attends to under "attention"; "flatten" makes T of them."""
     squash: Literal["tanh"] | None = None
+    """Bounds every coordinate u to s tanh(u / s), s = squash_scale."""
+    squash_scale: float = Field(default=1.0, gt=0)
     normalize: bool = False
     """Scale every code to norm sqrt(D), so that the encoder cannot grow codes out of the noise."""
     mask_padding: bool = True
     """Hide pads from the encoder and the bottleneck."""
     gradient_checkpointing: bool = False
+    """Compute the layers' activations again in the backward pass, to save memory."""
+    compile: bool = False
+    """torch.compile the layers of the encoder and the decoder."""
+    fused_cross_entropy: bool | None = None
+    """Never store all logits, by liger-kernel on CUDA; null does so where that is installed."""
 
 
 class MMD(Section):
@@ -269,12 +280,13 @@ class Config(Section):
         if other.weight and not (other.slices or other.axes):
             raise ValueError("objective.epps_pulley needs directions: set slices, axes or both")
         mmd = self.objective.mmd
-        fits = mmd.prior == "uniform" or mmd.sigma < 1 or mmd.kernel == "legacy"
-        if self.model.squash == "tanh" and not fits:
+        bound = self.model.squash_scale
+        fits = bound > mmd.sigma or mmd.prior == "uniform" or mmd.kernel == "legacy"
+        if self.model.squash and not fits:
             raise ValueError(
-                "model.squash tanh cannot match the prior: codes are bounded to (-1, 1); "
-                "use no squash, objective.mmd.prior uniform, or objective.mmd.sigma below 1 "
-                "(only kernel legacy allows both)"
+                f"model.squash bounds codes to (-{bound:g}, {bound:g}), which cannot match the "
+                f"prior N(0, {mmd.sigma:g}^2 I): use no squash, model.squash_scale 3 or more, or "
+                "objective.mmd.prior uniform (only kernel legacy allows both)"
             )
         return self
 

@@ -70,7 +70,11 @@ class LatentSpace:
         """
         folder = _export_folder(Path(run_or_export))
         try:
-            model = T5VAE.from_pretrained(folder, local_files_only=True)
+            model, found = T5VAE.from_pretrained(
+                folder, local_files_only=True, output_loading_info=True
+            )
+            if found["missing_keys"]:
+                raise ValueError(f"{min(found['missing_keys'])} is missing")
         except Exception as error:  # transformers and safetensors raise a dozen kinds
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise UserError(

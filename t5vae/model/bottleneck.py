@@ -1,14 +1,17 @@
 """Between the encoder and the decoder: states -> one code -> memory.
 
 Shapes: B sequences, T tokens, D latent size, M memory length, C model width.
-Each bottleneck has `compress(states_BTC, mask_BT) -> z_BD` and `expand(z_BD) -> memory_BMC`.
+A bottleneck is a module made from a `T5VAEConfig`, with `compress(states_BTC, mask_BT) -> z_BD` and
+`expand(z_BD) -> memory_BMC`. Its entries in `BOTTLENECKS` here and in `flops.py` make it known.
 """
 
-import torch
+from typing import TYPE_CHECKING
+
 from torch import Tensor, nn
 from transformers.models.t5.modeling_t5 import T5LayerFF
 
-from t5vae.model.configuration import T5VAEConfig
+if TYPE_CHECKING:
+    from t5vae.model.configuration import T5VAEConfig
 
 
 class FlattenBottleneck(nn.Module):
@@ -18,7 +21,7 @@ class FlattenBottleneck(nn.Module):
     with zeros, so the code does not depend on padding when pads are masked.
     """
 
-    def __init__(self, config: T5VAEConfig):
+    def __init__(self, config: "T5VAEConfig"):
         super().__init__()
         t5 = config.t5_config
         self.sequence_length = config.sequence_length
@@ -58,7 +61,7 @@ class AttentionBottleneck(nn.Module):
     arXiv 1810.00825, eq. 11).
     """
 
-    def __init__(self, config: T5VAEConfig):
+    def __init__(self, config: "T5VAEConfig"):
         super().__init__()
         t5 = config.t5_config
         self.memory_length = config.memory_length
@@ -81,8 +84,7 @@ class AttentionBottleneck(nn.Module):
         return self.feed_forward(memory)
 
 
-BOTTLENECKS: dict[str, type[FlattenBottleneck] | type[AttentionBottleneck]] = {
+BOTTLENECKS: dict[str, type[nn.Module]] = {
     "flatten": FlattenBottleneck,
     "attention": AttentionBottleneck,
 }
-SQUASHES = {None: nn.Identity(), "tanh": torch.tanh}

@@ -4,13 +4,20 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from t5vae.model.bottleneck import BOTTLENECKS
+
+ARCHITECTURES = ("t5", "mt5", "umt5")
+
 
 class T5VAEConfig(PreTrainedConfig):
     """Everything needed to build a :class:`~t5vae.model.T5VAE`.
 
     Args:
-        t5: the configuration of the T5 inside, as a dictionary with its `model_type` (default
-            "t5"); any architecture of transformers with T5's interface.
+        t5: the configuration of the T5 inside, as a dictionary of transformers' names with its
+            `model_type`: "t5" (default; also T5 v1.1, Flan-T5 and ByT5), "mt5" or "umt5".
+        tie_word_embeddings: let the output layer share the embedding's weights and scale its
+            input by d_model^-0.5, as in T5. False gives it weights of its own and no scale, as in
+            T5 v1.1, Flan-T5, ByT5, mT5 and UMT5.
         latent_size: D, the number of coordinates of the latent code.
         sequence_length: T, the longest sequence in tokens, end token included.
         bottleneck: "flatten" or "attention" (see `bottleneck.py`).
@@ -19,20 +26,23 @@ class T5VAEConfig(PreTrainedConfig):
             "flatten"; None for a full-rank map. The original T5-VAE used 10.
         memory_length: M, tokens of memory the decoder attends to under "attention"; "flatten"
             always expands to `sequence_length`.
-        squash: None, or "tanh" to bound each latent coordinate to (-1, 1).
+        squash: None, or "tanh" to bound each latent coordinate u to s tanh(u / s).
+        squash_scale: s. At 1, tanh's own bound, codes cannot match N(0, I); at 3 and more they can.
         normalize: scale every code to norm sqrt(D), where nearly all of N(0, I) lies, so that the
             encoder cannot evade latent noise by growing its codes.
         mask_padding: hide pad positions from the encoder and the bottleneck, so that the code does
             not depend on how far a batch was padded. False reproduces the original, which always
             pads to `sequence_length` and lets the encoder see it.
+        unknown_token_id: stands in for the tokens that training drops.
 
     Raises:
-        ValueError: for an unknown `bottleneck` or `squash`, or sizes below one.
+        ValueError: for an unknown `bottleneck`, `squash` or `model_type`, or sizes below one.
     """
 
     model_type = "t5vae"
 
     t5: dict[str, Any] | None = None
+    tie_word_embeddings: bool = True
     latent_size: int = 64
     sequence_length: int = 20
     bottleneck: str = "attention"
@@ -40,21 +50,29 @@ class T5VAEConfig(PreTrainedConfig):
     expansion_rank: int | None = None
     memory_length: int = 8
     squash: str | None = None
+    squash_scale: float = 1.0
     normalize: bool = False
     mask_padding: bool = True
+    unknown_token_id: int = 2
     is_encoder_decoder: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.t5 = {"model_type": "t5", **(self.t5 or {})}
-        if self.bottleneck not in ("flatten", "attention"):
-            raise ValueError(f"bottleneck is {self.bottleneck!r}; choose 'flatten' or 'attention'")
-        if self.squash not in (None, "tanh"):
-            raise ValueError(f"squash is {self.squash!r}; choose None or 'tanh'")
+        choices = {
+            "bottleneck": (self.bottleneck, tuple(BOTTLENECKS)),
+            "squash": (self.squash, (None, "tanh")),
+            "the model_type of t5": (self.t5["model_type"], ARCHITECTURES),
+        }
+        for name, (value, known) in choices.items():
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}; choose {' or '.join(map(repr, known))}")
         for name in ("latent_size", "sequence_length", "token_size", "memory_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.expansion_rank is not None and self.expansion_rank < 1:
             raise ValueError(f"expansion_rank is {self.expansion_rank}; it must be at least 1")
+        if self.squash_scale <= 0:
+            raise ValueError(f"squash_scale is {self.squash_scale}; it must be above 0")
         super().__post_init__(**kwargs)
 
     @property

@@ -9,15 +9,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from transformers import AutoModel, AutoModelForSeq2SeqLM, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.t5.modeling_t5 import T5LayerNorm
 from transformers.utils import ModelOutput
 
-from t5vae.model.bottleneck import BOTTLENECKS, SQUASHES
+from t5vae.model.base import load_base
+from t5vae.model.bottleneck import BOTTLENECKS
 from t5vae.model.configuration import T5VAEConfig
+from t5vae.model.head import Head, untie
 from t5vae.model.noise import keyed_normal, keyed_uniform
 
+MODES = ("encode", "expand", "score", "decode", "reconstruct")
 NOISE, ENCODER_MASK, WORD_DROPOUT = range(3)
 
 
@@ -28,22 +32,15 @@ class Regularisers:
     Attributes:
         keys_B: int64 [B], from `t5vae.model.noise.row_keys`.
         latent_noise: standard deviation of the Gaussian added to the code.
-        input_mask: probability that an encoder input token is replaced by the unknown token.
-        word_dropout: the same for the decoder's inputs, its start token apart.
-        unk: the id that stands in for a dropped token.
+        input_mask: probability that an encoder input token is replaced by the unknown token;
+            pad, start and end tokens never are.
+        word_dropout: the same for the decoder's inputs.
     """
 
     keys_B: Tensor
     latent_noise: float = 0.0
     input_mask: float = 0.0
     word_dropout: float = 0.0
-    unk: int = 2
-
-    def drop_tokens(self, ids_BT: Tensor, rate: float, stream: int) -> Tensor:
-        if not rate:
-            return ids_BT
-        dropped = keyed_uniform(self.keys_B, ids_BT.shape[1], stream) < rate
-        return torch.where(dropped & (ids_BT > 1), self.unk, ids_BT)
 
 
 @dataclass
@@ -51,8 +48,9 @@ class T5VAEOutput(ModelOutput):
     """What a T5VAE returns.
 
     Attributes:
-        loss: mean cross-entropy per real token in nats, where labels were given.
-        nll: float32 [B], summed cross-entropy of each row in nats, where labels were given.
+        loss: mean cross-entropy per real token in nats, where labels were scored.
+        nll: float32 [B], summed cross-entropy of each row in nats, where labels were scored; the
+            fused cross-entropy knows `loss` alone.
         logits: [B, T, V], where decoder inputs were given.
         latent: [B, D], the code that was encoded or given, without noise.
         past_key_values: the decoder's cache.
@@ -66,7 +64,16 @@ class T5VAEOutput(ModelOutput):
 
 
 class T5VAE(PreTrainedModel, GenerationMixin):
-    """A transformers model: `save_pretrained`, `from_pretrained`, `generate(latent=z)`."""
+    """A transformers model: `save_pretrained`, `from_pretrained`, `generate(latent=z)`.
+
+    Args:
+        config: of the model.
+        t5: the T5 inside with the weights it has; None for random ones.
+
+    Attributes:
+        fused_cross_entropy: while gradients are wanted, score by liger-kernel's fused linear
+            cross-entropy, for CUDA.
+    """
 
     config_class = T5VAEConfig
     base_model_prefix = "t5vae"
@@ -74,23 +81,59 @@ class T5VAE(PreTrainedModel, GenerationMixin):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
 
-    def __init__(self, config: T5VAEConfig):
+    def __init__(self, config: T5VAEConfig, t5: PreTrainedModel | None = None):
         super().__init__(config)
-        self.t5 = AutoModelForSeq2SeqLM.from_config(config.t5_config)
+        self.t5 = AutoModelForSeq2SeqLM.from_config(config.t5_config) if t5 is None else t5
+        self.t5.set_attn_implementation(config._attn_implementation)
+        if not config.tie_word_embeddings:
+            untie(self.t5)
+        self.set_output_embeddings(self.t5.lm_head)
         self.bottleneck = BOTTLENECKS[config.bottleneck](config)
-        self.squash = SQUASHES[config.squash]
+        self.fused_cross_entropy = False
+        if t5 is not None:
+            for module in t5.modules():
+                module._is_hf_initialized = True  # post_init draws the weights of all others
         self.post_init()
-        ids = config.t5_config
         self.generation_config.update(
-            pad_token_id=ids.pad_token_id,
-            eos_token_id=ids.eos_token_id,
-            decoder_start_token_id=ids.pad_token_id,
+            pad_token_id=self.pad,
+            eos_token_id=self.end,
+            decoder_start_token_id=self.start,
             max_length=config.sequence_length + 1,
         )
 
-    @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Keep torch's own initialisation of the bottleneck; the T5 inside has its own."""
+        """torch's own initialisation, for the bottleneck; the T5 inside has its own."""
+        for name in ("reset_parameters", "_reset_parameters"):
+            if hasattr(module, name):
+                getattr(module, name)()
+        if isinstance(module, T5LayerNorm):
+            init.ones_(module.weight)
+
+    @classmethod
+    def from_base(cls, config: T5VAEConfig, base: str) -> "T5VAE":
+        """A T5VAE around a pretrained T5; its bottleneck has random weights.
+
+        Args:
+            config: whose `t5` is the base's, its vocabulary apart: embeddings are resized to it.
+            base: a folder with a transformers model, or a Hugging Face name.
+
+        Raises:
+            UserError: if the weights cannot be read, or are not those that `config` describes.
+        """
+        return cls(config, load_base(base, config))
+
+    @property
+    def pad(self) -> int:
+        return self.t5.config.pad_token_id
+
+    @property
+    def start(self) -> int:
+        start = getattr(self.t5.config, "decoder_start_token_id", None)
+        return self.pad if start is None else start
+
+    @property
+    def end(self) -> int:
+        return self.t5.config.eos_token_id
 
     def get_input_embeddings(self) -> nn.Module:
         return self.t5.get_input_embeddings()
@@ -98,11 +141,30 @@ class T5VAE(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         return self.t5.lm_head
 
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        self.t5.lm_head = Head(new_embeddings)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """As in transformers, and remembered in `config`."""
+        embeddings = self.t5.resize_token_embeddings(*args, **kwargs)
+        self.set_output_embeddings(self.t5.lm_head)
+        self.config.t5["vocab_size"] = embeddings.num_embeddings
+        return embeddings
+
     def get_encoder(self, *_: Any, **__: Any) -> nn.Module:
         return self.t5.encoder
 
     def get_decoder(self) -> nn.Module:
         return self.t5.decoder
+
+    def compile_layers(self) -> None:
+        """torch.compile every layer of the encoder and the decoder, in place.
+
+        By layer and not as a whole, so that equal layers share their compiled code.
+        """
+        for stack in (self.t5.encoder, self.t5.decoder):
+            for block in stack.block:
+                block.compile()
 
     def forward(
         self,
@@ -118,33 +180,43 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         encoder_outputs: BaseModelOutput | None = None,
         past_key_values: Any = None,
         use_cache: bool | None = None,
-        **_: Any,
+        **generation: Any,
     ) -> T5VAEOutput | Tensor:
         """Every entry point, so that parameters sharded by ZeRO-3 are gathered.
 
         Args:
-            input_ids: int64 [B, T], pad 0, ending in the end token.
+            input_ids: int64 [B, T], ending in the end token, then padded.
             attention_mask: [B, T]; default `input_ids != pad`.
-            labels: int64 [B, T], pad 0: the sequences to score.
+            labels: int64 [B, T], padded with pad or -100: the sequences to score.
             latent: [B, D], decoded instead of the encoding of `input_ids`.
             mode: "encode" returns z [B, D]; "expand" turns `latent` into the decoder's memory
                 [B, M, C]; "score" returns the cross-entropy of `labels` (default `input_ids`)
                 given the code, without ever storing the logits of pads; "decode" returns logits
-                for `decoder_input_ids`, or for `labels` shifted right.
+                for `decoder_input_ids`, or for `labels` shifted right; "reconstruct" returns what
+                `generate` makes of `input_ids`.
             regularisers: training-time noise; None for none.
             on_latent: called with z [B, D] as soon as it is known.
             decoder_input_ids, encoder_outputs, past_key_values, use_cache: as in transformers'
                 encoder-decoder models; `encoder_outputs` holds the expanded memory.
+            generation: options of `generate`, under "reconstruct". With ZeRO-3 on several ranks
+                `synced_gpus=True` is needed.
 
         Raises:
-            ValueError: for an unknown mode, or a sequence longer than a "flatten" bottleneck.
+            ValueError: for an unknown mode, a latent of another shape, or a sequence longer than
+                a "flatten" bottleneck.
         """
+        if mode not in MODES:
+            raise ValueError(f"mode is {mode!r}; choose {', '.join(MODES[:-1])} or {MODES[-1]}")
+        if latent is not None and latent.shape[1:] != (self.config.latent_size,):
+            raise ValueError(
+                f"latent has the shape {list(latent.shape)}; give [B, {self.config.latent_size}]"
+            )
         if mode == "encode":
             return self._encode(input_ids, attention_mask, regularisers)
         if mode == "expand":
             return self.bottleneck.expand(latent)
-        if mode not in ("score", "decode"):
-            raise ValueError(f"mode is {mode!r}; choose encode, expand, score or decode")
+        if mode == "reconstruct":
+            return self.generate(input_ids, attention_mask=attention_mask, **generation)
 
         if encoder_outputs is None:
             if latent is None:
@@ -161,13 +233,15 @@ class T5VAE(PreTrainedModel, GenerationMixin):
 
         if mode == "score" and labels is None:
             labels = input_ids
+        if labels is not None:
+            labels = labels.masked_fill(labels == -100, self.pad)
         if decoder_input_ids is None:
             if labels is None:
                 raise ValueError("decoding needs labels or decoder_input_ids")
-            decoder_input_ids = nn.functional.pad(labels[:, :-1], (1, 0))
+            decoder_input_ids = nn.functional.pad(labels[:, :-1], (1, 0), value=self.start)
             if regularisers is not None:
-                decoder_input_ids = regularisers.drop_tokens(
-                    decoder_input_ids, regularisers.word_dropout, WORD_DROPOUT
+                decoder_input_ids = self._drop_tokens(
+                    decoder_input_ids, regularisers, regularisers.word_dropout, WORD_DROPOUT
                 )
 
         decoded = self.t5.decoder(
@@ -177,51 +251,60 @@ class T5VAE(PreTrainedModel, GenerationMixin):
             use_cache=use_cache,
         )
         states_BTC = decoded.last_hidden_state
+        if self.config.tie_word_embeddings:
+            states_BTC = states_BTC * states_BTC.shape[-1] ** -0.5
         if mode == "score":
             assert labels is not None
-            nll_B = self._nll(states_BTC, labels)
-            loss = nll_B.sum() / labels.ne(self.pad).sum()
-            return T5VAEOutput(loss=loss, nll=nll_B, latent=latent)
+            return self._score(states_BTC, labels, latent)
         return T5VAEOutput(
-            logits=self._logits(states_BTC),
+            logits=self.t5.lm_head(states_BTC),
             latent=latent,
             past_key_values=decoded.past_key_values,
         )
 
-    @property
-    def pad(self) -> int:
-        return self.t5.config.pad_token_id
-
     def _encode(
         self, ids_BT: Tensor, mask_BT: Tensor | None, regularisers: Regularisers | None
     ) -> Tensor:
-        if not self.config.mask_padding:
+        config = self.config
+        if not config.mask_padding:
             # A negative pad would cut the sequence that the bottleneck must refuse.
-            short = max(0, self.config.sequence_length - ids_BT.shape[1])
+            short = max(0, config.sequence_length - ids_BT.shape[1])
             ids_BT = nn.functional.pad(ids_BT, (0, short), value=self.pad)
             mask_BT = torch.ones_like(ids_BT)
         elif mask_BT is None:
             mask_BT = (ids_BT != self.pad).long()
         if regularisers is not None:
-            ids_BT = regularisers.drop_tokens(ids_BT, regularisers.input_mask, ENCODER_MASK)
+            ids_BT = self._drop_tokens(ids_BT, regularisers, regularisers.input_mask, ENCODER_MASK)
         states_BTC = self.t5.encoder(input_ids=ids_BT, attention_mask=mask_BT).last_hidden_state
-        z_BD = self.squash(self.bottleneck.compress(states_BTC, mask_BT))
-        if self.config.normalize:
+        z_BD = self.bottleneck.compress(states_BTC, mask_BT)
+        if config.squash == "tanh":
+            z_BD = config.squash_scale * torch.tanh(z_BD / config.squash_scale)
+        if config.normalize:
             z_BD = nn.functional.normalize(z_BD.float(), dim=1) * z_BD.shape[1] ** 0.5
         return z_BD.to(states_BTC.dtype)
 
-    def _logits(self, states: Tensor) -> Tensor:
-        if getattr(self.t5.config, "scale_decoder_outputs", True):
-            states = states * self.t5.config.d_model**-0.5
-        return self.t5.lm_head(states)
+    def _drop_tokens(
+        self, ids_BT: Tensor, regularisers: Regularisers, rate: float, stream: int
+    ) -> Tensor:
+        if not rate:
+            return ids_BT
+        dropped_BT = keyed_uniform(regularisers.keys_B, ids_BT.shape[1], stream) < rate
+        for special in {self.pad, self.start, self.end}:
+            dropped_BT &= ids_BT != special
+        return ids_BT.masked_fill(dropped_BT, self.config.unknown_token_id)
 
-    def _nll(self, states_BTC: Tensor, labels_BT: Tensor) -> Tensor:
-        """Summed cross-entropy [B] of each row; logits are made for real tokens alone."""
+    def _score(self, states_BTC: Tensor, labels_BT: Tensor, latent: Tensor | None) -> T5VAEOutput:
+        """Cross-entropy of the labels; logits are made for real tokens alone."""
         real_BT = labels_BT != self.pad
-        logits = self._logits(states_BTC[real_BT])
-        token_nll = cross_entropy(logits.float(), labels_BT[real_BT], reduction="none")
-        nll_BT = torch.zeros(real_BT.shape, dtype=torch.float32, device=logits.device)
-        return nll_BT.masked_scatter(real_BT, token_nll).sum(1)
+        states_NC, labels_N = states_BTC[real_BT], labels_BT[real_BT]
+        tokens = max(1, len(labels_N))
+        if self.fused_cross_entropy and torch.is_grad_enabled():
+            nll = self.t5.lm_head(states_NC, labels_N, fused=True)
+            return T5VAEOutput(loss=nll / tokens, latent=latent)
+        nll_N = self.t5.lm_head(states_NC, labels_N)
+        nll_BT = torch.zeros(real_BT.shape, dtype=nll_N.dtype, device=nll_N.device)
+        nll_B = nll_BT.masked_scatter(real_BT, nll_N).sum(1)
+        return T5VAEOutput(loss=nll_B.sum() / tokens, nll=nll_B, latent=latent)
 
     def generate(self, inputs: Tensor | None = None, *, latent: Tensor | None = None, **kwargs):
         """transformers' `generate` from a code [B, D], or from sequences [B, T] to reconstruct.
@@ -229,9 +312,9 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         Returns:
             int64 [B, <= sequence_length + 1]: the decoder's start token, then the sequence.
         """
+        mask_BT = kwargs.pop("attention_mask", None)
         if latent is None and "encoder_outputs" not in kwargs:
-            ids_BT = kwargs.pop("input_ids", inputs)
-            latent = self(ids_BT, kwargs.pop("attention_mask", None), mode="encode")
+            latent = self(kwargs.pop("input_ids", inputs), mask_BT, mode="encode")
         if latent is not None:
             memory_BMC = self(latent=latent.to(self.dtype), mode="expand")
             kwargs["encoder_outputs"] = BaseModelOutput(last_hidden_state=memory_BMC)

@@ -6,14 +6,14 @@ from pathlib import Path
 
 from shards import UserError
 from t5vae.config import load_config
-from t5vae.model import T5VAE
+from t5vae.model import T5VAE, T5VAEConfig
 from t5vae.training import checkpoint
+from t5vae.training.card import write_card
 from t5vae.training.runlog import quiet_start
-from t5vae.training.setup import model_config
 
 
 def export(run: str | Path) -> tuple[Path, str, bool]:
-    """Write RUN/export from the newest valid checkpoint: fp32 weights and the tokenizer.
+    """Write RUN/export from the newest valid checkpoint: fp32 weights, tokenizer, model card.
 
     Returns:
         The exported folder, the checkpoint's name, and whether it had been exported before.
@@ -33,14 +33,14 @@ def export(run: str | Path) -> tuple[Path, str, bool]:
     if (target / "SOURCE").is_file() and (target / "SOURCE").read_text() == source:
         return target, newest.name, True
 
-    config = load_config(folder / "config.yaml")
-    dataset = config.data.open()
-    if checkpoint.read_manifest(newest)["tokenizer"] != dataset.tokenizer_fingerprint:
+    manifest = checkpoint.read_manifest(newest)
+    dataset = load_config(folder / "config.yaml").data.open()
+    if manifest["tokenizer"] != dataset.tokenizer_fingerprint:
         raise UserError(
             f"{dataset.path} has another tokenizer than the one {folder} was trained with; "
             "restore those shards before you export"
         )
-    model = T5VAE(model_config(config, dataset))
+    model = T5VAE(T5VAEConfig.from_dict(manifest["model"]))
     log_file = folder / "logs" / "export.log"
     log_file.parent.mkdir(exist_ok=True)
     with quiet_start(log_file):
@@ -52,6 +52,7 @@ def export(run: str | Path) -> tuple[Path, str, bool]:
     model.save_pretrained(tmp)
     dataset.tokenizer().save_pretrained(tmp)
     (tmp / "SOURCE").write_text(source)
+    write_card(folder, tmp)
     if target.exists():
         shutil.rmtree(target)
     tmp.rename(target)

@@ -19,7 +19,7 @@ from t5vae.training.distributed import (
 )
 from t5vae.training.engine import build_engine, gradient_norm, schedule, set_learning_rate
 from t5vae.training.heldout import held_out
-from t5vae.training.losses import Step, micro_step
+from t5vae.training.losses import Step, micro_step, real_tokens
 from t5vae.training.preemption import StopRequest, requeue_job
 from t5vae.training.runlog import RunLog, Stopwatch, log_libraries_to, quiet_start
 
@@ -50,7 +50,7 @@ def run(config: Config, ranks: Ranks, stop: StopRequest) -> None:
         device = start_process_group(ranks)
         lock = _lock(config, ranks)
         seed_everything(config.run.seed)
-        engine = build_engine(setup.build_model(config, dataset), config, ranks.world_size)
+        engine = build_engine(setup.build_model(config, dataset, device), config, ranks.world_size)
     log_libraries_to(log_file)
     log = RunLog(config, enabled=ranks.is_first)
     accumulation = config.accumulation(ranks.world_size)
@@ -80,7 +80,7 @@ def run(config: Config, ranks: Ranks, stop: StopRequest) -> None:
         with clock.waiting():
             position = stream.consumed
             batches, problem = _fetch(stream, accumulation)
-        own_tokens = sum(float((b.lengths * b.weights).sum()) for b in batches)
+        own_tokens = sum(map(real_tokens, batches))
         tokens, told_to_stop, unread, quarantined = all_sum(
             own_tokens, stop.requested, problem is not None, stream.quarantined, device=device
         )

@@ -61,8 +61,10 @@ def micro_step(
     draw = (config.run.seed << 40) + step.position + micro
     weights_B = batch.weights.to(device, non_blocking=True)
     gathering = _Gathering(weights_B)
+    ids_BT = batch.ids.to(device, non_blocking=True)
     output = engine(
-        batch.ids.to(device, non_blocking=True),
+        ids_BT,
+        labels=ids_BT.masked_fill(weights_B[:, None] == 0, -100),
         mode="score",
         regularisers=_regularisers(config, batch, step.position, device),
         on_latent=gathering,
@@ -75,7 +77,7 @@ def micro_step(
         implementation=regularisation.implementation,
         generator_seed=draw,
     )
-    nll = (output.nll * weights_B).sum()
+    nll = output.loss * real_tokens(batch)
     all_nll, infinite = all_sum(nll.item(), not mmd.isfinite(), device=device)
     if infinite or not math.isfinite(all_nll):
         raise UserError(
@@ -100,6 +102,11 @@ def micro_step(
         epps_pulley = statistic.item()
     engine.backward(loss)
     return Losses(all_nll, mmd.item(), epps_pulley, output.latent.detach())
+
+
+def real_tokens(batch: Batch) -> float:
+    """Tokens that count, end tokens included."""
+    return float((batch.lengths * batch.weights).sum())
 
 
 class _Gathering:

@@ -12,7 +12,15 @@ import torch
 
 from shards import Dataset, UserError
 from t5vae.config import Config
-from t5vae.model import T5VAE, T5VAEConfig
+from t5vae.model import (
+    T5VAE,
+    T5VAEConfig,
+    check_tokenizer,
+    flops_per_token,
+    parameter_counts,
+    read_base,
+    t5_settings,
+)
 from t5vae.training.checkpoint import check_identity, newest_manifest
 
 
@@ -27,10 +35,11 @@ def model_config(config: Config, dataset: Dataset | None) -> T5VAEConfig:
         UserError: where an explicit key cannot hold what the shards contain.
     """
     vocabulary, length = config.model.vocab_size, config.model.sequence_length
-    pad, eos = (dataset.pad_id, dataset.eos_id) if dataset else (0, 1)
+    pad, eos, unknown = 0, 1, 2
     if dataset:
         vocabulary = vocabulary or dataset.vocab_size
         length = length or dataset.max_length
+        pad, eos, unknown = _special_tokens(config, dataset)
         if vocabulary < dataset.vocab_size:
             raise UserError(
                 f"model.vocab_size {vocabulary} is smaller than the {dataset.vocab_size} pieces of "
@@ -41,33 +50,88 @@ def model_config(config: Config, dataset: Dataset | None) -> T5VAEConfig:
                 f"model.sequence_length {length} is shorter than the longest sequences in "
                 f"{dataset.path} ({dataset.max_length} tokens); leave it out to take the shards'"
             )
-    t5 = config.model.t5.model_dump(exclude_none=True)
-    t5.update(vocab_size=vocabulary, pad_token_id=pad, eos_token_id=eos)
-    elsewhere = {"t5", "vocab_size", "sequence_length", "gradient_checkpointing"}
-    return T5VAEConfig(t5=t5, sequence_length=length, **config.model.model_dump(exclude=elsewhere))
+    t5, tied = _t5_settings(config)
+    own = {"vocab_size": vocabulary, "pad_token_id": pad, "eos_token_id": eos}
+    elsewhere = {"base", "t5", "vocab_size", "sequence_length"}
+    execution = {"gradient_checkpointing", "compile", "fused_cross_entropy"}
+    return T5VAEConfig(
+        t5={**t5, **own, "decoder_start_token_id": pad},
+        tie_word_embeddings=tied,
+        sequence_length=length,
+        unknown_token_id=unknown,
+        **config.model.model_dump(exclude=elsewhere | execution),
+    )
 
 
-def build_model(config: Config, dataset: Dataset) -> T5VAE:
-    """A T5VAE with random weights from the run's seed."""
+def _special_tokens(config: Config, dataset: Dataset) -> tuple[int, int, int]:
+    """The ids of pad, end and unknown."""
+    pad, eos, unknown = dataset.pad_id, dataset.eos_id, dataset.tokenizer().unk_token_id
+    if pad == eos:
+        raise UserError(
+            f"the tokenizer of {dataset.path} has one token ({pad}) for pad and end, so a model "
+            "would not learn to end; give it a pad token of its own and build the shards again"
+        )
+    if unknown in (None, pad, eos):
+        for name in ("input_mask", "word_dropout"):
+            if getattr(config.objective, name):
+                raise UserError(
+                    f"objective.{name} puts the unknown token in place of others, but the "
+                    f"tokenizer of {dataset.path} has none; leave it out"
+                )
+        unknown = eos
+    return pad, eos, unknown
+
+
+def _t5_settings(config: Config) -> tuple[dict[str, Any], bool]:
+    """The T5's settings, and whether its embeddings are tied."""
+    given = config.model.t5.model_dump(exclude_none=True)
+    name = config.model.base
+    if name is None:
+        return t5_settings({"dropout_rate": 0.0, **given}), True
+    base, tied = read_base(name)
+    for key, value in given.items():
+        if value != base[key] and key != "dropout_rate":
+            raise UserError(
+                f"model.t5.{key} is {value!r}, but that of model.base {name!r} is {base[key]!r}; "
+                "leave it out"
+            )
+    return {**base, **given}, tied
+
+
+def build_model(config: Config, dataset: Dataset, device: torch.device) -> T5VAE:
+    """A T5VAE with random weights from the run's seed, its T5's from the base if there is one.
+
+    Raises:
+        UserError: if the base cannot be loaded.
+    """
     torch.manual_seed(config.run.seed)
-    model = T5VAE(model_config(config, dataset))
-    if config.train.precision != "fp32" and not torch.accelerator.is_available():
+    settings = model_config(config, dataset)
+    base = config.model.base
+    model = T5VAE(settings) if base is None else T5VAE.from_base(settings, base)
+    if config.train.precision != "fp32" and device.type == "cpu":
         # On a CPU torch's fused attention is slower in half precision than the plain one.
-        model.t5.set_attn_implementation("eager")
+        model.set_attn_implementation("eager")
     if config.model.gradient_checkpointing:
         model.gradient_checkpointing_enable()
+    if config.model.compile:
+        model.compile_layers()
+    fused = config.model.fused_cross_entropy
+    possible = device.type == "cuda" and _installed("liger-kernel")
+    model.fused_cross_entropy = possible if fused is None else fused
     return model
 
 
 def describe(config: Config, dataset: Dataset | None, world_size: int) -> dict[str, Any]:
-    """What follows from a configuration: batch, epochs, parameters, memory. Nothing is allocated.
+    """What follows from a configuration: batch, epochs, parameters, operations, memory.
 
-    Memory is an estimate for weights, gradients and the optimiser's state; activations are not in
+    Nothing is allocated. Operations are those of training, a token of the longest sequences;
+    memory is an estimate for weights, gradients and the optimiser's state, activations are not in
     it. Without a dataset, what depends on the data is left out.
     """
     with torch.device("meta"):
         model = T5VAE(model_config(config, dataset))
-    parameters = sum(p.numel() for p in model.parameters())
+    parts = parameter_counts(model)
+    parameters = parts.pop("total")
     batch = config.data.global_batch_size
     accumulation = config.accumulation(world_size)
     facts = {
@@ -77,6 +141,8 @@ def describe(config: Config, dataset: Dataset | None, world_size: int) -> dict[s
         "vocab_size": model.config.t5["vocab_size"],
         "sequence_length": model.config.sequence_length,
         "parameters": parameters,
+        "parameters_by_part": parts,
+        "flops_per_token": round(flops_per_token(model.config, model.config.sequence_length)),
         "state_bytes_per_rank": state_bytes(parameters, config, world_size),
     }
     if dataset:
@@ -101,7 +167,17 @@ def describe_config(config: Config, world_size: int) -> dict[str, Any]:
         if not (config.model.vocab_size and config.model.sequence_length):
             raise
         dataset = None
+    _check_base(config, dataset)
     return describe(config, dataset, world_size)
+
+
+def _check_base(config: Config, dataset: Dataset | None) -> None:
+    if config.model.base is not None and dataset is not None:
+        check_tokenizer(config.model.base, dataset.tokenizer(), dataset.path)
+
+
+def _installed(package: str) -> bool:
+    return find_spec(package.replace("-", "_")) is not None
 
 
 def state_bytes(parameters: int, config: Config, world_size: int) -> int:
@@ -130,17 +206,18 @@ def check_before_start(config: Config, world_size: int) -> Dataset:
     """
     dataset = config.data.open()
     facts = describe(config, dataset, world_size)
+    _check_base(config, dataset)
     if facts["micro_batch_size"] * world_size < 2 and config.objective.mmd.estimator == "u":
         raise UserError(
             "the unbiased MMD needs at least 2 sequences in a micro step over all ranks"
         )
-    if config.objective.mmd.implementation == "triton" and not (
-        torch.cuda.is_available() and find_spec("triton")
-    ):
-        raise UserError(
-            "objective.mmd.implementation=triton needs a CUDA device and the package triton; "
-            "leave it out, or name blocked"
-        )
+    kernels = {
+        "objective.mmd.implementation": (config.objective.mmd.implementation == "triton", "triton"),
+        "model.fused_cross_entropy": (config.model.fused_cross_entropy, "liger-kernel"),
+    }
+    for key, (wanted, package) in kernels.items():
+        if wanted and not (torch.cuda.is_available() and _installed(package)):
+            raise UserError(f"{key} needs a CUDA device and the package {package}; leave it out")
     nearest = config.run_dir.absolute()
     while not nearest.exists():
         nearest = nearest.parent

@@ -2,6 +2,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from shards.errors import UserError
 from shards.tokenizers import load_tokenizer, train_tokenizer
@@ -168,7 +169,11 @@ def test_wrong_folders_name_the_export_command(run_folder, tmp_path):
     shutil.copytree(run_folder / "export", tmp_path / "cut")
     weights = tmp_path / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    for name in ("nowhere", ".", "run", "t5", "weightless", "cut"):
+    shutil.copytree(run_folder / "export", tmp_path / "holed")
+    holed = load_file(tmp_path / "holed" / "model.safetensors")
+    del holed["bottleneck.to_latent.weight"]
+    save_file(holed, tmp_path / "holed" / "model.safetensors", metadata={"format": "pt"})
+    for name in ("nowhere", ".", "run", "t5", "weightless", "cut", "holed"):
         with pytest.raises(UserError, match="t5vae export") as caught:
             LatentSpace.load(tmp_path / name)
         assert "\n" not in str(caught.value)

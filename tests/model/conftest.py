@@ -23,19 +23,29 @@ SEQUENCE_LENGTH = 9
 LATENT_SIZE = 6
 ARCHITECTURES = {
     "t5": {},
-    "v1.1": {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    "t5-v1.1": {"feed_forward_proj": "gated-gelu"},
+    "mt5": {"model_type": "mt5", "feed_forward_proj": "gated-gelu"},
+    "umt5": {"model_type": "umt5", "feed_forward_proj": "gated-gelu"},
 }
 
 
 @pytest.fixture(scope="session")
 def build() -> Callable[..., T5VAE]:
-    """A model in fp64, random weights."""
+    """A model in fp64, random weights; but T5's, with an output layer of its own."""
 
-    def build_model(architecture: str = "t5", vocab_size: int = 26, **config) -> T5VAE:
+    def build_model(
+        architecture: str = "t5", vocab_size: int = 26, t5: dict | None = None, **config
+    ) -> T5VAE:
         torch.manual_seed(0)
-        shape = {"latent_size": LATENT_SIZE, "sequence_length": SEQUENCE_LENGTH, "token_size": 5}
-        t5 = {**T5, **ARCHITECTURES[architecture], "vocab_size": vocab_size}
-        return T5VAE(T5VAEConfig(t5=t5, **{**shape, **config})).double().eval()
+        config = {
+            "latent_size": LATENT_SIZE,
+            "sequence_length": SEQUENCE_LENGTH,
+            "token_size": 5,
+            "tie_word_embeddings": architecture == "t5",
+            **config,
+        }
+        t5 = {**T5, **ARCHITECTURES[architecture], "vocab_size": vocab_size, **(t5 or {})}
+        return T5VAE(T5VAEConfig(t5=t5, **config)).double().eval()
 
     return build_model
 

@@ -35,8 +35,14 @@ def test_decode_is_the_default_mode(model, ids_BT):
 
 
 def test_an_unknown_mode_is_a_value_error_that_names_the_modes(model, ids_BT):
-    with pytest.raises(ValueError, match=r"'translate'.*encode, expand, score or decode"):
+    with pytest.raises(ValueError, match=r"'translate'.* score, decode or reconstruct"):
         model(ids_BT, mode="translate")
+
+
+@pytest.mark.parametrize("shape", [(6,), (2, 5), (2, 6, 1)])
+def test_a_latent_of_another_shape_is_a_value_error(model, shape):
+    with pytest.raises(ValueError, match=r"give \[B, 6\]"):
+        model.generate(latent=torch.zeros(shape))
 
 
 def test_decoding_nothing_is_a_value_error(model, ids_BT):
@@ -97,15 +103,38 @@ def test_gradient_of_the_score_is_that_of_the_logits(model, ids_BT):
     torch.testing.assert_close(scored, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("architecture", ["t5", "v1.1"])
+@pytest.mark.parametrize("architecture", ["t5", "t5-v1.1", "mt5", "umt5"])
 @pytest.mark.parametrize("bottleneck", ["flatten", "attention"])
 def test_logits_are_those_of_transformers_t5_on_the_memory(build, ids_BT, bottleneck, architecture):
     model = build(architecture, bottleneck=bottleneck)
     output = model(ids_BT, labels=ids_BT)
     memory = BaseModelOutput(last_hidden_state=model(latent=output.latent, mode="expand"))
     shifted = torch.cat([torch.zeros_like(ids_BT[:, :1]), ids_BT[:, :-1]], dim=1)
+    # T5 tells the scale by this, where transformers forces all embeddings to be tied.
+    model.t5.config.scale_decoder_outputs = model.config.tie_word_embeddings
     expected = model.t5(encoder_outputs=memory, decoder_input_ids=shifted).logits
+    if architecture == "umt5":  # published UMT5 has no scale, which transformers 5 gives it
+        expected = expected * model.t5.config.d_model**0.5
     close(output.logits, expected)
+
+
+def test_labels_may_be_padded_with_minus_100_too(model, ids_BT):
+    padded = model(ids_BT, labels=ids_BT.masked_fill(ids_BT == 0, -100), mode="score")
+    plain = model(ids_BT, labels=ids_BT, mode="score")
+    assert torch.equal(padded.nll, plain.nll)
+    assert torch.equal(padded.loss, plain.loss)
+
+
+def test_the_loss_of_no_tokens_is_zero(model, ids_BT):
+    assert model(ids_BT, labels=torch.full_like(ids_BT, -100), mode="score").loss == 0
+
+
+def test_eager_and_fused_attention_give_the_same(build, ids_BT):
+    model = build(bottleneck="attention")
+    assert model.t5.config._attn_implementation == "sdpa"
+    fused = model(ids_BT, mode="score").nll
+    model.t5.set_attn_implementation("eager")
+    close(model(ids_BT, mode="score").nll, fused)
 
 
 @pytest.mark.parametrize("mask_padding", [True, False], ids=["masked", "legacy"])
@@ -176,6 +205,8 @@ def test_tanh_bounds_the_code(build, ids_BT):
     model = build(bottleneck="flatten")
     bounded = build(bottleneck="flatten", squash="tanh")
     close(bounded(ids_BT, mode="encode"), model(ids_BT, mode="encode").tanh())
+    wider = build(bottleneck="flatten", squash="tanh", squash_scale=3.0)
+    close(wider(ids_BT, mode="encode"), 3 * (model(ids_BT, mode="encode") / 3).tanh())
 
 
 @pytest.mark.parametrize("bottleneck", ["flatten", "attention"])

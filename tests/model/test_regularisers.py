@@ -100,26 +100,52 @@ def test_the_extreme_hashes_stay_strictly_between_0_and_1(bits):
     assert 0 < u < 1
 
 
-@settings(max_examples=50, deadline=None)
-@given(seed=SEEDS, rate=st.sampled_from([0.0, 0.1, 0.5, 1.0]), stream=st.sampled_from([1, 2]))
-def test_dropped_tokens_become_unknown_and_pad_end_and_start_never_do(seed, rate, stream):
-    ids_BT = torch.randint(0, 6, (16, 20), generator=torch.Generator().manual_seed(seed))
+def seen_by(stack, call):
+    """The ids that the encoder or the decoder got during a call."""
+    seen = []
+    hook = stack.register_forward_pre_hook(
+        lambda _, __, inputs: seen.append(inputs["input_ids"]), with_kwargs=True
+    )
+    try:
+        call()
+    finally:
+        hook.remove()
+    return seen[0]
+
+
+@torch.no_grad()
+@settings(max_examples=25, deadline=None)
+@given(seed=SEEDS, rate=st.sampled_from([0.0, 0.3, 1.0]), where=st.sampled_from(["in", "out"]))
+def test_dropped_tokens_become_unknown_and_pad_end_and_start_never_do(build, seed, rate, where):
+    # Ids as no T5 has them, so that none is taken for granted.
+    model = build(t5={"pad_token_id": 3, "eos_token_id": 9, "decoder_start_token_id": 5})
+    model.config.unknown_token_id = 7
+    ids_BT = torch.randint(0, 12, (16, 9), generator=torch.Generator().manual_seed(seed))
     keys_B = row_keys(seed, 0, torch.arange(16))
-    dropped_BT = Regularisers(keys_B, unk=2).drop_tokens(ids_BT, rate, stream)
-    special_BT = ids_BT <= 1
-    assert torch.equal(dropped_BT[special_BT], ids_BT[special_BT])
-    changed_BT = dropped_BT != ids_BT
-    assert (dropped_BT[changed_BT] == 2).all()
+    stack, name = (
+        (model.t5.encoder, "input_mask") if where == "in" else (model.t5.decoder, "word_dropout")
+    )
+    plain_BT = seen_by(stack, lambda: model(ids_BT, mode="score"))
+    noise = Regularisers(keys_B, **{name: rate})
+    dropped_BT = seen_by(stack, lambda: model(ids_BT, mode="score", regularisers=noise))
+    special_BT = torch.isin(plain_BT, torch.tensor([3, 5, 9]))
+    assert special_BT.any()
+    assert torch.equal(dropped_BT[special_BT], plain_BT[special_BT])
+    changed_BT = dropped_BT != plain_BT
+    assert (dropped_BT[changed_BT] == 7).all()
     if rate == 0:
         assert not changed_BT.any()
     if rate == 1:
-        assert (dropped_BT[~special_BT] == 2).all()
+        assert (dropped_BT[~special_BT] == 7).all()
 
 
-def test_tokens_are_dropped_at_the_given_rate():
-    ids_BT = torch.full((400, 250), 7)
-    regularisers = Regularisers(row_keys(3, 0, torch.arange(400)), unk=2)
-    share = (regularisers.drop_tokens(ids_BT, 0.3, 1) == 2).double().mean().item()
+@torch.no_grad()
+def test_tokens_are_dropped_at_the_given_rate(build):
+    model = build(sequence_length=50)
+    ids_BT = torch.full((800, 50), 7)
+    noise = Regularisers(row_keys(3, 0, torch.arange(800)), input_mask=0.3)
+    seen_BT = seen_by(model.t5.encoder, lambda: model(ids_BT, mode="encode", regularisers=noise))
+    share = (seen_BT == 2).double().mean().item()
     assert share == pytest.approx(0.3, abs=5 * math.sqrt(0.21 / ids_BT.numel()))
 
 

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModel
 from t5vae.model import T5VAE, T5VAEConfig
 
 
-@pytest.mark.parametrize("architecture", ["t5", "v1.1"])
+@pytest.mark.parametrize("architecture", ["t5", "t5-v1.1", "mt5", "umt5"])
 @pytest.mark.parametrize("bottleneck", ["flatten", "attention"])
 def test_a_loaded_model_is_the_one_that_was_saved(
     build, ids_BT, tmp_path, bottleneck, architecture
@@ -26,6 +26,35 @@ def test_a_loaded_model_is_the_one_that_was_saved(
     assert torch.equal(loaded(ids_BT, mode="score").nll, score.nll)
 
 
+def test_the_attention_asked_for_is_the_t5s(build, tmp_path):
+    build().save_pretrained(tmp_path)
+    for name in ("eager", "sdpa"):
+        model = AutoModel.from_pretrained(tmp_path, attn_implementation=name)
+        assert model.t5.encoder.config._attn_implementation == name
+        assert model.t5.decoder.config._attn_implementation == name
+
+
+def test_weights_in_several_files_load_as_one(build, ids_BT, tmp_path):
+    model = build("mt5")
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    loaded = AutoModel.from_pretrained(tmp_path, dtype="auto")
+    assert loaded.dtype == torch.float64
+    assert torch.equal(loaded(ids_BT, mode="score").nll, model(ids_BT, mode="score").nll)
+
+
+def test_a_missing_bottleneck_is_drawn_as_a_new_models(build, tmp_path):
+    model = build()
+    model.save_pretrained(
+        tmp_path,
+        state_dict={k: v for k, v in model.state_dict().items() if "bottleneck" not in k},
+    )
+    loaded = T5VAE.from_pretrained(tmp_path)
+    for name, value in loaded.bottleneck.named_parameters():
+        if value.dim() > 1:
+            assert 0.5 < value.std() / model.bottleneck.get_parameter(name).std() < 2, name
+
+
 def test_tied_embeddings_stay_tied_and_are_saved_once(build, tmp_path):
     model = build()
     model.save_pretrained(tmp_path)
@@ -38,7 +67,7 @@ def test_tied_embeddings_stay_tied_and_are_saved_once(build, tmp_path):
 
 
 def test_embeddings_that_differ_as_in_t5_v1_1_are_both_saved(build, tmp_path):
-    model = build("v1.1")
+    model = build("t5-v1.1")
     head = torch.nn.Parameter(torch.randn_like(model.get_output_embeddings().weight))
     model.get_output_embeddings().weight = head
     model.save_pretrained(tmp_path)

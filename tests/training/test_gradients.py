@@ -108,7 +108,7 @@ def make_config(case: Case, stage: int = 0, world: int = 1) -> Config:
 
 def make_model(case: Case) -> T5VAE:
     settings = setup.model_config(make_config(case), None)
-    settings.t5["tie_word_embeddings"] = MODELS[case.model].tied
+    settings.tie_word_embeddings = MODELS[case.model].tied
     torch.manual_seed(SEED)
     model = T5VAE(settings)
     with torch.no_grad():
@@ -138,7 +138,7 @@ def micro_batches(case: Case, rank: int = 0, world: int = 1) -> list[Batch]:
     return batches
 
 
-def real_tokens(batches: list[Batch]) -> float:
+def all_tokens(batches: list[Batch]) -> float:
     return sum(float((batch.lengths * batch.weights).sum()) for batch in batches)
 
 
@@ -168,7 +168,7 @@ def one_process(name: str) -> Found:
     config, model = make_config(case), make_model(case).double().train()
     objective = config.objective
     batches = micro_batches(case)
-    share = 1 if objective.reconstruction == "sum" else 1 / real_tokens(batches)
+    share = 1 if objective.reconstruction == "sum" else 1 / all_tokens(batches)
     found = Found([], [], [], {})
     for micro, batch in enumerate(batches):
         noise = Regularisers(
@@ -204,7 +204,7 @@ def rank_step(engine: Any, name: str, stage: int) -> dict[str, Any]:
 
     case, rank, world = CASES[name], dist.get_rank(), dist.get_world_size()
     config, batches = make_config(case, stage, world), micro_batches(case, rank, world)
-    tokens = real_tokens(micro_batches(case))
+    tokens = all_tokens(micro_batches(case))
     step = Step(1, POSITION, tokens, case.weight, world * len(batches))
     losses: list[Losses] = []
     with recorded(engine) as events:

@@ -417,6 +417,7 @@ def test_an_export_is_a_transformers_model_and_is_made_once(golden, t5vae_comman
     assert z_BD.shape == (1, 8)
     with torch.no_grad():
         assert model.generate(latent=z_BD).shape[0] == 1
+    assert "library_name: transformers" in (export / "README.md").read_text()
 
 
 def test_eval_gives_one_document_of_the_promised_names_and_keeps_it(
@@ -433,6 +434,7 @@ def test_eval_gives_one_document_of_the_promised_names_and_keeps_it(
     assert {"valid", "unique", "novel"} <= set(report["controls"]["trigram"])
     for name in figures:
         assert 0 <= report[name] <= 1, name
+    assert "20 held-out sequences" in (golden.run / "export" / "README.md").read_text()
     before = (golden.run / "eval.json").stat().st_mtime_ns
     out, _ = t5vae_command("eval", golden.run, *options)
     assert "already evaluated" in out

@@ -57,7 +57,7 @@ def test_a_model_too_small_for_the_shards_is_refused_with_both_values(
 def test_equal_seeds_give_equal_weights(make_config, index):
     def weights(seed):
         run = {"name": "small", "seed": seed}
-        model = setup.build_model(make_config(run=run), index)
+        model = setup.build_model(make_config(run=run), index, torch.device("cpu"))
         return {name: value.tolist() for name, value in model.state_dict().items()}
 
     assert weights(1) == weights(1)
@@ -143,9 +143,16 @@ def test_a_micro_step_of_one_sequence_is_refused_under_the_unbiased_mmd(make_con
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device has it")
-def test_triton_is_refused_where_there_is_no_cuda_device(make_config):
-    config = make_config(objective={"mmd": {"implementation": "triton"}})
-    assert "blocked" in refusal(setup.check_before_start, config, 1)
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"objective": {"mmd": {"implementation": "triton"}}},
+        {"model": {"fused_cross_entropy": True}},
+    ],
+    ids=["triton", "liger"],
+)
+def test_a_kernel_for_cuda_is_refused_where_there_is_no_cuda_device(make_config, sections):
+    assert "CUDA device" in refusal(setup.check_before_start, make_config(**sections), 1)
 
 
 def test_a_full_disk_is_refused_before_the_start(make_config, monkeypatch, tmp_path):
