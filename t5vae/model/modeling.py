@@ -19,28 +19,16 @@ from t5vae.model.base import load_base
 from t5vae.model.bottleneck import BOTTLENECKS
 from t5vae.model.configuration import T5VAEConfig
 from t5vae.model.head import Head, untie
-from t5vae.model.noise import keyed_normal, keyed_uniform
+from t5vae.model.noise import (
+    ENCODER_MASK,
+    NOISE,
+    WORD_DROPOUT,
+    Regularisers,
+    keyed_normal,
+    keyed_uniform,
+)
 
 MODES = ("encode", "expand", "score", "decode", "reconstruct")
-NOISE, ENCODER_MASK, WORD_DROPOUT = range(3)
-
-
-@dataclass
-class Regularisers:
-    """Training-time noise, keyed by row so that it does not depend on the split over ranks.
-
-    Attributes:
-        keys_B: int64 [B], from `t5vae.model.noise.row_keys`.
-        latent_noise: standard deviation of the Gaussian added to the code.
-        input_mask: probability that an encoder input token is replaced by the unknown token;
-            pad, start and end tokens never are.
-        word_dropout: the same for the decoder's inputs.
-    """
-
-    keys_B: Tensor
-    latent_noise: float = 0.0
-    input_mask: float = 0.0
-    word_dropout: float = 0.0
 
 
 @dataclass

@@ -6,9 +6,30 @@ ranks and micro batches. Here every number is a hash of (seed, row key, index), 
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+NOISE, ENCODER_MASK, WORD_DROPOUT = range(3)  # streams
+
+
+@dataclass
+class Regularisers:
+    """Training-time noise, keyed by row so that it does not depend on the split over ranks.
+
+    Attributes:
+        keys_B: int64 [B], from `row_keys`.
+        latent_noise: standard deviation of the Gaussian added to the code.
+        input_mask: probability that an encoder input token is replaced by the unknown token;
+            pad, start and end tokens never are.
+        word_dropout: the same for the decoder's inputs.
+    """
+
+    keys_B: Tensor
+    latent_noise: float = 0.0
+    input_mask: float = 0.0
+    word_dropout: float = 0.0
 
 
 def _signed(value: int) -> int:

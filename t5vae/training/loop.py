@@ -10,6 +10,7 @@ from shards import Batch, ShardStream, UserError
 from t5vae.config import Config
 from t5vae.objective import mmd_weight
 from t5vae.training import checkpoint, setup
+from t5vae.training.build import build_model
 from t5vae.training.distributed import (
     Ranks,
     all_sum,
@@ -50,7 +51,7 @@ def run(config: Config, ranks: Ranks, stop: StopRequest) -> None:
         device = start_process_group(ranks)
         lock = _lock(config, ranks)
         seed_everything(config.run.seed)
-        engine = build_engine(setup.build_model(config, dataset, device), config, ranks.world_size)
+        engine = build_engine(build_model(config, dataset, device), config, ranks.world_size)
     log_libraries_to(log_file)
     log = RunLog(config, enabled=ranks.is_first)
     accumulation = config.accumulation(ranks.world_size)

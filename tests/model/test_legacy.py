@@ -1,16 +1,17 @@
 """The preset `legacy` against the original T5-VAE's formulas (Greenlee, 2020) in fp64."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
-LEGACY = {
-    "bottleneck": "flatten",
-    "token_size": 100,
-    "expansion_rank": 10,
-    "squash": "tanh",
-    "mask_padding": False,
-}
+from t5vae.config import load_config
+
+PRESET = load_config(Path(__file__).parents[2] / "configs" / "legacy.yaml").model
+LEGACY = PRESET.model_dump(
+    include={"bottleneck", "token_size", "expansion_rank", "squash", "normalize", "mask_padding"}
+)
 T, D = 9, 6
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, T5Config, T5ForConditionalGeneration
 
 from shards import UserError, open_index
-from t5vae.training import setup
+from t5vae.training import build, setup
 from t5vae.training.export import export
 
 TRAIN = Path(__file__).parents[2] / "train.py"
@@ -65,28 +65,28 @@ def refusal(call, *args) -> str:
 
 
 def test_the_sizes_are_the_bases_and_the_vocabulary_is_the_shards(from_base, index):
-    made = setup.model_config(from_base(), index)
+    made = build.model_config(from_base(), index)
     assert (made.t5["d_model"], made.t5["num_layers"], made.t5["dropout_rate"]) == (16, 2, 0.1)
     assert made.t5["vocab_size"] == 300
     assert not made.tie_word_embeddings
     assert setup.describe(from_base(), index, 1)["parameters"] == sum(
-        p.numel() for p in setup.build_model(from_base(), index, CPU).parameters()
+        p.numel() for p in build.build_model(from_base(), index, CPU).parameters()
     )
 
 
 def test_a_size_may_repeat_the_bases_and_dropout_may_differ(from_base, index):
-    made = setup.model_config(from_base(t5={"d_model": 16, "dropout_rate": 0.0}), index)
+    made = build.model_config(from_base(t5={"d_model": 16, "dropout_rate": 0.0}), index)
     assert made.t5["dropout_rate"] == 0
 
 
 def test_a_size_that_is_not_the_bases_is_refused_with_both_values(from_base, base, index):
-    message = refusal(setup.model_config, from_base(t5={"d_ff": 32}), index)
+    message = refusal(build.model_config, from_base(t5={"d_ff": 32}), index)
     for word in ("model.t5.d_ff", "32", "24", str(base)):
         assert word in message
 
 
 def test_dropout_of_the_configuration_reaches_the_layers(from_base, index):
-    model = setup.build_model(from_base(t5={"dropout_rate": 0.25}), index, CPU)
+    model = build.build_model(from_base(t5={"dropout_rate": 0.25}), index, CPU)
     rates = {module.p for module in model.t5.modules() if isinstance(module, torch.nn.Dropout)}
     assert rates == {0.25}
 

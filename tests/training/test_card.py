@@ -18,8 +18,8 @@ from t5vae import cli
 from t5vae.config import Config
 from t5vae.evaluation import evaluate_run
 from t5vae.model import T5VAE
+from t5vae.training.build import model_config
 from t5vae.training.card import dataset_name, hub_name, write_card
-from t5vae.training.setup import model_config
 
 STEP = 30
 T5 = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}

@@ -26,7 +26,7 @@ from shards import Batch
 from t5vae.config import Config
 from t5vae.model import T5VAE, Regularisers, row_keys
 from t5vae.objective import PendingMMD, mmd, reference, sliced_epps_pulley
-from t5vae.training import setup
+from t5vae.training import build
 from t5vae.training.distributed import Ranks, free_port, start_process_group
 from t5vae.training.engine import build_engine, set_learning_rate
 from t5vae.training.losses import Losses, Step, micro_step
@@ -107,7 +107,7 @@ def make_config(case: Case, stage: int = 0, world: int = 1) -> Config:
 
 
 def make_model(case: Case) -> T5VAE:
-    settings = setup.model_config(make_config(case), None)
+    settings = build.model_config(make_config(case), None)
     settings.tie_word_embeddings = MODELS[case.model].tied
     torch.manual_seed(SEED)
     model = T5VAE(settings)

@@ -10,7 +10,7 @@ import yaml
 
 from shards import UserError, open_index
 from t5vae.config import Config, load_config
-from t5vae.training import setup
+from t5vae.training import build, setup
 from t5vae.training.checkpoint import list_checkpoints
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -29,7 +29,7 @@ def refusal(call, *args) -> str:
 
 
 def test_vocabulary_special_ids_and_length_come_from_the_shards(make_config, index):
-    made = setup.model_config(make_config(), index)
+    made = build.model_config(make_config(), index)
     assert made.sequence_length == index.max_length == 24
     assert made.t5["vocab_size"] == index.vocab_size == 300
     assert made.t5["pad_token_id"] == index.pad_id
@@ -38,7 +38,7 @@ def test_vocabulary_special_ids_and_length_come_from_the_shards(make_config, ind
 
 
 def test_a_larger_vocabulary_and_length_than_the_shards_are_allowed(make_config, index):
-    made = setup.model_config(make_config(model={"vocab_size": 512, "sequence_length": 40}), index)
+    made = build.model_config(make_config(model={"vocab_size": 512, "sequence_length": 40}), index)
     assert made.t5["vocab_size"] == 512
     assert made.sequence_length == 40
 
@@ -49,7 +49,7 @@ def test_a_larger_vocabulary_and_length_than_the_shards_are_allowed(make_config,
 def test_a_model_too_small_for_the_shards_is_refused_with_both_values(
     make_config, index, key, given, needed
 ):
-    message = refusal(setup.model_config, make_config(model={key: given}), index)
+    message = refusal(build.model_config, make_config(model={key: given}), index)
     for word in (f"model.{key}", str(given), str(needed), str(index.path)):
         assert word in message
 
@@ -57,7 +57,7 @@ def test_a_model_too_small_for_the_shards_is_refused_with_both_values(
 def test_equal_seeds_give_equal_weights(make_config, index):
     def weights(seed):
         run = {"name": "small", "seed": seed}
-        model = setup.build_model(make_config(run=run), index, torch.device("cpu"))
+        model = build.build_model(make_config(run=run), index, torch.device("cpu"))
         return {name: value.tolist() for name, value in model.state_dict().items()}
 
     assert weights(1) == weights(1)

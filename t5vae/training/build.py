@@ -1,0 +1,112 @@
+"""From a configuration and its shards to a model."""
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from shards import Dataset, UserError
+from t5vae.config import Config
+from t5vae.model import T5VAE, T5VAEConfig, read_base, t5_settings
+
+
+def model_config(config: Config, dataset: Dataset | None) -> T5VAEConfig:
+    """The model's configuration; vocabulary, special ids and T come from the shards unless set.
+
+    Args:
+        dataset: the shards; None where there are none yet and the configuration names both
+            `model.vocab_size` and `model.sequence_length`.
+
+    Raises:
+        UserError: where an explicit key cannot hold what the shards contain.
+    """
+    vocabulary, length = config.model.vocab_size, config.model.sequence_length
+    pad, eos, unknown = 0, 1, 2
+    if dataset:
+        vocabulary = vocabulary or dataset.vocab_size
+        length = length or dataset.max_length
+        pad, eos, unknown = _special_tokens(config, dataset)
+        if vocabulary < dataset.vocab_size:
+            raise UserError(
+                f"model.vocab_size {vocabulary} is smaller than the {dataset.vocab_size} pieces of "
+                f"the tokenizer in {dataset.path}; leave it out to take the tokenizer's"
+            )
+        if length < dataset.max_length:
+            raise UserError(
+                f"model.sequence_length {length} is shorter than the longest sequences in "
+                f"{dataset.path} ({dataset.max_length} tokens); leave it out to take the shards'"
+            )
+    t5, tied = _t5_settings(config)
+    own = {"vocab_size": vocabulary, "pad_token_id": pad, "eos_token_id": eos}
+    elsewhere = {"base", "t5", "vocab_size", "sequence_length"}
+    execution = {"gradient_checkpointing", "compile", "fused_cross_entropy"}
+    return T5VAEConfig(
+        t5={**t5, **own, "decoder_start_token_id": pad},
+        tie_word_embeddings=tied,
+        sequence_length=length,
+        unknown_token_id=unknown,
+        **config.model.model_dump(exclude=elsewhere | execution),
+    )
+
+
+def _special_tokens(config: Config, dataset: Dataset) -> tuple[int, int, int]:
+    """The ids of pad, end and unknown."""
+    pad, eos, unknown = dataset.pad_id, dataset.eos_id, dataset.tokenizer().unk_token_id
+    if pad == eos:
+        raise UserError(
+            f"the tokenizer of {dataset.path} has one token ({pad}) for pad and end, so a model "
+            "would not learn to end; give it a pad token of its own and build the shards again"
+        )
+    if unknown in (None, pad, eos):
+        for name in ("input_mask", "word_dropout"):
+            if getattr(config.objective, name):
+                raise UserError(
+                    f"objective.{name} puts the unknown token in place of others, but the "
+                    f"tokenizer of {dataset.path} has none; leave it out"
+                )
+        unknown = eos
+    return pad, eos, unknown
+
+
+def _t5_settings(config: Config) -> tuple[dict[str, Any], bool]:
+    """The T5's settings, and whether its embeddings are tied."""
+    given = config.model.t5.model_dump(exclude_none=True)
+    name = config.model.base
+    if name is None:
+        return t5_settings({"dropout_rate": 0.0, **given}), True
+    base, tied = read_base(name)
+    for key, value in given.items():
+        if value != base[key] and key != "dropout_rate":
+            raise UserError(
+                f"model.t5.{key} is {value!r}, but that of model.base {name!r} is {base[key]!r}; "
+                "leave it out"
+            )
+    return {**base, **given}, tied
+
+
+def build_model(config: Config, dataset: Dataset, device: torch.device) -> T5VAE:
+    """A T5VAE with random weights from the run's seed, its T5's from the base if there is one.
+
+    Raises:
+        UserError: if the base cannot be loaded.
+    """
+    torch.manual_seed(config.run.seed)
+    settings = model_config(config, dataset)
+    base = config.model.base
+    model = T5VAE(settings) if base is None else T5VAE.from_base(settings, base)
+    if config.train.precision != "fp32" and device.type == "cpu":
+        # On a CPU torch's fused attention is slower in half precision than the plain one.
+        model.set_attn_implementation("eager")
+    if config.model.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    if config.model.compile:
+        model.compile_layers()
+    fused = config.model.fused_cross_entropy
+    possible = device.type == "cuda" and is_installed("liger-kernel")
+    model.fused_cross_entropy = possible if fused is None else fused
+    return model
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package can be imported, by its name on PyPI."""
+    return find_spec(package.replace("-", "_")) is not None
