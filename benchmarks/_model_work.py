@@ -1,20 +1,20 @@
 """What `model.py` times: training steps, their parts, and ways to decode.
 
-Shapes: B sequences, T tokens, D latent size, C model width, V vocabulary, N real tokens.
+Shapes: B sequences, T tokens, M memory, D latent size, C model width, N tokens, V vocabulary.
 """
 
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import PreTrainedModel, T5ForConditionalGeneration
+from transformers import T5ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # `shards` is the package, not the script
@@ -26,9 +26,9 @@ from t5vae.objective import start_gather
 from t5vae.training.losses import Step, micro_step, real_tokens
 
 LENGTH, LATENT = 20, 128
-PAD, END = 0, 1
 SHORTEST = 5
 """Real lengths are uniform on SHORTEST to LENGTH tokens."""
+PAD, END = 0, 1
 
 RUN = Config.model_validate({"data": {"shards": ""}, "objective": {"latent_noise": 0.5}})
 
@@ -37,7 +37,7 @@ class Size(NamedTuple):
     """What is built, and how much of it is timed."""
 
     name: str
-    t5: dict[str, int]
+    t5: dict[str, float]
     rows: int
     latents: int
     few: int
@@ -73,10 +73,10 @@ class Place(NamedTuple):
     def on_gpu(self) -> bool:
         return self.device.type == "cuda"
 
-    def seconds(self, run: Callable[[], object]) -> float:
+    def seconds(self, run: Callable, *arguments: Any) -> float:
         self.wait()
         begin = time.perf_counter()
-        run()
+        run(*arguments)
         self.wait()
         return time.perf_counter() - begin
 
@@ -85,23 +85,18 @@ class Place(NamedTuple):
             torch.cuda.synchronize()
 
 
-def start_process_group() -> None:
-    """Of this process alone: the objective sums over ranks."""
-    dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
-
-
 # Models
 
 
-def configuration(size: Size, bottleneck: str) -> T5VAEConfig:
+def configuration(size: Size, bottleneck: str, **settings: Any) -> T5VAEConfig:
     return T5VAEConfig(
-        t5=size.t5, latent_size=LATENT, sequence_length=LENGTH, bottleneck=bottleneck
+        t5=size.t5, latent_size=LATENT, sequence_length=LENGTH, bottleneck=bottleneck, **settings
     )
 
 
-def t5vae(size: Size, bottleneck: str, place: Place) -> T5VAE:
+def t5vae(config: T5VAEConfig, place: Place) -> T5VAE:
     torch.manual_seed(0)
-    return T5VAE(configuration(size, bottleneck)).to(place.device, place.dtype)
+    return T5VAE(config).to(place.device, place.dtype)
 
 
 def bare_t5(size: Size, place: Place) -> T5ForConditionalGeneration:
@@ -112,9 +107,8 @@ def bare_t5(size: Size, place: Place) -> T5ForConditionalGeneration:
 
 def batch(size: Size, full: bool) -> Batch:
     draw = torch.Generator().manual_seed(0)
-    shortest = LENGTH if full else SHORTEST
-    lengths_B = torch.randint(shortest, LENGTH + 1, (size.rows,), generator=draw)
-    ids_BT = torch.randint(3, size.t5["vocab_size"], (size.rows, LENGTH), generator=draw)
+    lengths_B = torch.randint(LENGTH if full else SHORTEST, LENGTH + 1, [size.rows], generator=draw)
+    ids_BT = torch.randint(3, int(size.t5["vocab_size"]), (size.rows, LENGTH), generator=draw)
     ids_BT[torch.arange(LENGTH) >= lengths_B[:, None]] = PAD
     ids_BT[torch.arange(size.rows), lengths_B - 1] = END
     sequence_B = torch.arange(size.rows)
@@ -127,8 +121,13 @@ def batch(size: Size, full: bool) -> Batch:
 TrainingStep = Callable[[Batch], None]
 
 
+def start_process_group() -> None:
+    """Of this process alone: a micro step sums over ranks."""
+    dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
+
+
 def t5_step(model: T5ForConditionalGeneration, place: Place) -> TrainingStep:
-    """As one trains a T5: labels of pads are -100, and no cache is built."""
+    """As one trains a T5: labels of pads are -100; no cache is built."""
     update = updates(model)
 
     def step(batch: Batch) -> None:
@@ -167,56 +166,52 @@ class Engine:
 
 
 def updates(model: nn.Module) -> Callable[[], None]:
-    """AdamW's step; on fp32 copies of weights in half precision, as DeepSpeed does it."""
+    """AdamW's step; for bf16 weights on fp32 copies, as DeepSpeed does it."""
     weights = list(model.parameters())
-    masters = weights
-    if weights[0].dtype != torch.float32:
-        masters = [weight.detach().float().requires_grad_() for weight in weights]
+    in_fp32 = weights[0].dtype == torch.float32
+    masters = weights if in_fp32 else [w.detach().float().requires_grad_() for w in weights]
     adamw = torch.optim.AdamW(masters, lr=1e-4)
 
     def update() -> None:
-        for master, weight in zip(masters, weights, strict=True):
-            if master is not weight:
-                master.grad = weight.grad.float()
-                weight.grad = None
+        if not in_fp32:
+            for master, weight in zip(masters, weights, strict=True):
+                master.grad, weight.grad = weight.grad.float(), None
         adamw.step()
         adamw.zero_grad()
-        if masters is not weights:
+        if not in_fp32:
             with torch.no_grad():
                 torch._foreach_copy_(weights, masters)
 
     return update
 
 
-def compile_layers(model: PreTrainedModel) -> None:
-    """What `T5VAE.compile_layers` does, to a T5."""
-    for block in (*model.encoder.block, *model.decoder.block):
+def compile_layers(t5: T5ForConditionalGeneration) -> None:
+    """What `T5VAE.compile_layers` does."""
+    for block in (*t5.encoder.block, *t5.decoder.block):
         block.compile()
 
 
 def t5_operations(size: Size) -> int:
-    """Of a T5's step on rows without pads, as torch counts them on tensors without storage."""
-    place = Place(torch.device("meta"), torch.float32)
-    model = bare_t5(size, place)
-    model.set_attn_implementation("eager")
+    """Of a T5's training step, as torch counts them on tensors without storage."""
+    t5 = bare_t5(size, Place(torch.device("meta"), torch.float32))
+    t5.set_attn_implementation("eager")
     ids_BT = torch.ones(size.rows, LENGTH, dtype=torch.int64, device="meta")
     with FlopCounterMode(display=False) as counter:
-        model(ids_BT, labels=ids_BT, use_cache=False).loss.backward()
+        t5(ids_BT, labels=ids_BT, use_cache=False).loss.backward()
     return counter.get_total_flops()
 
 
 def product_rate(size: Size, place: Place, repeats: int = 3) -> float:
     """Operations a second of the faster of the model's two largest products, into buffers."""
-    tokens, width = size.rows * LENGTH, size.t5["d_model"]
-    states_NC = torch.randn(tokens, width, device=place.device, dtype=place.dtype)
+    tokens, width = size.rows * LENGTH, int(size.t5["d_model"])
+    like = {"device": place.device, "dtype": place.dtype}
+    states_NC = torch.randn(tokens, width, **like)
     rates = []
-    for wide in (size.t5["d_ff"], size.t5["vocab_size"]):
-        weight_CV = torch.randn(width, wide, device=place.device, dtype=place.dtype)
+    for wide in (int(size.t5["d_ff"]), int(size.t5["vocab_size"])):
+        weight_CV = torch.randn(wide, width, **like).T
         out_NV = states_NC @ weight_CV
-        taken = [
-            place.seconds(lambda w=weight_CV, out=out_NV: torch.mm(states_NC, w, out=out))
-            for _ in range(repeats)
-        ]
+        product = torch.no_grad()(lambda w, out: torch.mm(states_NC, w, out=out))
+        taken = [place.seconds(product, weight_CV, out_NV) for _ in range(repeats)]
         rates.append(2 * tokens * width * wide / min(taken))
     return max(rates)
 
@@ -229,59 +224,51 @@ Part = Callable[[], object] | None
 def parts(
     t5: T5ForConditionalGeneration, model: T5VAE, batch: Batch, place: Place
 ) -> dict[str, tuple[Part, Part]]:
-    """What T5 and T5VAE do differently, forward and backward, each part alone: T5's, T5VAE's."""
+    """What a T5 and a T5VAE do differently, forward and backward: the T5's, and the T5VAE's."""
     rows, width = len(batch.ids), t5.config.d_model
-    ids_BT = batch.ids.to(place.device)
-    real_BT = ids_BT != PAD
-    labels_BT = ids_BT.masked_fill(~real_BT, -100)
-    weights_B = batch.weights.to(place.device)
-    like = {"device": place.device, "dtype": place.dtype}
-    states_BTC = torch.randn(rows, LENGTH, width, **like).requires_grad_()
-    z_BD = torch.randn(rows, LATENT, **like).requires_grad_()
-    slope_BMC = torch.randn_like(model.bottleneck.expand(z_BD.detach()))
-    objective = RUN.objective.mmd
+    ids_BT, weights_B = batch.ids.to(place.device), batch.weights.to(place.device)
+    mask_BT = (ids_BT != PAD).long()
+    labels_BT = ids_BT.masked_fill(ids_BT == PAD, -100)
+    like = {"device": place.device, "dtype": place.dtype, "requires_grad": True}
+    states_BTC = torch.randn(rows, LENGTH, width, **like)
+    z_BD = torch.randn(rows, LATENT, **like)
+    pull_BMC = torch.randn_like(model.bottleneck.expand(z_BD.detach()))
+    mmd = RUN.objective.mmd
 
     def t5_scores() -> None:
         logits_NV = t5.lm_head(states_BTC * width**-0.5).flatten(0, 1)
-        nn.functional.cross_entropy(logits_NV, labels_BT.flatten()).backward()
+        cross_entropy(logits_NV, labels_BT.flatten()).backward()
 
     def t5vae_scores() -> None:
         model._score(states_BTC * width**-0.5, ids_BT, None).loss.backward()
 
     def bottleneck() -> None:
-        code_BD = model.bottleneck.compress(states_BTC, real_BT.long())
-        model.bottleneck.expand(code_BD).backward(slope_BMC)
+        code_BD = model.bottleneck.compress(states_BTC, mask_BT)
+        model.bottleneck.expand(code_BD).backward(pull_BMC)
 
-    def mmd() -> None:
+    def regulariser() -> None:
         gathering = start_gather(z_BD, weights_B=weights_B, equal_rows=True)
-        gathering.finish(kernel=objective.kernel, prior=objective.prior).backward()
+        gathering.finish(kernel=mmd.kernel, prior=mmd.prior, estimator=mmd.estimator).backward()
 
     def noise() -> None:
         keys_B = row_keys(0, 0, batch.sequence.to(place.device))
-        (z_BD.detach() + 0.5 * keyed_normal(keys_B, LATENT, 0).to(z_BD.dtype)).sum()
+        (z_BD + 0.5 * keyed_normal(keys_B, LATENT, 0).to(z_BD.dtype)).sum().backward()
 
     return {
         "output layer and cross-entropy": (t5_scores, t5vae_scores),
         "bottleneck": (None, bottleneck),
-        "MMD": (None, mmd),
-        "noise": (None, noise),
+        "MMD": (None, regulariser),
+        "latent noise": (None, noise),
         "AdamW": (adamw(t5), adamw(model)),
     }
 
 
 def adamw(model: nn.Module) -> Callable[[], object]:
-    """The optimizer's step alone, on tensors like the model's weights."""
+    """The optimizer's step alone, on fp32 tensors like the model's weights."""
     weights = [torch.zeros_like(weight, dtype=torch.float32) for weight in model.parameters()]
     for weight in weights:
         weight.grad = torch.zeros_like(weight)
     return torch.optim.AdamW(weights).step
-
-
-def part_seconds(run: Part, place: Place, repeats: int = 3) -> float:
-    """The median, after a first time."""
-    if run is None:
-        return 0.0
-    return median([place.seconds(run) for _ in range(repeats + 1)][1:])
 
 
 # Decoding
@@ -293,10 +280,10 @@ def decode_batch(model: T5VAE, z_BD: Tensor) -> Tensor:
 
 
 def decode_original(model: T5VAE, z_1D: Tensor) -> Tensor:
-    """The ids [1, <= T] of one latent as the original T5-VAE decodes: all tokens again each time.
+    """The ids [1, <= T] of one latent, as the original T5-VAE (Greenlee, 2020) decodes.
 
-    Greenlee, 2020: the decoder and the output layer run over all tokens so far without a cache,
-    and the likeliest last token is appended, until that is the end token.
+    Decoder and output layer run over all tokens so far, without a cache, and the likeliest last
+    token is appended, until that is the end token.
     """
     memory = BaseModelOutput(last_hidden_state=model(latent=z_1D, mode="expand"))
     ids_1T = torch.full((1, 1), PAD, device=z_1D.device)
@@ -309,8 +296,8 @@ def decode_original(model: T5VAE, z_1D: Tensor) -> Tensor:
     return ids_1T[:, 1:]
 
 
-def decode_operations(decode: Callable[[T5VAE, Tensor], Tensor], model: T5VAE, z_BD: Tensor) -> int:
-    """Operations a latent, by torch's count of the matrix products."""
+def operations(decode: Callable[[T5VAE, Tensor], Tensor], model: T5VAE, z_BD: Tensor) -> int:
+    """Operations a latent, as torch counts those of matrix products."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         decode(model, z_BD)
     return counter.get_total_flops() // len(z_BD)

@@ -276,6 +276,11 @@ class Config(Section):
                 "optim.gradient_clipping goes with optim.name adamw: muon's updates have a fixed "
                 "norm, which DeepSpeed would clip in place of the gradient's; leave it out"
             )
+        if self.model.compile and self.deepspeed.zero_stage == 3:
+            raise ValueError(
+                "model.compile does not go with deepspeed.zero_stage 3, whose gathering of weights "
+                "splits every layer into single operations: leave one out"
+            )
         other = self.objective.epps_pulley
         if other.weight and not (other.slices or other.axes):
             raise ValueError("objective.epps_pulley needs directions: set slices, axes or both")

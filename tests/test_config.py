@@ -390,3 +390,9 @@ def test_every_configuration_of_the_project_loads(path):
     config = load_config(path)
     assert config.run.name
     assert config.accumulation(1) >= 1
+
+
+def test_compiled_layers_under_zero_3_are_refused(write):
+    settings = ["model.compile=true", "deepspeed.zero_stage=3"]
+    assert "model.compile" in refusal(write(), settings)
+    load_config(write(), ["model.compile=true", "deepspeed.zero_stage=2"])

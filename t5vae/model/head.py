@@ -37,13 +37,14 @@ class Head(nn.Linear):
         """
         if labels_N is None:
             return super().forward(states)
-        if fused:
+        if fused and len(labels_N):  # liger divides by their number
             from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
             return liger_fused_linear_cross_entropy(
                 states, self.weight, labels_N, reduction="sum", accum_dtype=torch.float32
             )
-        return cross_entropy(super().forward(states).float(), labels_N, reduction="none")
+        nll_N = cross_entropy(super().forward(states).float(), labels_N, reduction="none")
+        return nll_N.sum() if fused else nll_N
 
 
 def untie(t5: PreTrainedModel) -> None:

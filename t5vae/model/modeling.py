@@ -148,11 +148,13 @@ class T5VAE(PreTrainedModel, GenerationMixin):
     def compile_layers(self) -> None:
         """torch.compile every layer of the encoder and the decoder, in place.
 
-        By layer and not as a whole, so that equal layers share their compiled code.
+        By layer and not as a whole, so that equal layers share their compiled code, for any length.
         """
+        # All layers are one function to torch, which by default compiles that 8 times at most.
+        torch.compiler.config.recompile_limit = 64
         for stack in (self.t5.encoder, self.t5.decoder):
             for block in stack.block:
-                block.compile()
+                block.compile(dynamic=True)
 
     def forward(
         self,
@@ -236,7 +238,7 @@ class T5VAE(PreTrainedModel, GenerationMixin):
             input_ids=decoder_input_ids,
             encoder_hidden_states=memory_BMC,
             past_key_values=past_key_values,
-            use_cache=use_cache,
+            use_cache=bool(use_cache),  # None would fill a cache in every training step
         )
         states_BTC = decoded.last_hidden_state
         if self.config.tie_word_embeddings:

@@ -83,8 +83,15 @@ def first_host(nodelist: str) -> str:
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first)
 
 
-def start_process_group(ranks: Ranks, timeout: timedelta = timedelta(minutes=10)) -> torch.device:
+def start_process_group(
+    ranks: Ranks, timeout: timedelta = timedelta(minutes=10), *, compiles: bool = False
+) -> torch.device:
     """Join the process group through DeepSpeed and choose this rank's device.
+
+    Args:
+        ranks: which process this is.
+        timeout: after which a collective that others do not join ends the process.
+        compiles: leave torch.compile on where there is no accelerator.
 
     Returns:
         The accelerator of this local rank, or the CPU (over gloo) where there is none.
@@ -92,8 +99,9 @@ def start_process_group(ranks: Ranks, timeout: timedelta = timedelta(minutes=10)
     accelerated = torch.accelerator.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     if not accelerated:
         os.environ["DS_ACCELERATOR"] = "cpu"
-        # DeepSpeed compiles Muon's kernels: on a CPU that takes longer than it saves.
-        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+        if not compiles:
+            # DeepSpeed compiles Muon's kernels: on a CPU that takes longer than it saves.
+            os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         if "OMP_NUM_THREADS" not in os.environ:
             cores = len(os.sched_getaffinity(0))
             torch.set_num_threads(max(1, cores // ranks.local_world_size))

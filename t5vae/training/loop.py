@@ -48,7 +48,7 @@ def run(config: Config, ranks: Ranks, stop: StopRequest) -> None:
     setup.make_folder(folder / "logs")
     log_file = folder / "logs" / f"rank-{ranks.rank:05d}.log"
     with quiet_start(log_file):
-        device = start_process_group(ranks)
+        device = start_process_group(ranks, compiles=config.model.compile)
         lock = _lock(config, ranks)
         seed_everything(config.run.seed)
         engine = build_engine(build_model(config, dataset, device), config, ranks.world_size)

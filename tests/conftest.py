@@ -1,3 +1,5 @@
+"""The launcher of ranks that the packages' distributed tests share."""
+
 import os
 import subprocess
 import sys
@@ -10,8 +12,8 @@ import pytest
 def run_ranks():
     """Start a test's own file once for each rank, with the rank and a folder as its arguments."""
 
-    def run(file: str, world: int, folder: Path) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    def run(file: str, world: int, folder: Path, **environment: str) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
         if sys.platform == "linux":  # elsewhere the loopback has another name
             environment["GLOO_SOCKET_IFNAME"] = "lo"
         ranks = [
