@@ -199,8 +199,8 @@ def training(size: Size, place: Place) -> tuple[str, list[Target]]:
             steps[title], memory[title] = warm(build, batches[True], place)
         for full, batch in batches.items():
             if place.on_gpu:  # what is compiled is compiled again for rows with pads
-                for step in steps.values():
-                    step(batch)
+                for title in steps:
+                    steps[title](batch)
             found[full] |= take_turns(t5, steps, batch, size.turns, place)
             rates.append(work.product_rate(size, place))
         steps.clear()
