@@ -198,6 +198,7 @@ def test_a_real_model_is_evaluated(real):
     assert report["controls"]["trigram"]["valid"] > 0.5
 
 
+@pytest.mark.slow
 def test_a_real_model_that_ignores_its_code_has_no_shuffled_gap(real):
     torch.nn.init.zeros_(real.space.model.bottleneck.from_latent.weight)
     assert evaluate(real.space, **real.given)["shuffled_gap"] == pytest.approx(0, abs=1e-6)

@@ -81,6 +81,7 @@ def test_operations_of_a_low_rank_expansion_are_those_that_torch_counts(pads_see
     assert_exact(config, ids, ids)
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(data=st.data(), bottleneck=st.sampled_from(sorted(BOTTLENECKS)))
 def test_operations_are_those_that_torch_counts_at_any_size(data, bottleneck):

@@ -56,6 +56,7 @@ def test_a_row_is_generated_alike_alone_and_in_a_batch(model, z_BD):
     assert torch.equal(alone, together)
 
 
+@pytest.mark.slow
 def test_one_row_alone_is_generated_as_among_512_in_single_precision(build_talker):
     model = build_talker(bottleneck="attention").float()
     z_BD = 3 * torch.randn(512, 6, generator=torch.Generator().manual_seed(4))

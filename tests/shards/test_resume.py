@@ -58,6 +58,7 @@ def never_halted(parts, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_a_killed_build_goes_on(
     parts, tmp_path, never_halted, digests, script, small_parts, capsys
 ):

@@ -119,6 +119,7 @@ def test_a_figure_that_is_none_is_no_result(card, run):
     assert not {"valid", "mmd"} & found
 
 
+@pytest.mark.slow
 def test_the_code_in_the_card_runs_where_the_export_was_moved_to(card, run, tmp_path):
     code = "\n".join(re.findall(r"```python\n(.*?)```", card(), flags=re.DOTALL))
     folder = shutil.move(run / "export", tmp_path / "downloaded")
