@@ -1,9 +1,12 @@
 """`t5vae shards`: build, verify and inspect datasets."""
 
 import os
-from typing import TYPE_CHECKING, Annotated, Literal
+import unicodedata
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+
+from shards.errors import UserError
 
 if TYPE_CHECKING:
     from shards.index import Index
@@ -111,13 +114,45 @@ def verify(path: Folder) -> None:
 
 @app.command()
 def inspect(
-    path: Folder,
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            help="The dataset's folder or URL; with `--position`, those of a mixture.",
+            metavar="path",
+            show_default=False,
+        ),
+    ],
     examples: Annotated[int, typer.Option(help="How many sequences to show of each split.")] = 5,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    position: Annotated[
+        int | None,
+        typer.Option(
+            help="Show what training reads from here instead: the stream's `consumed` before a "
+            "step.",
+            min=0,
+        ),
+    ] = None,
+    batch: Annotated[
+        int,
+        typer.Option(help="With `--position`: how many, as `data.global_batch_size`.", min=1),
+    ] = 256,
+    seed: Annotated[int, typer.Option(help="With `--position`: the run's, as `run.seed`.")] = 0,
+    weight: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="With `--position`: a dataset's weight in the mixture; once for each path, in "
+            "their order. By default all are 1.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Show what a dataset holds: totals, lengths, what was dropped, examples.
 
+    With `--position`, show the sequences of one step of training instead.
+
     Example: `t5vae shards inspect data/tweets --examples 10`
+
+    Example: `t5vae shards inspect data/tweets --position 51200 --batch 512 --seed 0`
     """
     from json import dumps
 
@@ -125,7 +160,20 @@ def inspect(
 
     from shards.index import open_index
 
-    index = open_index(path)
+    if position is not None:
+        rows = _replay(paths, weight or [1.0] * len(paths), position, batch, seed)
+        if json:
+            document = {"position": position, "seed": seed, "rows": rows}
+            typer.echo(dumps(document, ensure_ascii=False))
+        else:
+            _print_rows(rows, mixture=len(paths) > 1)
+        return
+    if len(paths) > 1:
+        raise UserError(
+            f"{len(paths)} datasets and no --position: give the position whose batch of their "
+            "mixture to show, or inspect one dataset at a time"
+        )
+    index = open_index(paths[0])
     texts = {
         split: index.texts(split, np.arange(min(examples, totals.sequences)))
         for split, totals in index.splits.items()
@@ -142,6 +190,70 @@ def inspect(
         typer.echo(f"\n{split}:")
         for line in lines:
             typer.echo(f"  {line}")
+
+
+def _replay(
+    paths: list[str], weights: list[float], position: int, batch: int, seed: int
+) -> list[dict[str, Any]]:
+    """The rows of the training stream from a position on.
+
+    Raises:
+        UserError: the weights are not one for each path, or the datasets make no mixture.
+    """
+    from shards.dataset import open_dataset
+    from shards.stream import ShardStream
+
+    if len(weights) != len(paths):
+        raise UserError(
+            f"{len(paths)} datasets, but the number of --weight is {len(weights)}: give it once "
+            "for each, in their order, or not at all"
+        )
+    dataset = open_dataset(
+        [{"path": path, "weight": weight} for path, weight in zip(paths, weights, strict=True)]
+    )
+    with ShardStream(
+        dataset, seed=seed, global_batch_size=batch, consumed=position, on_corrupt="skip"
+    ) as stream:
+        found = next(stream)
+    columns = zip(
+        found.sequence.tolist(),
+        found.lengths.tolist(),
+        found.source.tolist(),
+        found.weights.tolist(),
+        dataset.tokenizer().batch_decode(found.ids, skip_special_tokens=True),
+        strict=True,
+    )
+    return [
+        {
+            "sequence": sequence,
+            "tokens": tokens,
+            "source": paths[source],
+            "quarantined": weight == 0,
+            "text": text,
+        }
+        for sequence, tokens, source, weight, text in columns
+    ]
+
+
+def _print_rows(rows: list[dict[str, Any]], mixture: bool) -> None:
+    names = ["sequence", "tokens", "quarantined", *(["source"] if mixture else []), "text"]
+    table = [names]
+    for row in rows:
+        said = {
+            "quarantined": "yes" if row["quarantined"] else "no",
+            "text": _one_line(row["text"]),
+        }
+        table.append([str((row | said)[name]) for name in names])
+    widths = [max(map(len, column)) for column in list(zip(*table, strict=True))[:-1]]
+    for cells in table:
+        padded = [cell.ljust(width) for cell, width in zip(cells, widths, strict=False)]
+        typer.echo("  ".join([*padded, cells[-1]]))
+
+
+def _one_line(text: str) -> str:
+    """A text, as Python would write it where it has control characters or line separators."""
+    breaks = any(unicodedata.category(character) in ("Cc", "Zl", "Zp") for character in text)
+    return repr(text) if breaks else text
 
 
 def _print_totals(index: "Index") -> None:

@@ -203,10 +203,22 @@ class Optim(Section):
 class Train(Section):
     steps: int = Field(default=10_000, ge=1)
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    max_bad_steps: int = Field(default=10, ge=0)
+    """Steps in a row that are skipped (a loss or gradient is not finite) or spike, before the run
+    stops; 0 never stops it."""
+    spike: float = Field(default=5.0, ge=0)
+    """A cross-entropy or gradient norm this many times its running mean is a spike; 0 for none."""
+    timeout: int = Field(default=600, ge=1)
+    """Seconds after which a rank that waits for others gives up, and the run ends."""
 
 
 class DeepSpeed(Section):
     zero_stage: Literal[0, 1, 2, 3] = 1
+    offload_optimizer: bool = False
+    """Keep the optimiser's state and the fp32 weights in host memory, and update there; not for
+    stage 0."""
+    offload_parameters: bool = False
+    """Keep the weights in host memory too; stage 3."""
     config: str | dict[str, Any] | None = None
     """A DeepSpeed configuration, or its JSON file, merged under ours; conflicts are refused."""
 
@@ -215,8 +227,21 @@ class Checkpoint(Section):
     every: Interval = 1000
     """Steps between checkpoints; one is always saved at the end. 0 for none in between."""
     keep_last: int = Field(default=3, ge=1)
-    resume: Literal["auto", "never"] = "auto"
-    """auto goes on from the newest valid checkpoint; never refuses a folder that holds any."""
+    keep_every: Interval = 0
+    """Also keep those of steps that this divides; 0 for none."""
+    keep_best: bool = True
+    """Also keep the one with the lowest held-out loss, where eval.every measures it."""
+    asynchronous: bool = False
+    """Copy the state, and write it while training goes on. A crash meanwhile goes back to the
+    checkpoint before; the copy needs host memory."""
+    on_error: Literal["stop", "continue"] = "stop"
+    """What a save that fails, as on a full disk, does to the run; the last one always stops it."""
+    resume: Literal["auto", "never", "weights"] = "auto"
+    """auto goes on from the newest valid checkpoint; never refuses a folder that holds any;
+    weights starts a new run, from the weights of `source` alone."""
+    source: str | None = None
+    """For resume weights: a run or one of its checkpoints; null sets this folder's own run aside
+    and starts from its newest checkpoint."""
 
 
 class Eval(Section):
@@ -281,6 +306,13 @@ class Config(Section):
                 "model.compile does not go with deepspeed.zero_stage 3, whose gathering of weights "
                 "splits every layer into single operations: leave one out"
             )
+        stage = self.deepspeed.zero_stage
+        if self.deepspeed.offload_optimizer and stage == 0:
+            raise ValueError("deepspeed.offload_optimizer needs deepspeed.zero_stage 1, 2 or 3")
+        if self.deepspeed.offload_parameters and stage != 3:
+            raise ValueError("deepspeed.offload_parameters needs deepspeed.zero_stage 3")
+        if self.checkpoint.source and self.checkpoint.resume != "weights":
+            raise ValueError("checkpoint.source needs checkpoint.resume weights")
         other = self.objective.epps_pulley
         if other.weight and not (other.slices or other.axes):
             raise ValueError("objective.epps_pulley needs directions: set slices, axes or both")

@@ -1,12 +1,10 @@
 """Which process of how many this is, and the process group they form."""
 
 import os
-import random
 import re
 from dataclasses import dataclass
 from datetime import timedelta
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -84,13 +82,13 @@ def first_host(nodelist: str) -> str:
 
 
 def start_process_group(
-    ranks: Ranks, timeout: timedelta = timedelta(minutes=10), *, compiles: bool = False
+    ranks: Ranks, timeout: float = 600, *, compiles: bool = False
 ) -> torch.device:
     """Join the process group through DeepSpeed and choose this rank's device.
 
     Args:
         ranks: which process this is.
-        timeout: after which a collective that others do not join ends the process.
+        timeout: seconds after which a collective that others do not join ends the process.
         compiles: leave torch.compile on where there is no accelerator.
 
     Returns:
@@ -121,7 +119,7 @@ def start_process_group(
     deepspeed.init_distributed(
         dist_backend=None if accelerated else "gloo",
         auto_mpi_discovery=False,
-        timeout=timeout,
+        timeout=timedelta(seconds=timeout),
         verbose=False,
     )
     if not accelerated:
@@ -142,13 +140,6 @@ def free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return sock.getsockname()[1]
-
-
-def seed_everything(seed: int) -> None:
-    """Seed the generators that no key of ours replaces: weights and dropout."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
 
 
 def raise_together(problem: UserError | None) -> None:

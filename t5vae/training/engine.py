@@ -1,12 +1,15 @@
 """DeepSpeed: its configuration from ours, its engine, and what is read back from it."""
 
+import contextlib
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from shards.errors import UserError
 from t5vae.config import Config, Optim
@@ -22,16 +25,26 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     clipping = config.optim.gradient_clipping
     if clipping is None:
         clipping = 0.0 if config.optim.name == "muon" else 1.0
+    offloaded = {
+        "offload_optimizer": config.deepspeed.offload_optimizer,
+        "offload_param": config.deepspeed.offload_parameters,
+    }
     ours: dict[str, Any] = {
         "train_batch_size": config.data.global_batch_size,
         "train_micro_batch_size_per_gpu": config.data.global_batch_size
         // (accumulation * world_size),
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": clipping,
-        "zero_optimization": {"stage": config.deepspeed.zero_stage},
+        "zero_optimization": {
+            "stage": config.deepspeed.zero_stage,
+            **{name: {"device": "cpu"} for name, wanted in offloaded.items() if wanted},
+        },
         # The optimiser is handed to DeepSpeed as an object: it is AdamW or DeepSpeed's own Muon.
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
     }
+    if config.optim.name == "muon" and config.deepspeed.zero_stage == 3:
+        ours["zero_optimization"]["reduce_scatter"] = False  # Muon needs whole gradients
     theirs = _user_config(config)
     for kind in ("bf16", "fp16"):
         if kind == config.train.precision or kind in theirs:
@@ -90,16 +103,79 @@ def set_learning_rate(engine: Any, share: float) -> None:
         group["lr"] = share * group["full_lr"]
 
 
+@contextlib.contextmanager
+def sharded(config: Config, world_size: int) -> Iterator[None]:
+    """At ZeRO stage 3, deal every layer's weights to the ranks as soon as it is made.
+
+    So no rank ever holds the whole of a model with random weights, which are those that it would
+    have at any other stage.
+    """
+    if config.deepspeed.zero_stage < 3 or config.model.base:
+        yield
+        return
+    from deepspeed.runtime.zero import GatheredParameters, Init
+
+    draw = PreTrainedModel._initialize_weights
+
+    def draw_gathered(self: PreTrainedModel, module: nn.Module, *args: Any) -> None:
+        layers = [module, *module.children()]
+        weights = [weight for layer in layers for weight in layer.parameters(recurse=False)]
+        with GatheredParameters(weights, modifier_rank=0):
+            dtypes = [weight.dtype for weight in weights]
+            for weight in weights:
+                weight.data = weight.data.float()  # other numbers are drawn in half precision
+            draw(self, module, *args)
+            for weight, dtype in zip(weights, dtypes, strict=True):
+                weight.data = weight.data.to(dtype)
+
+    PreTrainedModel._initialize_weights = draw_gathered
+    try:
+        with Init(config_dict_or_path=deepspeed_config(config, world_size)):
+            yield
+    finally:
+        PreTrainedModel._initialize_weights = draw
+
+
 def build_engine(model: nn.Module, config: Config, world_size: int) -> Any:
     """Wrap a model in a DeepSpeed engine with its optimiser."""
     import deepspeed
 
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=_optimizer(model, config.optim),
-        config=deepspeed_config(config, world_size),
-    )
+    settings = deepspeed_config(config, world_size)
+    optimizer = _optimizer(model, config.optim)
+    unpartitioned, half = config.deepspeed.zero_stage == 0, config.train.precision != "fp32"
+    if unpartitioned and not half:
+        _skip_nonfinite(optimizer)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    if unpartitioned and half:
+        _undo_first_step(engine.optimizer)
     return engine
+
+
+@torch.no_grad()
+def _undo_first_step(optimizer: Any) -> None:
+    """Forget the step without gradients that DeepSpeed took: it counts, and decayed the weights."""
+    optimizer.optimizer.state.clear()
+    for weights, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+        for weight, master in zip(weights, masters, strict=True):
+            master.copy_(weight)
+
+
+def _skip_nonfinite(optimizer: torch.optim.Optimizer) -> None:
+    """Leave weights and moments alone where a gradient is not finite.
+
+    DeepSpeed does so at every other stage and precision, and calls it an overflow.
+    """
+    step = optimizer.step
+
+    def step_if_finite() -> None:
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        gradients = [weight.grad for weight in weights if weight.grad is not None]
+        norms = torch.stack(torch._foreach_norm(gradients))
+        optimizer.overflow = not norms.isfinite().all()
+        if not optimizer.overflow:
+            step()
+
+    optimizer.step = step_if_finite
 
 
 def _optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
@@ -138,4 +214,6 @@ def gradient_norm(engine: Any, optim: Optim) -> dict[str, float]:
     """`grad_norm` of the last step before clipping, where DeepSpeed tells it: under Muon its norm
     is that of the orthogonalised update."""
     norm = engine.get_global_grad_norm()
-    return {} if norm is None or optim.name == "muon" else {"grad_norm": float(norm)}
+    if norm is None or optim.name == "muon":
+        return {}
+    return {"grad_norm": float(norm) if engine.was_step_applied() else math.nan}

@@ -9,6 +9,7 @@ from t5vae.config import load_config
 from t5vae.model import T5VAE, T5VAEConfig
 from t5vae.training import checkpoint
 from t5vae.training.card import write_card
+from t5vae.training.fragments import fill_model
 from t5vae.training.runlog import quiet_start
 
 
@@ -44,7 +45,7 @@ def export(run: str | Path) -> tuple[Path, str, bool]:
     log_file = folder / "logs" / "export.log"
     log_file.parent.mkdir(exist_ok=True)
     with quiet_start(log_file):
-        model.load_state_dict(checkpoint.consolidated_weights(newest))
+        fill_model(model, checkpoint.open_fragments(newest))
     model.tie_weights()
 
     tmp = folder / f"export.{os.getpid()}.tmp"

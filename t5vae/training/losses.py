@@ -1,13 +1,14 @@
 """One micro step: the loss of a micro batch across all ranks, and its gradient."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from shards import Batch, UserError
+from shards import Batch
 from t5vae.config import Config
 from t5vae.model import Regularisers, row_keys
 from t5vae.objective import PendingMMD, sliced_epps_pulley, start_gather
@@ -41,12 +42,14 @@ class Losses:
         nll: summed cross-entropy in nats, over all ranks.
         mmd, epps_pulley: of the codes of all ranks; 0 where the latter has no weight.
         codes_BD: this rank's codes, without gradient.
+        nonfinite_ranks: whose loss is not finite.
     """
 
     nll: float
     mmd: float
     epps_pulley: float
     codes_BD: Tensor
+    nonfinite_ranks: list[int] = field(default_factory=list)
 
 
 def micro_step(
@@ -54,8 +57,8 @@ def micro_step(
 ) -> Losses:
     """Forward and backward pass of one micro batch; all ranks call it together.
 
-    Raises:
-        UserError: on all ranks, where the loss of one is not finite.
+    Where the loss of any rank is not finite, no gradient of any rank is either: DeepSpeed then
+    discards the whole step, on all ranks and with all its micro batches.
     """
     regularisation, other = config.objective.mmd, config.objective.epps_pulley
     draw = (config.run.seed << 40) + step.position + micro
@@ -78,16 +81,14 @@ def micro_step(
         generator_seed=draw,
     )
     nll = output.loss * real_tokens(batch)
-    all_nll, infinite = all_sum(nll.item(), not mmd.isfinite(), device=device)
-    if infinite or not math.isfinite(all_nll):
-        raise UserError(
-            f"the loss of step {step.number} is not finite (the batch from position "
-            f"{step.position:,}); the checkpoints before it are untouched: lower optim.lr, or "
-            "use another train.precision"
-        )
+    own = bool(nll.isfinite() & output.latent.isfinite().all())
+    all_nll, infinite = all_sum(nll.item(), not (own and mmd.isfinite()), device=device)
     # DeepSpeed divides by ranks and micro steps; the sum over all tokens must not be.
     per_token = config.objective.reconstruction == "mean"
     loss = nll * (step.parts / (step.tokens if per_token else 1)) + step.mmd_weight * mmd
+    if infinite or not math.isfinite(all_nll):
+        engine.backward(loss * math.nan)
+        return Losses(math.nan, math.nan, math.nan, output.latent.detach(), _ranks_where(not own))
     epps_pulley = 0.0
     if other.weight:
         statistic = sliced_epps_pulley(
@@ -102,6 +103,48 @@ def micro_step(
         epps_pulley = statistic.item()
     engine.backward(loss)
     return Losses(all_nll, mmd.item(), epps_pulley, output.latent.detach())
+
+
+def _ranks_where(true: bool) -> list[int]:
+    """The ranks that say so; all of them where none does, since the fault is in what they share."""
+    said: list[bool] = [False] * dist.get_world_size()
+    dist.all_gather_object(said, true)
+    return [rank for rank, yes in enumerate(said) if yes] or list(range(len(said)))
+
+
+def step_metrics(losses: list[Losses], step: Step, config: Config) -> dict[str, float]:
+    """What a step's micro steps come to, over all ranks."""
+    nll = sum(part.nll for part in losses)
+    mmd = sum(part.mmd for part in losses) / len(losses)
+    other = config.objective.epps_pulley.weight
+    epps_pulley = sum(part.epps_pulley for part in losses) / len(losses)
+    per_token = config.objective.reconstruction == "mean"
+    reconstruction = nll / (step.tokens if per_token else 1)
+    return {
+        "loss": reconstruction + step.mmd_weight * mmd + other * epps_pulley,
+        "reconstruction": reconstruction,
+        "nats_per_token": nll / step.tokens,
+        "nats_per_sequence": nll / config.data.global_batch_size,
+        "mmd": mmd,
+        "mmd_weight": step.mmd_weight,
+        **({"epps_pulley": epps_pulley} if other else {}),
+    }
+
+
+def latent_diagnostics(losses: list[Losses]) -> dict[str, float]:
+    """How this rank's codes of a step compare with N(0, I), for which it is about 1, 1 and 0.
+
+    Returns:
+        latent_variance: mean over the coordinates; latent_square: mean |z|^2 / D;
+        latent_saturated: share of coordinates beyond 0.99 in size and below 1, as tanh leaves them.
+    """
+    z_BD = torch.cat([part.codes_BD for part in losses]).float()
+    size = z_BD.abs()
+    return {
+        "latent_variance": z_BD.var(0).mean().item(),
+        "latent_square": z_BD.square().mean().item(),
+        "latent_saturated": ((size > 0.99) & (size <= 1)).float().mean().item(),
+    }
 
 
 def real_tokens(batch: Batch) -> float:

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from t5vae.config import Config
+from t5vae.training.saving import Saved
 
 METRICS = "metrics.jsonl"
 SHOWN = {
@@ -42,6 +43,7 @@ class RunLog:
         self.steps = config.train.steps
         self.console = Console(stderr=True)
         self.bar: Progress | None = None
+        self.saves: dict[str, float] = {}
         self.wandb = _start_wandb(config) if enabled and config.log.wandb else None
 
     def drop_after(self, step: int) -> None:
@@ -88,6 +90,7 @@ class RunLog:
         """Append one line to metrics.jsonl and show the gist of it."""
         if not self.enabled:
             return
+        record, self.saves = {**record, **self.saves}, {}
         with open(self.path, "a") as file:
             # JSON knows no NaN
             known = {k: v if math.isfinite(v) else None for k, v in record.items()}
@@ -99,6 +102,14 @@ class RunLog:
             self.say(f"step {record['step']:>7,}/{self.steps:,}  {gist}")
         if self.wandb is not None:
             self.wandb.log(record, step=record["step"])
+
+    def saved(self, saved: Saved) -> None:
+        """Tell of a checkpoint; the next line of metrics has its times."""
+        self.say(
+            f"saved {saved.path} ({saved.bytes / 1e6:,.1f} MB in {saved.seconds:.2f} s, training "
+            f"waited {saved.stall:.2f} s)"
+        )
+        self.saves = {"checkpoint_seconds": saved.seconds, "checkpoint_stall": saved.stall}
 
     def close(self) -> None:
         if self.bar is not None:

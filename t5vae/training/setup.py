@@ -13,7 +13,7 @@ from shards import Dataset, UserError
 from t5vae.config import Config
 from t5vae.model import T5VAE, check_tokenizer, flops_per_token, parameter_counts
 from t5vae.training.build import is_installed, model_config
-from t5vae.training.checkpoint import check_identity, newest_manifest
+from t5vae.training.checkpoint import FORMAT, check_identity, newest_manifest, verify
 
 
 def describe(config: Config, dataset: Dataset | None, world_size: int) -> dict[str, Any]:
@@ -167,11 +167,15 @@ def is_finished(config: Config, identity: dict[str, Any]) -> bool:
     Raises:
         UserError: if the run that is there is another one than `config` describes.
     """
-    manifest = newest_manifest(config.run_dir / "checkpoints")
-    if manifest is None:
+    folder = config.run_dir / "checkpoints"
+    manifest = newest_manifest(folder)
+    starts_anew = config.checkpoint.resume == "weights"
+    if manifest is None or (starts_anew and not manifest.get("weights_from")):
         return False
     check_identity(manifest, identity)
-    return manifest["step"] >= config.train.steps
+    if manifest["step"] < config.train.steps:
+        return False
+    return verify(folder / f"step-{manifest['step']:08d}") is None
 
 
 def write_config(config: Config) -> None:
@@ -187,12 +191,21 @@ def identity(config: Config, dataset: Dataset) -> dict[str, Any]:
     model = json.loads(model_config(config, dataset).to_json_string(use_diff=False))
     del model["transformers_version"]  # a new release does not make it another model
     return {
-        "zero_stage": config.deepspeed.zero_stage,
-        "precision": config.train.precision,
+        "format": FORMAT,
         "optimizer": config.optim.name,
         "global_batch_size": config.data.global_batch_size,
         "seed": config.run.seed,
         "shards": dataset.sha256,
         "tokenizer": dataset.tokenizer_fingerprint,
         "model": model,
+    }
+
+
+def layout(config: Config, world_size: int) -> dict[str, Any]:
+    """What may be another when a run resumes; with another MMD batch its losses differ."""
+    return {
+        "world_size": world_size,
+        "mmd_batch": config.data.global_batch_size // config.accumulation(world_size),
+        "zero_stage": config.deepspeed.zero_stage,
+        "precision": config.train.precision,
     }

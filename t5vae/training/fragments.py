@@ -1,0 +1,338 @@
+"""An engine's state as fragments of its parameters, however DeepSpeed dealt them out.
+
+A fragment is a range of a flattened parameter, or of one of its moments. Every rank writes those it
+holds; whatever ranks and ZeRO stage come later read the ranges that they hold. So nothing is
+gathered on saving, nothing is converted on resuming, and nothing is ever unpickled.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from torch import Tensor, nn
+
+WEIGHT, MOMENTUM = "weight", "momentum_buffer"
+NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.uint8: "U8",
+}
+
+
+class Slot(NamedTuple):
+    """Where a range of a parameter lies in a flat tensor, in elements."""
+
+    name: str
+    start: int
+    offset: int
+    length: int
+
+
+class Part(NamedTuple):
+    """A tensor that the optimiser updates.
+
+    Attributes:
+        master: fp32 weights; the key of the optimiser's state.
+        slots: what it is made of.
+        momentum_slots: what Muon's momentum is made of.
+    """
+
+    master: Tensor
+    slots: list[Slot]
+    momentum_slots: list[Slot]
+
+
+def fragments(engine: Any) -> dict[str, Tensor]:
+    """This rank's share of weights and moments: views, which the next step changes.
+
+    Together the ranks hold every element once.
+
+    Returns:
+        1-D tensors by "KIND/PARAMETER/START"; kinds are "weight" (fp32) and the optimiser's.
+    """
+    found = {}
+    parts = list(_parts(engine))
+    owned = _owned(engine, parts)
+    state = _base(engine).state
+    for part in parts:
+        for kind, tensor in {WEIGHT: part.master, **state.get(part.master, {})}.items():
+            if not torch.is_tensor(tensor) or not tensor.ndim:
+                continue  # the step
+            flat = tensor.detach().view(-1)
+            for slot in part.momentum_slots if kind == MOMENTUM else part.slots:
+                low = max(slot.start, owned[slot.name][0])
+                high = min(slot.start + slot.length, owned[slot.name][1])
+                if low < high:
+                    at = slot.offset + low - slot.start
+                    found[f"{kind}/{slot.name}/{low}"] = flat[at : at + high - low]
+    return found
+
+
+def scalars(engine: Any) -> dict[str, Any]:
+    """What all ranks share: Adam's count of steps, and fp16's loss scale."""
+    steps = {
+        float(state["step"])
+        for part in _parts(engine)
+        if "step" in (state := _base(engine).state.get(part.master, {}))
+    }
+    scaler = _scaler(engine)
+    return {
+        "step": max(steps, default=None),
+        "loss_scale": {
+            name: getattr(scaler, name)
+            for name in ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+            if hasattr(scaler, name)
+        },
+    }
+
+
+@torch.no_grad()
+def load(engine: Any, saved: "Fragments", shared: dict[str, Any]) -> None:
+    """Set weights and moments to those saved, at whatever ranks and ZeRO stage.
+
+    Args:
+        saved: of all ranks that saved.
+        shared: as `scalars` gave it.
+    """
+    base = _base(engine)
+    for part in _parts(engine):
+        if not part.slots:
+            continue
+        _fill(part.master, part.slots, WEIGHT, saved)
+        kinds = saved.kinds(part.slots[0].name) - {WEIGHT}
+        state = base.state.setdefault(part.master, {}) if kinds else {}
+        for kind in kinds:
+            slots = part.momentum_slots if kind == MOMENTUM else part.slots
+            if kind not in state:
+                state[kind] = torch.zeros_like(part.master.detach())
+                if slots is not part.slots:
+                    size = sum(slot.length for slot in slots)
+                    dtype = saved.dtype(kind, slots[0].name)
+                    state[kind] = state[kind].new_zeros(size, dtype=dtype)
+            _fill(state[kind], slots, kind, saved)
+        if kinds - {MOMENTUM} and shared["step"] is not None:
+            counts_in_tensors = isinstance(base, torch.optim.AdamW)
+            state["step"] = (torch.tensor if counts_in_tensors else int)(shared["step"])
+    for name, value in shared["loss_scale"].items():
+        if hasattr(_scaler(engine), name):
+            setattr(_scaler(engine), name, value)
+    _refresh(engine)
+
+
+@torch.no_grad()
+def load_weights(engine: Any, saved: "Fragments") -> None:
+    """Set the weights alone to those saved."""
+    for part in _parts(engine):
+        _fill(part.master, part.slots, WEIGHT, saved)
+    _refresh(engine)
+
+
+@torch.no_grad()
+def fill_model(model: nn.Module, saved: "Fragments") -> None:
+    """Set a plain model's parameters to the weights saved."""
+    for name, parameter in model.named_parameters():
+        weight = saved.read(WEIGHT, name, 0, parameter.numel())
+        parameter.copy_(weight.view_as(parameter))
+
+
+class Fragments:
+    """The fragments in files of all ranks, read by parameter and range.
+
+    Args:
+        paths: safetensors files.
+    """
+
+    def __init__(self, paths: list[Path]):
+        self.files = [safe_open(path, framework="pt") for path in paths]
+        self.ranges: dict[tuple[str, str], list[tuple[int, Any, str]]] = {}
+        for file in self.files:
+            for key in file.keys():  # noqa: SIM118 (not a dict)
+                kind, _, rest = key.partition("/")
+                name, _, start = rest.rpartition("/")
+                self.ranges.setdefault((kind, name), []).append((int(start), file, key))
+
+    def kinds(self, name: str) -> set[str]:
+        """Of what is there of a parameter."""
+        return {kind for kind, parameter in self.ranges if parameter == name}
+
+    def length(self, kind: str, name: str) -> int:
+        """Elements of a whole parameter, or of its moment."""
+        ends = (
+            begin + file.get_slice(key).get_shape()[0]
+            for begin, file, key in self.ranges[kind, name]
+        )
+        return max(ends)
+
+    def dtype(self, kind: str, name: str) -> torch.dtype:
+        _, file, key = self.ranges[kind, name][0]
+        return file.get_slice(key)[:0].dtype
+
+    def read(self, kind: str, name: str, start: int, length: int) -> Tensor:
+        """A range of a flattened parameter, or of its moment, of shape [length].
+
+        Raises:
+            ValueError: where elements of it are in no file.
+        """
+        read = torch.empty(length, dtype=self.dtype(kind, name))
+        covered = 0
+        for begin, file, key in self.ranges[kind, name]:
+            piece = file.get_slice(key)
+            low = max(start, begin)
+            high = min(start + length, begin + piece.get_shape()[0])
+            if low < high:
+                read[low - start : high - start] = piece[low - begin : high - begin]
+                covered += high - low
+        if covered != length:
+            raise ValueError(f"{kind} of {name}: {covered} of {length} elements are saved")
+        return read
+
+
+def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, Any]:
+    """Write a safetensors file, synced to the disk; its size in bytes and sha256.
+
+    The library's own writer first copies everything into strings, and halts other threads
+    meanwhile; here one tensor at a time is copied, and hashed as it is written.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    largest_first = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name in largest_first:  # so that every tensor is aligned to its elements
+        tensor = tensors[name]
+        begin, end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with open(path, "wb") as file:
+        for content in (len(text).to_bytes(8, "little"), text):
+            file.write(content)
+            digest.update(content)
+        for name in largest_first:
+            content = tensors[name].detach().cpu().contiguous().view(torch.uint8).numpy().data
+            file.write(content)
+            digest.update(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": 8 + len(text) + end, "sha256": digest.hexdigest()}
+
+
+def _parts(engine: Any) -> Iterator[Part]:
+    """What this rank's optimiser updates, at each of DeepSpeed's stages."""
+    name_of = {parameter: name for name, parameter in engine.module.named_parameters()}
+    optimizer = engine.optimizer
+    stage = engine.zero_optimization_stage()
+    if stage == 3:
+        rank = dist.get_rank()
+        for master, parameters in zip(
+            optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True
+        ):
+            slots, offset = [], 0
+            for parameter in parameters:
+                size = parameter.partition_numel()
+                start = min(rank * size, parameter.ds_numel)
+                length = min(size, parameter.ds_numel - start)
+                slots.append(Slot(name_of[parameter], start, offset, length))
+                offset += size
+            yield Part(master, slots, slots)
+    elif stage:
+        for master, parameters, touched in zip(
+            optimizer.single_partition_of_fp32_groups,
+            optimizer.bit16_groups,
+            optimizer.params_in_partition,
+            strict=True,
+        ):
+            slots = [
+                Slot(name_of[parameter], where.start, at.start, at.numel)
+                for parameter in parameters
+                if (mapping := parameter._hp_mapping) is not None
+                for where, at in [(mapping.lp_fragment_address, mapping.hp_fragment_address)]
+            ]
+            # Unless it is offloaded, Muon's momentum is that of whole matrices.
+            momentum_slots = slots if optimizer.cpu_offload else _whole(touched, name_of)
+            yield Part(master, slots, momentum_slots)
+    else:
+        for master, parameter in _unpartitioned(engine):
+            slots = [Slot(name_of[parameter], 0, 0, parameter.numel())]
+            yield Part(master, slots, slots)
+
+
+def _whole(parameters: list[Tensor], name_of: dict[Tensor, str]) -> list[Slot]:
+    slots, offset = [], 0
+    for parameter in parameters:
+        slots.append(Slot(name_of[parameter], 0, offset, parameter.numel()))
+        offset += parameter.numel()
+    return slots
+
+
+def _unpartitioned(engine: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """Without ZeRO: each fp32 weight with its parameter, which in fp32 is the same."""
+    optimizer = engine.optimizer
+    masters = [group["params"] for group in optimizer.param_groups]
+    for group, parameters in zip(masters, getattr(optimizer, "fp16_groups", masters), strict=True):
+        yield from zip(group, parameters, strict=True)
+
+
+def _owned(engine: Any, parts: list[Part]) -> dict[str, tuple[int, int]]:
+    """The range of each parameter that this rank answers for."""
+    slots = [slot for part in parts for slot in part.slots]
+    if engine.zero_optimization_stage():
+        return {slot.name: (slot.start, slot.start + slot.length) for slot in slots}
+    rank, world = dist.get_rank(), dist.get_world_size()
+    return {
+        slot.name: (slot.length * rank // world, slot.length * (rank + 1) // world)
+        for slot in slots
+    }
+
+
+def _base(engine: Any) -> Any:
+    """The optimiser itself, inside DeepSpeed's."""
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)
+
+
+def _scaler(engine: Any) -> Any:
+    """What holds the loss scale; None where there is none."""
+    optimizer = engine.optimizer
+    return getattr(optimizer, "loss_scaler", getattr(optimizer, "loss_scale_config", None))
+
+
+def _fill(tensor: Tensor, slots: list[Slot], kind: str, saved: Fragments) -> None:
+    flat = tensor.detach().view(-1)
+    for slot in slots:
+        piece = saved.read(kind, slot.name, slot.start, slot.length)
+        flat[slot.offset : slot.offset + slot.length].copy_(piece)
+
+
+def _refresh(engine: Any) -> None:
+    """Make the model's weights those of the optimiser."""
+    optimizer = engine.optimizer
+    stage = engine.zero_optimization_stage()
+    if stage == 3:
+        optimizer.checkpoint_event_prologue()
+        for master, group in zip(
+            optimizer.fp32_partitioned_groups_flat, optimizer.fp16_partitioned_groups, strict=True
+        ):
+            offset = 0
+            for partition in group:
+                partition.data.copy_(master[offset : offset + partition.ds_numel])
+                offset += partition.ds_numel
+        optimizer.checkpoint_event_epilogue()
+    elif stage:
+        optimizer.update_lp_params()
+    else:
+        for master, parameter in _unpartitioned(engine):
+            parameter.data.copy_(master)

@@ -1,0 +1,40 @@
+"""The generators that no key of ours replaces: of weights and dropout."""
+
+import json
+import random
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def seed_everything(seed: int) -> None:
+    """Seed python's, numpy's and torch's generators."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def random_state() -> tuple[dict[str, Tensor], str]:
+    """This process's generators: torch's as uint8 tensors, the others' as JSON."""
+    version, internal, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    plain = {
+        "python": [version, list(internal), gauss],
+        "numpy": [name, np.asarray(keys).tolist(), position, has_gauss, cached],
+    }
+    tensors = {"cpu": torch.get_rng_state()}
+    if torch.accelerator.is_available():
+        tensors["accelerator"] = torch.get_device_module().get_rng_state()
+    return tensors, json.dumps(plain)
+
+
+def set_random_state(tensors: dict[str, Tensor], plain: str) -> None:
+    """Go on as the generators that `random_state` described."""
+    states = json.loads(plain)
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    np.random.set_state(tuple(states["numpy"]))
+    torch.set_rng_state(tensors["cpu"])
+    if "accelerator" in tensors and torch.accelerator.is_available():
+        torch.get_device_module().set_rng_state(tensors["accelerator"])
