@@ -44,6 +44,8 @@ BUILD = ("--format", "python", "--tokenizer", "train:4096", "--max-length", "16"
 
 WANTED = 0.93
 LOG_EVERY, SAVE_EVERY, SAVE_LOG_EVERY = 10, 10, 5
+PIECE = 2**20
+"""Bytes that the limit of a save writes and hashes at a time."""
 REAL_BATCHES = 8
 """Real batches of a rank whose shapes and lengths the bare loop goes through."""
 
@@ -53,8 +55,7 @@ HEAD = """\
 Printed by `python benchmarks/train.py --write` on this machine: {machine}
 
 The limit of the loop is the bare loop, in which only the model, its optimiser and DeepSpeed are \
-left; that of a save is to write as many bytes to the same disk, with fsync, and to take their \
-sha256.
+left; that of a save is to write and hash as many bytes on the same disk, fsync included.
 """
 
 LOOP = """\
@@ -104,9 +105,9 @@ Runs that save every {save} steps, {saves} times before the last: {models}. Stal
 training waited for a save (`checkpoint_stall` of metrics.jsonl); committed: from its start until \
 it was whole (`checkpoint_seconds`), and MB a second of that. Delay: how much longer {window} \
 steps took with a save in them than without, by the medians, which also counts what a save in \
-the background takes from the steps. The limit writes files of the same sizes, random bytes, \
-with fsync, and takes their sha256, a thread a file, four times after each run. Medians, in \
-brackets the least and the most.
+the background takes from the steps. The limit writes random bytes to files of the same sizes and \
+takes their sha256, piece by piece, then fsync, a thread a file, four times after each run. \
+Medians, in brackets the least and the most.
 
 """
 
@@ -454,16 +455,19 @@ def delay_of_a_save(launch: Launch) -> float:
 
 
 def write_and_hash(sizes: list[int], folder: Path) -> float:
-    """Seconds to write files of those sizes with fsync and to take their sha256, all at once."""
+    """Seconds to write files of those sizes and to take their sha256, all at once, with fsync."""
     content = memoryview(os.urandom(max(sizes)))
     folder.mkdir()
 
     def write(number: int) -> None:
-        data = content[: sizes[number]]
+        digest = hashlib.sha256()
         with open(folder / str(number), "wb") as file:
-            file.write(data)
+            for begin in range(0, sizes[number], PIECE):
+                piece = content[begin : min(begin + PIECE, sizes[number])]
+                file.write(piece)
+                digest.update(piece)
+            file.flush()
             os.fsync(file.fileno())
-        hashlib.sha256(data)
 
     with ThreadPoolExecutor(len(sizes)) as pool:
         begin = time.perf_counter()

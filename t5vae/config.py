@@ -307,6 +307,11 @@ class Config(Section):
                 "splits every layer into single operations: leave one out"
             )
         stage = self.deepspeed.zero_stage
+        if self.train.precision == "fp16" and stage == 0:
+            raise ValueError(
+                "train.precision fp16 needs deepspeed.zero_stage 1, 2 or 3: without ZeRO, "
+                "DeepSpeed divides gradients by a loss scale that it has not applied"
+            )
         if self.deepspeed.offload_optimizer and stage == 0:
             raise ValueError("deepspeed.offload_optimizer needs deepspeed.zero_stage 1, 2 or 3")
         if self.deepspeed.offload_parameters and stage != 3:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -128,10 +129,47 @@ def start_process_group(
     return torch.device(kind.type, ranks.local_rank)
 
 
+def limit_waiting(timeout: float) -> None:
+    """Give every process group this timeout in seconds; DeepSpeed makes some of 30 minutes."""
+    for group in _groups():
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout), group)
+
+
+def _groups() -> list[dist.ProcessGroup]:
+    return list(dist.distributed_c10d._world.pg_map)
+
+
 def leave_process_group() -> None:
     """End the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def lost_ranks(ranks: Ranks, patience: float = 10) -> list[int]:
+    """After a collective failed: which ranks do not answer any more.
+
+    Every rank that is alive says so in the store that the group met in, and leaves the group, at
+    which the others' collectives fail too.
+
+    Args:
+        patience: seconds to wait for an answer.
+    """
+    store = dist.distributed_c10d._get_default_store()
+    everyone = set(range(ranks.world_size))
+    alive = {ranks.rank}
+    try:
+        store.set(f"alive/{ranks.rank}", "")
+        for group in _groups():
+            group.abort()
+        end = time.monotonic() + patience
+        while alive < everyone and time.monotonic() < end:
+            alive |= {rank for rank in everyone - alive if store.check([f"alive/{rank}"])}
+            time.sleep(0.1)
+        if ranks.is_first:
+            time.sleep(1)  # the store is in this process: let the others look
+    except RuntimeError:
+        return [0]  # whose process has the store
+    return sorted(everyone - alive)
 
 
 def free_port() -> int:

@@ -137,9 +137,16 @@ def sharded(config: Config, world_size: int) -> Iterator[None]:
 
 
 def build_engine(model: nn.Module, config: Config, world_size: int) -> Any:
-    """Wrap a model in a DeepSpeed engine with its optimiser."""
-    import deepspeed
+    """Wrap a model in a DeepSpeed engine with its optimiser.
 
+    Raises:
+        UserError: if the device cannot compute in this precision.
+    """
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    if config.train.precision == "fp16" and not get_accelerator().is_fp16_supported():
+        raise UserError("this device does not compute in fp16: set train.precision to bf16 or fp32")
     settings = deepspeed_config(config, world_size)
     optimizer = _optimizer(model, config.optim)
     unpartitioned, half = config.deepspeed.zero_stage == 0, config.train.precision != "fp32"

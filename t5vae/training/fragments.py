@@ -307,7 +307,7 @@ def _base(engine: Any) -> Any:
 def _scaler(engine: Any) -> Any:
     """What holds the loss scale; None where there is none."""
     optimizer = engine.optimizer
-    return getattr(optimizer, "loss_scaler", getattr(optimizer, "loss_scale_config", None))
+    return getattr(optimizer, "loss_scale_config", getattr(optimizer, "loss_scaler", None))
 
 
 def _fill(tensor: Tensor, slots: list[Slot], kind: str, saved: Fragments) -> None:

@@ -10,7 +10,13 @@ from t5vae.config import Config
 from t5vae.objective import mmd_weight
 from t5vae.training import checkpoint, setup
 from t5vae.training.build import build_model
-from t5vae.training.distributed import Ranks, all_sum, raise_together, start_process_group
+from t5vae.training.distributed import (
+    Ranks,
+    all_sum,
+    limit_waiting,
+    raise_together,
+    start_process_group,
+)
 from t5vae.training.engine import (
     build_engine,
     gradient_norm,
@@ -56,6 +62,7 @@ def run(config: Config, ranks: Ranks, stop: StopRequest) -> None:
         with sharded(config, ranks.world_size):
             model = build_model(config, dataset, device)
         engine = build_engine(model, config, ranks.world_size)
+        limit_waiting(config.train.timeout)
     log_libraries_to(log_file)
     log = RunLog(config, enabled=ranks.is_first)
     accumulation = config.accumulation(ranks.world_size)

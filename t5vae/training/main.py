@@ -22,7 +22,9 @@ Example: deepspeed train.py configs/quickstart.yaml train.steps=100 run.output_d
 def main(arguments: list[str]) -> int:
     """`train.py [CONFIG] [dotted.key=value ...] [--debug]`; returns the exit code.
 
-    A user's mistake is one line from local rank 0 and 2; with --debug the traceback is shown.
+    0: done, or told to stop and saved. 1: a rank was lost, or a fault of the program. 2: something
+    for the user to mend, in one line from local rank 0; with --debug the traceback is shown. 130: a
+    second Ctrl-C.
     """
     if {"-h", "--help"} & set(arguments):
         print(USAGE)
@@ -43,7 +45,16 @@ def main(arguments: list[str]) -> int:
         # A launcher that sees another rank end first must not change this one's exit code.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         return 2
+    except LostRankError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0
+
+
+class LostRankError(Exception):
+    """Another process of the run ended, or does not answer."""
 
 
 def train(config: Config) -> None:
@@ -51,14 +62,25 @@ def train(config: Config) -> None:
 
     Raises:
         UserError: see `t5vae.training.loop.run`.
+        LostRankError: where a collective failed for want of a rank.
     """
     stop = StopRequest()
     stop.install()
-    from t5vae.training.distributed import find_ranks, leave_process_group
+    from t5vae.training.distributed import find_ranks, leave_process_group, lost_ranks
     from t5vae.training.loop import run
 
+    ranks = find_ranks(dict(os.environ))
     try:
-        run(config, find_ranks(dict(os.environ)), stop)
+        run(config, ranks, stop)
     except UserError:
         leave_process_group()  # gloo's threads abort a process that ends without it
         raise
+    except RuntimeError as error:
+        lost = lost_ranks(ranks) if ranks.world_size > 1 else []
+        if not lost:
+            raise
+        names = ", ".join(map(str, lost))
+        raise LostRankError(
+            f"rank {names} of {ranks.world_size} is lost: it ended, or did not answer in time; the "
+            "same command goes on from the newest checkpoint"
+        ) from error
