@@ -49,15 +49,69 @@ def train(config: ConfigFile = "configs/quickstart.yaml", overrides: Overrides =
 
 
 @app.command()
-def export(run: Run) -> None:
-    """Turn a run's newest checkpoint into a transformers model: RUN/export.
+def checkpoints(
+    run: Run,
+    verify: Annotated[bool, typer.Option(help="Compare every file's hash, not its size.")] = False,
+    remove: Annotated[
+        list[str] | None, typer.Option(help="A step to delete, or a folder's name; repeatable.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """List a run's checkpoints, verify them, remove some; with --verify exit with 1 on damage.
 
-    Example: `t5vae export runs/quickstart`
+    Example: `t5vae checkpoints runs/quickstart --verify`
+    """
+    from t5vae.training import checkpoint
+
+    folder = Path(run) / "checkpoints"
+    if not folder.is_dir():
+        raise UserError(f"{run} is not a run folder: it has no checkpoints/")
+    for name in remove or []:
+        typer.echo(f"removed {checkpoint.remove(folder, name)}", err=True)
+    found = checkpoint.describe(folder, hashes=verify)
+    if json:
+        _print_json({"checkpoints": found})
+    else:
+        _print_checkpoints(found, verify)
+    if verify and any(entry["problem"] not in (None, "unfinished") for entry in found):
+        raise typer.Exit(1)
+
+
+def _print_checkpoints(found: list[dict[str, Any]], verified: bool) -> None:
+    from datetime import datetime
+
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("checkpoint", "saved", "MB", "ranks", "ZeRO", "precision", "held-out", "state")
+    for entry in found:
+        row = [entry["name"], "", f"{entry['bytes'] / 1e6:,.1f}", "", "", "", "", entry["problem"]]
+        if not entry["problem"]:
+            row[1] = datetime.fromtimestamp(entry["saved_at"]).strftime("%Y-%m-%d %H:%M")
+            row[3:6] = [str(entry[key]) for key in ("world_size", "zero_stage", "precision")]
+            row[6] = "" if entry["held_out"] is None else f"{entry['held_out']:.3f}"
+            row[7] = "whole" if verified else "sizes right"
+        table.add_row(*row)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 120
+    console.print(table)
+
+
+@app.command()
+def export(
+    run: Run,
+    step: Annotated[int | None, typer.Option(help="Of the checkpoint; default the newest.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the weights: fp32, bf16 or fp16.")] = "fp32",
+) -> None:
+    """Turn a run's checkpoint into a transformers model: RUN/export.
+
+    Example: `t5vae export runs/quickstart --dtype bf16`
     """
     from t5vae.training.export import export as export_run
 
     _quiet_transformers()
-    folder, checkpoint, known = export_run(run)
+    folder, checkpoint, known = export_run(run, step=step, dtype=dtype)
     typer.echo(f"{'already exported' if known else 'exported'}: {checkpoint} as {folder}")
 
 

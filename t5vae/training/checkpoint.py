@@ -64,26 +64,31 @@ def newest_manifest(folder: Path) -> dict[str, Any] | None:
     return None
 
 
-def verify(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, or None: every file's size and sha256 are compared."""
+def verify(checkpoint: Path, *, hashes: bool = True) -> str | None:
+    """What is wrong with a checkpoint, or None: every file's size and sha256 are compared.
+
+    Args:
+        hashes: compare sizes alone if false.
+    """
     try:
         files = read_manifest(checkpoint)["files"]
     except (OSError, ValueError) as error:
         return f"{MANIFEST}: {error}"
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-        problems = threads.map(lambda name: _problem(checkpoint / name, files[name]), files)
+        problems = threads.map(lambda name: _problem(checkpoint / name, files[name], hashes), files)
         return next((problem for problem in problems if problem), None)
 
 
-def _problem(path: Path, wanted: dict[str, Any]) -> str | None:
+def _problem(path: Path, wanted: dict[str, Any], hashes: bool) -> str | None:
     if not path.is_file():
         return f"{path.name} is missing"
     if path.stat().st_size != wanted["bytes"]:
         return f"{path.name} has {path.stat().st_size} bytes, not {wanted['bytes']}"
+    if not hashes:
+        return None
     with open(path, "rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != wanted["sha256"]:
-            return f"{path.name} has changed"
-    return None
+        changed = hashlib.file_digest(file, "sha256").hexdigest() != wanted["sha256"]
+    return f"{path.name} has changed" if changed else None
 
 
 def seal(manifest: dict[str, Any]) -> bytes:
@@ -150,6 +155,63 @@ def consolidated_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     saved = open_fragments(checkpoint)
     names = [name for kind, name in saved.ranges if kind == WEIGHT]
     return {name: saved.read(WEIGHT, name, 0, saved.length(WEIGHT, name)) for name in names}
+
+
+def describe(folder: Path, *, hashes: bool) -> list[dict[str, Any]]:
+    """What there is in `checkpoints/`, oldest first: checkpoints, and what was set aside.
+
+    Args:
+        hashes: verify all of each file, not its size alone.
+
+    Returns:
+        name, bytes, problem (None for a whole one), and of whole ones step, saved_at (seconds since
+        1970), world_size, zero_stage, precision, held_out (nats a token, or None).
+    """
+    found = []
+    for path in [*list_checkpoints(folder), *sorted(folder.glob("step-*.*"))]:
+        size = sum(file.stat().st_size for file in path.iterdir())
+        found.append({"name": path.name, "bytes": size, **_describe(path, hashes)})
+    return found
+
+
+def _describe(path: Path, hashes: bool) -> dict[str, Any]:
+    if path.suffix:
+        return {"problem": "unfinished" if path.suffix == ".tmp" else "set aside"}
+    problem = verify(path, hashes=hashes)
+    if problem:
+        return {"problem": problem}
+    manifest = read_manifest(path)
+    if manifest.get("format") != FORMAT:
+        return {"problem": "saved by another version"}
+    layout = {name: manifest["layout"][name] for name in ("world_size", "zero_stage", "precision")}
+    return {
+        "problem": None,
+        "step": manifest["step"],
+        "saved_at": (path / MANIFEST).stat().st_mtime,
+        **layout,
+        "held_out": manifest["held_out"],
+    }
+
+
+def remove(folder: Path, name: str) -> Path:
+    """Delete one checkpoint, by its step or its folder's name.
+
+    Raises:
+        UserError: if it is not there, or the run would go on from it.
+    """
+    target = folder / (f"step-{int(name):08d}" if name.isdigit() else name)
+    there = sorted(folder.glob("step-*"))
+    if target not in there:
+        names = ", ".join(path.name for path in there) or "none"
+        raise UserError(f"there is no checkpoint {name} in {folder}; there are: {names}")
+    whole = [path for path in list_checkpoints(folder) if verify(path) is None]
+    if whole and target == whole[-1]:
+        raise UserError(
+            f"{target.name} is the newest whole checkpoint, from which the run would go on; to "
+            f"delete all of the run, delete {folder.parent}"
+        )
+    delete(target)
+    return target
 
 
 def retain(folder: Path, *, last: int, every: int = 0, best: bool = False) -> None:

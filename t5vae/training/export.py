@@ -4,6 +4,8 @@ import os
 import shutil
 from pathlib import Path
 
+import torch
+
 from shards import UserError
 from t5vae.config import load_config
 from t5vae.model import T5VAE, T5VAEConfig
@@ -12,25 +14,41 @@ from t5vae.training.card import write_card
 from t5vae.training.fragments import fill_model
 from t5vae.training.runlog import quiet_start
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-def export(run: str | Path) -> tuple[Path, str, bool]:
-    """Write RUN/export from the newest valid checkpoint: fp32 weights, tokenizer, model card.
+
+def export(
+    run: str | Path, *, step: int | None = None, dtype: str = "fp32"
+) -> tuple[Path, str, bool]:
+    """Write RUN/export from a valid checkpoint: weights, tokenizer, model card.
+
+    Args:
+        step: of the checkpoint; None for the newest.
+        dtype: of the weights: fp32, bf16 or fp16.
 
     Returns:
         The exported folder, the checkpoint's name, and whether it had been exported before.
 
     Raises:
-        UserError: if `run` is no run folder, holds no valid checkpoint, or its shards now have
-            another tokenizer.
+        UserError: if `run` is no run folder, holds no such checkpoint that is valid, or its shards
+            now have another tokenizer.
     """
     folder = Path(run)
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder} is not a run folder: it has no config.yaml")
-    newest = checkpoint.newest_valid(folder / "checkpoints", print)
+    if dtype not in DTYPES:
+        raise UserError(f"unknown dtype {dtype!r}; use one of {', '.join(DTYPES)}")
+    newest = checkpoint.newest_valid(folder / "checkpoints", print, step=step)
     if newest is None:
-        raise UserError(f"{folder} holds no valid checkpoint yet; train it further first")
+        if step is None:
+            raise UserError(f"{folder} holds no valid checkpoint yet; train it further first")
+        there = map(checkpoint.step_of, checkpoint.list_checkpoints(folder / "checkpoints"))
+        raise UserError(
+            f"{folder} has no valid checkpoint of step {step}; there are: "
+            f"{', '.join(map(str, there)) or 'none'}"
+        )
     target = folder / "export"
-    source = f"{newest.name} {checkpoint.digest(newest)}"
+    source = f"{newest.name} {dtype} {checkpoint.digest(newest)}"
     if (target / "SOURCE").is_file() and (target / "SOURCE").read_text() == source:
         return target, newest.name, True
 
@@ -47,9 +65,11 @@ def export(run: str | Path) -> tuple[Path, str, bool]:
     with quiet_start(log_file):
         fill_model(model, checkpoint.open_fragments(newest))
     model.tie_weights()
+    model.to(DTYPES[dtype])
 
+    for left in folder.glob("export.*.tmp"):
+        shutil.rmtree(left)
     tmp = folder / f"export.{os.getpid()}.tmp"
-    shutil.rmtree(tmp, ignore_errors=True)
     model.save_pretrained(tmp)
     dataset.tokenizer().save_pretrained(tmp)
     (tmp / "SOURCE").write_text(source)
