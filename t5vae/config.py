@@ -179,10 +179,11 @@ class Objective(Section):
 
 
 class Optim(Section):
-    name: Literal["adamw", "muon"] = "muon"
-    """adamw for all weights, or muon for the matrices between embedding and logits."""
+    name: Literal["adamw", "lion", "muon"] = "muon"
+    """adamw or lion for all weights, or muon for the matrices between embedding and logits and
+    adamw for the rest."""
     lr: float = Field(default=2e-3, gt=0)
-    """AdamW's learning rate."""
+    """AdamW's or Lion's learning rate."""
     muon_lr: float = Field(default=6e-3, gt=0)
     """Muon's: the spectral norm of an update."""
     momentum: Fraction = 0.95
@@ -197,7 +198,7 @@ class Optim(Section):
     final_lr: Fraction = 0.0
     """Share of `lr` at the end of the schedule, just past the last step."""
     gradient_clipping: float | None = Field(default=None, ge=0)
-    """Largest norm of the gradient, 0 for no clipping; null means 1 with adamw and 0 with muon."""
+    """Largest norm of the gradient, 0 for no clipping; null means 1, and 0 with muon."""
 
 
 class Train(Section):

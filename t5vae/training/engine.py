@@ -148,7 +148,8 @@ def build_engine(model: nn.Module, config: Config, world_size: int) -> Any:
     if config.train.precision == "fp16" and not get_accelerator().is_fp16_supported():
         raise UserError("this device does not compute in fp16: set train.precision to bf16 or fp32")
     settings = deepspeed_config(config, world_size)
-    optimizer = _optimizer(model, config.optim)
+    offload = settings["zero_optimization"].get("offload_optimizer", {})
+    optimizer = _optimizer(model, config.optim, offload.get("device") == "cpu")
     unpartitioned, half = config.deepspeed.zero_stage == 0, config.train.precision != "fp32"
     if unpartitioned and not half:
         _skip_nonfinite(optimizer)
@@ -185,11 +186,14 @@ def _skip_nonfinite(optimizer: torch.optim.Optimizer) -> None:
     optimizer.step = step_if_finite
 
 
-def _optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
-    """AdamW for all, or Muon for the matrices between embedding and logits and AdamW for the rest.
+def _optimizer(model: nn.Module, optim: Optim, offloaded: bool) -> torch.optim.Optimizer:
+    """AdamW or Lion for all, or Muon for the matrices between embedding and logits and AdamW else.
 
     Muon: momentum orthogonalised by Newton and Schulz's iteration (Jordan et al., 2024), as
     DeepSpeed implements it for every ZeRO stage. Weight decay falls on matrices alone.
+
+    Raises:
+        UserError: for Lion where DeepSpeed has none.
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
@@ -208,13 +212,27 @@ def _optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
             {"params": parameters, "lr": lr, "full_lr": lr, "weight_decay": decay, **own}
         )
     if optim.name == "adamw":
-        return torch.optim.AdamW(settings)
+        return torch.optim.AdamW(settings, fused=offloaded or None)  # on a CPU: in one pass, vectorised
+    if optim.name == "lion":
+        return _lion(settings, offloaded)
 
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
     for group, use_muon in zip(settings, (use_muon for use_muon, _ in groups), strict=True):
         group["use_muon"] = use_muon
     return MuonWithAuxAdam(settings)
+
+
+def _lion(settings: list[dict[str, Any]], offloaded: bool) -> torch.optim.Optimizer:
+    from deepspeed.ops.lion import DeepSpeedCPULion, FusedLion
+
+    if not offloaded and not torch.cuda.is_available():
+        raise UserError(
+            "optim.name lion needs a CUDA device, or deepspeed.offload_optimizer for the host's; "
+            "use adamw or muon"
+        )
+    groups = [{k: v for k, v in group.items() if k != "eps"} for group in settings]
+    return (DeepSpeedCPULion if offloaded else FusedLion)(groups)
 
 
 def gradient_norm(engine: Any, optim: Optim) -> dict[str, float]:
