@@ -54,7 +54,26 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
             raise UserError(
                 f"deepspeed.config sets {name}, which would not be used: set {instead} in its place"
             )
-    return {"steps_per_print": 2**31, **_merge(theirs, ours)}
+    merged = _merge(theirs, ours)
+    _refuse_unsaved(config, merged)
+    return {"steps_per_print": 2**31, **merged}
+
+
+def _refuse_unsaved(config: Config, merged: dict[str, Any]) -> None:
+    """Refuse what keeps weights or moments where a checkpoint would not find them."""
+    for name in ("offload_optimizer", "offload_param"):
+        if merged["zero_optimization"].get(name, {}).get("device") == "nvme":
+            raise UserError(
+                f"deepspeed.config sets zero_optimization.{name}.device to nvme, whose state no "
+                "checkpoint has: use cpu"
+            )
+    accumulates = merged.get("data_types", {}).get("grad_accum_dtype")
+    first_stage = config.deepspeed.zero_stage == 1 and config.train.precision == "bf16"
+    if first_stage and accumulates == "fp32" and not config.deepspeed.offload_optimizer:
+        raise UserError(
+            "deepspeed.config sets data_types.grad_accum_dtype to fp32, for which DeepSpeed has "
+            "another optimiser at stage 1 that knows no Muon: set deepspeed.zero_stage to 2"
+        )
 
 
 def _user_config(config: Config) -> dict[str, Any]:
@@ -212,7 +231,9 @@ def _optimizer(model: nn.Module, optim: Optim, offloaded: bool) -> torch.optim.O
             {"params": parameters, "lr": lr, "full_lr": lr, "weight_decay": decay, **own}
         )
     if optim.name == "adamw":
-        return torch.optim.AdamW(settings, fused=offloaded or None)  # on a CPU: in one pass, vectorised
+        return torch.optim.AdamW(
+            settings, fused=offloaded or None
+        )  # on a CPU: in one pass, vectorised
     if optim.name == "lion":
         return _lion(settings, offloaded)
 

@@ -236,8 +236,8 @@ def _parts(engine: Any) -> Iterator[Part]:
     name_of = {parameter: name for name, parameter in engine.module.named_parameters()}
     optimizer = engine.optimizer
     stage = engine.zero_optimization_stage()
+    rank = dist.get_rank()
     if stage == 3:
-        rank = dist.get_rank()
         for master, parameters in zip(
             optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True
         ):
@@ -250,18 +250,21 @@ def _parts(engine: Any) -> Iterator[Part]:
                 offset += size
             yield Part(master, slots, slots)
     elif stage:
-        for master, parameters, touched in zip(
+        for master, parameters, offsets, touched in zip(
             optimizer.single_partition_of_fp32_groups,
-            optimizer.bit16_groups,
+            optimizer.round_robin_bit16_groups,
+            optimizer.round_robin_bit16_offsets,
             optimizer.params_in_partition,
             strict=True,
         ):
-            slots = [
-                Slot(name_of[parameter], where.start, at.start, at.numel)
-                for parameter in parameters
-                if (mapping := parameter._hp_mapping) is not None
-                for where, at in [(mapping.lp_fragment_address, mapping.hp_fragment_address)]
-            ]
+            begin = rank * master.numel()
+            slots = []
+            for parameter, offset in zip(parameters, offsets, strict=True):
+                start = max(begin - offset, 0)
+                stop = min(begin + master.numel() - offset, parameter.numel())
+                if start < stop:
+                    at = offset + start - begin
+                    slots.append(Slot(name_of[parameter], start, at, stop - start))
             # Unless it is offloaded, Muon's momentum is that of whole matrices.
             momentum_slots = slots if optimizer.cpu_offload else _whole(touched, name_of)
             yield Part(master, slots, momentum_slots)
