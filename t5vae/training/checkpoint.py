@@ -147,7 +147,7 @@ def _brief(value: Any) -> str:
 
 def open_fragments(checkpoint: Path) -> Fragments:
     """What all ranks saved."""
-    return Fragments(sorted(checkpoint.glob("rank-*.safetensors")))
+    return Fragments([checkpoint / name for name in read_manifest(checkpoint)["files"]])
 
 
 def consolidated_weights(checkpoint: Path) -> dict[str, torch.Tensor]:

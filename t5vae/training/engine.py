@@ -62,12 +62,12 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
 def _refuse_unsaved(config: Config, merged: dict[str, Any]) -> None:
     """Refuse what keeps weights or moments where a checkpoint would not find them."""
     for name in ("offload_optimizer", "offload_param"):
-        if merged["zero_optimization"].get(name, {}).get("device") == "nvme":
+        if (merged["zero_optimization"].get(name) or {}).get("device") == "nvme":
             raise UserError(
                 f"deepspeed.config sets zero_optimization.{name}.device to nvme, whose state no "
                 "checkpoint has: use cpu"
             )
-    accumulates = merged.get("data_types", {}).get("grad_accum_dtype")
+    accumulates = (merged.get("data_types") or {}).get("grad_accum_dtype")
     first_stage = config.deepspeed.zero_stage == 1 and config.train.precision == "bf16"
     if first_stage and accumulates == "fp32" and not config.deepspeed.offload_optimizer:
         raise UserError(
@@ -167,7 +167,7 @@ def build_engine(model: nn.Module, config: Config, world_size: int) -> Any:
     if config.train.precision == "fp16" and not get_accelerator().is_fp16_supported():
         raise UserError("this device does not compute in fp16: set train.precision to bf16 or fp32")
     settings = deepspeed_config(config, world_size)
-    offload = settings["zero_optimization"].get("offload_optimizer", {})
+    offload = settings["zero_optimization"].get("offload_optimizer") or {}
     optimizer = _optimizer(model, config.optim, offload.get("device") == "cpu")
     unpartitioned, half = config.deepspeed.zero_stage == 0, config.train.precision != "fp32"
     if unpartitioned and not half:

@@ -1,5 +1,6 @@
 """The training run, top to bottom."""
 
+import math
 import shlex
 from typing import IO
 
@@ -159,7 +160,7 @@ def run(config: Config, ranks: Ranks, stop: StopRequest) -> None:
             progress = {
                 "data": stream.state_dict(),
                 "watch": watch.state_dict(),
-                "held_out": nats,
+                "held_out": nats if nats is not None and math.isfinite(nats) else None,
                 "weights_from": start.weights_from,
             }
             saver.start(engine, step, {**identity, "layout": layout, **progress})
@@ -170,6 +171,7 @@ def run(config: Config, ranks: Ranks, stop: StopRequest) -> None:
             break
 
     stream.close()
+    saver.close()
     log.close()
     (requeue,) = all_sum(stop.requeue and step < steps, device=device)
     if requeue and ranks.is_first:

@@ -1,16 +1,21 @@
-"""A small dataset, configurations to train on it, and a process group of one without gloo."""
+"""A small dataset, configurations to train on it, and ranks without a process group."""
 
 import signal
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 import shards
 from t5vae.config import Config
-from t5vae.training import checkpoint
+from t5vae.training import distributed, fragments, resuming, saving
+from t5vae.training.watch import Watch
 
 T5 = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
 MODEL = {"t5": T5, "latent_size": 8, "token_size": 4}
@@ -73,42 +78,119 @@ def make_config(dataset: Path, tmp_path: Path) -> Callable[..., Config]:
     return make
 
 
+class Together:
+    """Ranks as threads of this process, with what the product asks of torch.distributed."""
+
+    def __init__(self, world: int):
+        self.world, self.own = world, threading.local()
+        self.said: list[Any] = [None] * world
+        self.barrier = threading.Barrier(world, timeout=60).wait
+
+    def run(self, call: Callable[[int], Any]) -> list[Future[Any]]:
+        """Call it once for each rank, all at the same time, and wait for them."""
+
+        def rank_main(rank: int) -> Any:
+            self.own.rank = rank
+            return call(rank)
+
+        with ThreadPoolExecutor(self.world) as threads:
+            return [threads.submit(rank_main, rank) for rank in range(self.world)]
+
+    def is_initialized(self) -> bool:
+        return False
+
+    def get_rank(self) -> int:
+        return getattr(self.own, "rank", 0)
+
+    def get_world_size(self) -> int:
+        return self.world
+
+    def all_gather_object(self, found: list[Any], own: Any) -> None:
+        self.said[self.get_rank()] = own
+        self.barrier()
+        found[:] = self.said
+        self.barrier()
+
+    def broadcast_object_list(self, found: list[Any], src: int) -> None:
+        everyone: list[Any] = [None] * self.world
+        self.all_gather_object(everyone, list(found))
+        found[:] = everyone[src]
+
+
 @pytest.fixture
-def save(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """Saves a real checkpoint, without DeepSpeed or a process group.
+def together(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Together]:
+    """Makes this many ranks of this process, in place of a process group."""
 
-    `write(folder)` stands in for DeepSpeed's writer, and writes what it likes under `folder`.
-    """
+    def make(world: int) -> Together:
+        ranks = Together(world)
+        for module in (distributed, fragments, resuming, saving):
+            monkeypatch.setattr(module, "dist", ranks)
+        return ranks
 
-    def gather(reports: list, own: Any) -> None:
-        reports[0] = own
+    return make
 
-    alone = SimpleNamespace(
-        get_rank=lambda: 0,
-        get_world_size=lambda: 1,
-        barrier=lambda: None,
-        all_gather_object=gather,
-        broadcast_object_list=lambda found, src: None,
-    )
-    monkeypatch.setattr(checkpoint, "dist", alone)
 
-    def weights(folder: Path) -> None:
-        folder.mkdir()
-        (folder / "weights.pt").write_bytes(bytes(range(256)) * 4)
-        (folder / "optimizer.pt").write_bytes(b"moments" * 100)
+def _muon(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+    weights = list(parameters)
+    matrices = {"params": [w for w in weights if w.ndim == 2], "use_muon": True}
+    others = {"params": [w for w in weights if w.ndim != 2], "use_muon": False}
+    return MuonWithAuxAdam([matrices, others])
+
+
+@pytest.fixture(scope="session")
+def make_engine() -> Callable[..., Any]:
+    """Makes what stands in for DeepSpeed's engine at stage 0: parameters of 1 to 21 elements."""
+
+    def make(optimizer: str = "adamw", *, seed: int = 0, steps: int = 1) -> Any:
+        with torch.random.fork_rng(), torch.compiler.set_stance("force_eager"):
+            torch.manual_seed(seed)
+            model = nn.Sequential(nn.Embedding(7, 3), nn.Linear(3, 5), nn.Linear(5, 1))
+            base = (_muon if optimizer == "muon" else torch.optim.AdamW)(model.parameters())
+            for _ in range(steps):
+                base.zero_grad()
+                model(torch.arange(7)).square().sum().backward()
+                base.step()
+        return SimpleNamespace(module=model, optimizer=base, zero_optimization_stage=lambda: 0)
+
+    return make
+
+
+@pytest.fixture
+def save(
+    together: Callable[[int], Together], make_engine: Callable[..., Any]
+) -> Callable[..., Path]:
+    """Saves a real checkpoint, without DeepSpeed or a process group."""
 
     def save_step(
         folder: Path,
         step: int,
         identity: dict[str, Any] | None = None,
-        write: Callable[[Path], None] = weights,
+        engine: Any = None,
+        *,
+        world: int = 1,
+        **more: Any,
     ) -> Path:
-        engine = SimpleNamespace(checkpoint_engine=SimpleNamespace(save=write))
-        engine.save_checkpoint = lambda path, tag, save_latest: engine.checkpoint_engine.save(
-            Path(path) / tag
-        )
-        data = {"consumed": step * 16}
-        return checkpoint.save(folder, engine, step=step, data=data, identity=identity or {})
+        engine = engine or make_engine()
+        layout = {"mmd_batch": 16, "zero_stage": 0, "precision": "fp32"}
+        manifest = {
+            "layout": {"world_size": world, **layout},
+            "data": {"consumed": step * 16},
+            "watch": Watch(0, 0.0).state_dict(),
+            "held_out": None,
+            "weights_from": None,
+        }
+
+        def save_rank(rank: int) -> Path:
+            saver = saving.Saver(folder, asynchronous=False)
+            saver.start(engine, step, {**manifest, **(identity or {}), **more})
+            try:
+                return saver.finish().path
+            finally:
+                saver.close()
+
+        return together(world).run(save_rank)[0].result()
 
     return save_step
 

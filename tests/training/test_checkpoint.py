@@ -1,18 +1,18 @@
-import errno
+import hashlib
+import json
 import os
 import pickle
-import random
 import shutil
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from shards.errors import UserError
 from t5vae.training import checkpoint
 
-IDENTITY = {"zero_stage": 1, "global_batch_size": 16, "model": {"t5": {"d_model": 16}}}
+IDENTITY = {"optimizer": "muon", "global_batch_size": 16, "model": {"t5": {"d_model": 16}}}
+RANKS = [f"rank-0000{rank}.safetensors" for rank in range(2)]
 
 
 def names(folder):
@@ -21,33 +21,32 @@ def names(folder):
 
 @pytest.fixture
 def folder(tmp_path, save):
-    """A run's checkpoints of steps 10, 20 and 30."""
+    """A run's checkpoints of steps 10, 20 and 30, of two ranks."""
     folder = tmp_path / "checkpoints"
     for step in (10, 20, 30):
-        save(folder, step, IDENTITY)
+        save(folder, step, IDENTITY, world=2)
     return folder
 
 
-def test_a_saved_checkpoint_is_whole_and_says_what_it_is(tmp_path, save):
-    saved = save(tmp_path / "checkpoints", 1000, IDENTITY)
-    assert saved.name == "step-00001000"
+def test_a_saved_checkpoint_is_whole_and_says_what_it_is(folder):
+    saved = folder / "step-00000030"
     assert checkpoint.verify(saved) is None
     manifest = checkpoint.read_manifest(saved)
-    assert manifest["step"] == 1000
-    assert manifest["data"] == {"consumed": 16000}
-    assert manifest["world_size"] == 1
+    assert manifest["step"] == 30
+    assert manifest["world_size"] == 2
+    assert manifest["data"] == {"consumed": 480}
     assert manifest["global_batch_size"] == 16
-    files = {str(path.relative_to(saved)) for path in saved.rglob("*") if path.is_file()}
-    assert set(manifest["files"]) == files - {checkpoint.MANIFEST}
-    assert names(saved.parent) == ["step-00001000"]
+    assert names(saved) == [checkpoint.MANIFEST, *RANKS]
+    assert sorted(manifest["files"]) == RANKS
 
 
 def test_checkpoints_are_listed_oldest_first_and_nothing_else_is(folder, save):
     for other in ("step-00000040.tmp", "step-00000050.damaged-0", "notes", "step-", "step-x"):
         (folder / other).mkdir()
-    save(folder, 100_000_000)
-    found = [path.name for path in checkpoint.list_checkpoints(folder)]
-    assert found == ["step-00000010", "step-00000020", "step-00000030", "step-100000000"]
+    for step in (100_000_000, 99_999_999):
+        save(folder, step)
+    found = [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(folder)]
+    assert found == [10, 20, 30, 99_999_999, 100_000_000]
     assert checkpoint.list_checkpoints(folder / "none") == []
 
 
@@ -75,16 +74,7 @@ def flip(path):
     path.write_bytes(content)
 
 
-FILES = [
-    "deepspeed/weights.pt",
-    "deepspeed/optimizer.pt",
-    "rank-00000.json",
-    "rank-00000.safetensors",
-    checkpoint.MANIFEST,
-]
-
-
-@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("file", [*RANKS, checkpoint.MANIFEST])
 @pytest.mark.parametrize("damage", [remove, truncate, lengthen, flip])
 def test_a_damaged_file_is_named_set_aside_and_the_one_before_taken(folder, damage, file):
     damage(folder / "step-00000030" / file)
@@ -92,8 +82,31 @@ def test_a_damaged_file_is_named_set_aside_and_the_one_before_taken(folder, dama
     assert checkpoint.newest_valid(folder, said.append) == folder / "step-00000020"
     assert len(said) == 1
     assert "step-00000030" in said[0]
+    assert "step-00000030.damaged-0" in said[0]
     assert file in said[0]
     assert names(folder) == ["step-00000010", "step-00000020", "step-00000030.damaged-0"]
+
+
+def test_a_flipped_bit_anywhere_in_a_ranks_file_is_seen(folder):
+    path = folder / "step-00000030" / RANKS[1]
+    whole = path.read_bytes()
+    for at in range(0, len(whole), 61):
+        content = bytearray(whole)
+        content[at] ^= 1 << (at % 8)
+        path.write_bytes(content)
+        assert RANKS[1] in checkpoint.verify(path.parent), at
+    path.write_bytes(whole)
+    assert checkpoint.verify(path.parent) is None
+
+
+def test_sizes_alone_are_compared_where_that_is_asked_for(folder):
+    saved = folder / "step-00000030"
+    flip(saved / RANKS[0])
+    assert checkpoint.verify(saved, hashes=False) is None
+    size = (saved / RANKS[1]).stat().st_size
+    lengthen(saved / RANKS[1])
+    told = f"{RANKS[1]} has {size + 1} bytes, not {size}"
+    assert checkpoint.verify(saved, hashes=False) == told
 
 
 def test_no_flipped_bit_of_a_manifest_changes_what_is_resumed(folder):
@@ -107,6 +120,13 @@ def test_no_flipped_bit_of_a_manifest_changes_what_is_resumed(folder):
             assert checkpoint.read_manifest(path.parent) == manifest, chr(whole[at])
 
 
+def test_a_manifest_that_was_edited_is_told(folder):
+    path = folder / "step-00000030" / checkpoint.MANIFEST
+    tree = json.loads(path.read_text())
+    path.write_text(json.dumps({**tree, "step": 31}))
+    assert "it has changed" in checkpoint.verify(path.parent)
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -118,11 +138,9 @@ def test_no_flipped_bit_of_a_manifest_changes_what_is_resumed(folder):
         b"3",
         b'{"step": 30',
         b'{"step": 30}',
-        b'{"step": 30, "files": []}',
         b'{"step": 30, "files": {}}',
-        b'{"step": 30, "files": null}',
-        b'{"step": 30, "files": {"rank-00000.json": 7}}',
-        b'{"step": 30, "files": {"rank-00000.json": {}}}',
+        b'{"step": 30, "files": {}, "seal": null}',
+        b'{"step": 30, "files": {"rank-00000.safetensors": 7}, "seal": 3}',
         b"\xff\xfe\x00",
         b"\0" * 4096,
     ],
@@ -136,16 +154,17 @@ def test_garbage_in_a_manifests_place_is_no_checkpoint(folder, content):
 
 def test_all_damaged_means_none_and_nothing_is_deleted(folder):
     for path in checkpoint.list_checkpoints(folder):
-        truncate(path / "deepspeed/weights.pt")
+        truncate(path / RANKS[0])
     said = []
     assert checkpoint.newest_valid(folder, said.append) is None
     assert len(said) == 3
     assert names(folder) == [f"step-000000{n}0.damaged-0" for n in (1, 2, 3)]
+    assert names(folder / "step-00000010.damaged-0") == [checkpoint.MANIFEST, *RANKS]
 
 
 def test_what_is_set_aside_twice_overwrites_nothing(folder, save):
     for _ in range(2):
-        truncate(folder / "step-00000030" / "deepspeed/weights.pt")
+        truncate(folder / "step-00000030" / RANKS[0])
         checkpoint.newest_valid(folder)
         save(folder, 30)
     assert names(folder)[-3:] == [
@@ -155,73 +174,98 @@ def test_what_is_set_aside_twice_overwrites_nothing(folder, save):
     ]
 
 
-def test_what_a_crash_left_of_a_save_is_replaced(folder, save):
-    stale = folder / "step-00000040.tmp" / "deepspeed"
-    stale.mkdir(parents=True)
-    (stale / "half.pt").write_bytes(b"half")
-    saved = save(folder, 40)
-    assert checkpoint.verify(saved) is None
-    assert not (saved / "deepspeed" / "half.pt").exists()
-    assert names(folder)[-1] == "step-00000040"
-
-
-def full_disk(tmp):
-    tmp.mkdir()
-    (tmp / "weights.pt").write_bytes(b"half of it")
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def torch_on_a_full_disk(tmp):
-    raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
-
-
-@pytest.mark.parametrize("write", [full_disk, torch_on_a_full_disk])
-def test_a_failed_save_says_which_rank_and_why_and_leaves_the_others_valid(folder, save, write):
-    with pytest.raises(OSError, match=r"rank 0.*(No space|failed writing)"):
-        save(folder, 40, write=write)
-    assert checkpoint.newest_valid(folder).name == "step-00000030"
+def test_one_step_alone_is_looked_at_where_it_is_asked_for(folder):
+    truncate(folder / "step-00000030" / RANKS[0])
+    assert checkpoint.newest_valid(folder, step=20).name == "step-00000020"
+    assert checkpoint.newest_valid(folder, step=40) is None
     assert names(folder) == ["step-00000010", "step-00000020", "step-00000030"]
+    assert checkpoint.newest_valid(folder, step=30) is None
 
 
-def test_a_manifest_that_cannot_be_written_leaves_no_checkpoint(folder, save, monkeypatch):
-    def fail(path, content):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(checkpoint, "_write_durably", fail)
-    with pytest.raises(OSError, match="No space"):
-        save(folder, 40)
-    assert names(folder) == ["step-00000010", "step-00000020", "step-00000030"]
-
-
-@pytest.mark.parametrize(("keep", "left"), [(1, [30]), (2, [20, 30]), (3, [10, 20, 30])])
-def test_the_newest_checkpoints_are_kept(folder, keep, left):
+@pytest.mark.parametrize(
+    ("rules", "left"),
+    [
+        ({"last": 1}, [30]),
+        ({"last": 2}, [20, 30]),
+        ({"last": 3}, [10, 20, 30]),
+        ({"last": 9}, [10, 20, 30]),
+        ({"last": 1, "every": 20}, [20, 30]),
+        ({"last": 1, "every": 10}, [10, 20, 30]),
+        ({"last": 1, "every": 7}, [30]),
+    ],
+)
+def test_the_newest_and_each_so_many_steps_are_kept(folder, rules, left):
     (folder / "step-00000005.damaged-0").mkdir()
-    checkpoint.retain(folder, keep)
+    checkpoint.retain(folder, **rules)
     assert names(folder) == ["step-00000005.damaged-0", *(f"step-000000{n}" for n in left)]
+
+
+@pytest.mark.parametrize(
+    ("held_out", "left"),
+    [
+        ([2.0, 1.0, 3.0, 4.0], [20, 40]),
+        ([1.0, 1.5, 3.0, 4.0], [10, 40]),
+        ([3.0, 2.0, 1.5, 1.0], [40]),
+        ([None, 2.0, None, None], [20, 40]),
+        ([None, 2.0, None, 1.0], [40]),
+        ([None, None, None, None], [40]),
+        ([0.0, 2.0, 3.0, 4.0], [10, 40]),
+    ],
+)
+def test_the_best_on_held_out_sequences_is_kept(tmp_path, save, held_out, left):
+    for step, nats in zip((10, 20, 30, 40), held_out, strict=True):
+        save(tmp_path / "run", step, held_out=nats)
+    checkpoint.retain(tmp_path / "run", last=1, best=True)
+    assert names(tmp_path / "run") == [f"step-000000{n}" for n in left]
+
+
+def test_the_best_goes_where_it_is_not_asked_for(tmp_path, save):
+    for step in (10, 20):
+        save(tmp_path / "run", step, held_out=float(step))
+    checkpoint.retain(tmp_path / "run", last=1, best=False)
+    assert names(tmp_path / "run") == ["step-00000020"]
+
+
+def test_a_manifest_that_cannot_be_read_is_not_the_best(tmp_path, save):
+    for step in (10, 20, 30):
+        save(tmp_path / "run", step, held_out=float(step))
+    flip(tmp_path / "run/step-00000010" / checkpoint.MANIFEST)
+    checkpoint.retain(tmp_path / "run", last=1, best=True)
+    assert names(tmp_path / "run") == ["step-00000020", "step-00000030"]
 
 
 def test_a_deletion_that_is_cut_short_leaves_no_half_checkpoint(folder, monkeypatch):
     def killed(path, *args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(shutil, "rmtree", killed)
-    with pytest.raises(KeyboardInterrupt):
-        checkpoint.retain(folder, 2)
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.retain(folder, last=2)
     found = checkpoint.list_checkpoints(folder)
     assert [path.name for path in found] == ["step-00000020", "step-00000030"]
     assert all(checkpoint.verify(path) is None for path in found)
+    checkpoint.sweep(folder)
+    assert names(folder) == ["step-00000020", "step-00000030"]
 
 
-def test_a_fingerprint_follows_the_content(tmp_path, save):
-    def other(folder):
-        folder.mkdir()
-        (folder / "weights.pt").write_bytes(b"other weights")
+def test_what_a_crash_left_is_swept_and_nothing_else(folder):
+    for left in ("step-00000040.tmp", "step-00000005.deleted"):
+        (folder / left).mkdir()
+        (folder / left / RANKS[0]).write_bytes(b"half of it")
+    others = ["notes", "step-00000030.damaged-0"]
+    for other in others:
+        (folder / other).mkdir()
+    checkpoint.sweep(folder)
+    assert names(folder) == sorted(["step-00000010", "step-00000020", "step-00000030", *others])
 
+
+def test_a_fingerprint_follows_the_content(tmp_path, save, make_engine):
     torch.manual_seed(0)
     first = checkpoint.digest(save(tmp_path / "a", 10))
-    torch.manual_seed(0)
     assert checkpoint.digest(save(tmp_path / "b", 10)) == first
-    assert checkpoint.digest(save(tmp_path / "c", 10, write=other)) != first
+    assert checkpoint.digest(save(tmp_path / "c", 10, engine=make_engine(seed=1))) != first
+    assert checkpoint.digest(save(tmp_path / "d", 11)) != first
 
 
 def test_an_equal_run_may_resume(folder):
@@ -231,10 +275,11 @@ def test_an_equal_run_may_resume(folder):
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"zero_stage": 2}, ["zero stage", "1", "2"]),
+        ({"optimizer": "adamw"}, ["optimizer", "muon", "adamw"]),
         ({"global_batch_size": 32}, ["global batch size", "16", "32"]),
         ({"seed": 7}, ["seed", "null", "7"]),
         ({"model": {"t5": {"d_model": 24}}}, ["model", "d_model", "16", "24"]),
+        ({"model": {"t5": {}}}, ["model", "d_model", "16", "null"]),
     ],
 )
 def test_another_run_is_refused_with_what_differs_and_both_values(folder, changed, words):
@@ -248,7 +293,7 @@ def test_another_run_is_refused_with_what_differs_and_both_values(folder, change
         assert word in message
 
 
-def test_a_difference_deep_in_a_long_value_is_still_shown(folder):
+def test_a_difference_deep_in_a_long_value_is_still_shown():
     filler = {f"setting_{number:02}": "the same" for number in range(40)}
     manifest = {"step": 1, "model": {**filler, "zone": 111}}
     with pytest.raises(UserError) as caught:
@@ -257,31 +302,16 @@ def test_a_difference_deep_in_a_long_value_is_still_shown(folder):
     assert "222" in str(caught.value)
 
 
-def draws():
-    return random.random(), np.random.rand(), torch.rand(3).tolist(), np.random.randn()
-
-
-@pytest.fixture
-def _own_generators():
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    yield
-    random.setstate(before[0])
-    np.random.set_state(before[1])
-    torch.set_rng_state(before[2])
-
-
-@pytest.mark.usefixtures("_own_generators")
-def test_random_state_goes_on_where_it_was_saved(tmp_path, save):
-    random.seed(1)
-    np.random.seed(2)
-    torch.manual_seed(3)
-    random.gauss(0, 1)  # leaves half a pair behind
-    np.random.randn()
-    saved = save(tmp_path / "checkpoints", 10)
-    expected = draws()
-    assert draws() != expected
-    checkpoint.load(saved, SimpleNamespace(load_checkpoint=lambda path, tag: None))
-    assert draws() == expected
+@pytest.mark.parametrize("world", [1, 3])
+def test_weights_are_put_together_from_all_ranks_in_fp32(tmp_path, save, make_engine, world):
+    engine = make_engine()
+    saved = save(tmp_path / "run", 10, engine=engine, world=world)
+    weights = checkpoint.consolidated_weights(saved)
+    wanted = dict(engine.module.named_parameters())
+    assert weights.keys() == wanted.keys()
+    for name, weight in weights.items():
+        assert weight.dtype == torch.float32
+        assert weight.equal(wanted[name].detach().flatten()), name
 
 
 class Evil:
@@ -292,31 +322,20 @@ class Evil:
         return os.system, (f"touch {self.trace}",)
 
 
-def test_a_checkpoint_runs_no_code(tmp_path, save):
-    def poisoned(folder):
-        folder.mkdir()
-        torch.save({"module": Evil(tmp_path / "trace")}, folder / "mp_rank_00_model_states.pt")
-
-    saved = save(tmp_path / "checkpoints", 10, {"zero_stage": 0}, poisoned)
-    with pytest.raises(pickle.UnpicklingError):
+@pytest.mark.parametrize("form", ["torch", "plain"])
+def test_a_checkpoint_runs_no_code(tmp_path, save, form):
+    saved = save(tmp_path / "run", 10)
+    path = saved / RANKS[0]
+    if form == "torch":
+        torch.save({"module": Evil(tmp_path / "trace")}, path)
+    else:
+        path.write_bytes(pickle.dumps(Evil(tmp_path / "trace")))
+    manifest = checkpoint.read_manifest(saved)  # whoever made it knows how to seal it
+    content = path.read_bytes()
+    wanted = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    sealed = checkpoint.seal({**manifest, "files": {path.name: wanted}})
+    (saved / checkpoint.MANIFEST).write_bytes(sealed)
+    assert checkpoint.newest_valid(saved.parent) == saved
+    with pytest.raises(SafetensorError):
         checkpoint.consolidated_weights(saved)
-
-    def load_as_deepspeed_does(path, tag):
-        torch.load(f"{path}/{tag}/mp_rank_00_model_states.pt", weights_only=False)
-
-    with pytest.raises(pickle.UnpicklingError):
-        checkpoint.load(saved, SimpleNamespace(load_checkpoint=load_as_deepspeed_does))
     assert not (tmp_path / "trace").exists()
-    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
-
-
-def test_weights_without_zero_are_read_as_fp32(tmp_path, save):
-    def plain(folder):
-        folder.mkdir()
-        weights = {"a.weight": torch.ones(2, 3, dtype=torch.bfloat16)}
-        torch.save({"module": weights}, folder / "mp_rank_00_model_states.pt")
-
-    saved = save(tmp_path / "checkpoints", 10, {"zero_stage": 0}, plain)
-    weights = checkpoint.consolidated_weights(saved)
-    assert weights["a.weight"].dtype == torch.float32
-    assert weights["a.weight"].sum() == 6

@@ -1,5 +1,8 @@
+import copy
 import itertools
 import json
+import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +12,15 @@ from hypothesis import strategies as st
 from shards.errors import UserError
 from t5vae.config import Config, Optim
 from t5vae.model import T5VAE, T5VAEConfig
-from t5vae.training.engine import _optimizer, deepspeed_config, schedule
+from t5vae.training.engine import (
+    _optimizer,
+    _skip_nonfinite,
+    _undo_first_step,
+    build_engine,
+    deepspeed_config,
+    gradient_norm,
+    schedule,
+)
 
 
 def made(world_size: int = 1, user: object = None, **sections: dict) -> dict:
@@ -47,6 +58,44 @@ def test_one_precision_is_switched_on_at_most():
     assert enabled("fp32") == set()
     assert enabled("bf16") == {"bf16"}
     assert enabled("fp16") == {"fp16"}
+
+
+@pytest.mark.parametrize(
+    ("zero", "devices"),
+    [
+        ({"zero_stage": 3}, {}),
+        ({"zero_stage": 2, "offload_optimizer": True}, {"offload_optimizer": "cpu"}),
+        ({"zero_stage": 3, "offload_parameters": True}, {"offload_param": "cpu"}),
+        (
+            {"zero_stage": 3, "offload_optimizer": True, "offload_parameters": True},
+            {"offload_optimizer": "cpu", "offload_param": "cpu"},
+        ),
+    ],
+)
+def test_what_is_to_be_in_host_memory_is_offloaded(zero, devices):
+    ours = made(zero=zero)["zero_optimization"]
+    offloaded = {name: of["device"] for name, of in ours.items() if name.startswith("offload")}
+    assert offloaded == devices
+
+
+def test_a_users_own_settings_of_offloading_are_kept_beside_ours():
+    user = {"zero_optimization": {"offload_optimizer": {"pin_memory": True}}}
+    ours = made(1, user, zero={"offload_optimizer": True})
+    assert ours["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
+
+
+@pytest.mark.parametrize("name", ["offload_optimizer", "offload_param"])
+def test_offloading_to_where_no_checkpoint_looks_is_refused(name):
+    user = {"zero_optimization": {name: {"device": "nvme", "nvme_path": "/local"}}}
+    message = refusal(1, user, zero={"zero_stage": 3})
+    assert f"zero_optimization.{name}.device" in message
+    assert "nvme" in message
+
+
+def test_muon_is_given_whole_gradients_at_stage_3():
+    for stage, name in itertools.product((1, 2, 3), ("adamw", "muon")):
+        ours = made(optim={"name": name}, zero={"zero_stage": stage})["zero_optimization"]
+        assert ours.get("reduce_scatter", True) is not (stage == 3 and name == "muon")
 
 
 @pytest.mark.parametrize(
@@ -179,7 +228,9 @@ def test_the_schedule_takes_the_same_course_whatever_the_number_of_steps():
 def groups(name: str) -> tuple[T5VAE, list[dict]]:
     t5 = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 20}
     model = T5VAE(T5VAEConfig(t5=t5, latent_size=4, sequence_length=6, bottleneck="flatten"))
-    optimizer = _optimizer(model, Optim(name=name, lr=1e-3, muon_lr=2e-3, weight_decay=0.5))
+    optimizer = _optimizer(
+        model, Optim(name=name, lr=1e-3, muon_lr=2e-3, weight_decay=0.5), offloaded=False
+    )
     return model, optimizer.param_groups
 
 
@@ -202,3 +253,99 @@ def test_muon_takes_the_matrices_and_adamw_embeddings_norms_and_biases():
     for parameter in model.parameters():
         expected = parameter.dim() >= 2 and id(parameter) not in embeddings
         assert (id(parameter) in muon) == expected
+
+
+def test_a_device_without_fp16_is_refused_before_anything_is_built(monkeypatch):
+    from deepspeed.accelerator import get_accelerator
+
+    monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda self: False)
+    config = Config(data={"shards": "x", "global_batch_size": 8}, train={"precision": "fp16"})
+    with pytest.raises(UserError, match=r"fp16: set train\.precision to bf16 or fp32"):
+        build_engine(torch.nn.Linear(2, 2), config, 1)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device has it")
+def test_lion_is_refused_where_deepspeed_has_none():
+    with pytest.raises(UserError, match=r"optim\.name lion needs a CUDA device"):
+        _optimizer(torch.nn.Linear(2, 2), Optim(name="lion"), offloaded=False)
+
+
+@pytest.fixture
+def stepping():
+    """A model and its optimiser, after a step, which skips gradients that are not finite."""
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    _skip_nonfinite(optimizer)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    return model, optimizer
+
+
+def snapshot(model, optimizer):
+    return [
+        tensor.clone()
+        for parameter in model.parameters()
+        for tensor in (parameter.detach(), *optimizer.state[parameter].values())
+    ]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_without_zero_a_gradient_that_is_not_finite_changes_neither_weights_nor_moments(
+    stepping, value
+):
+    model, optimizer = stepping
+    assert not optimizer.overflow
+    before = snapshot(*stepping)
+    model.bias.grad[1] = value
+    optimizer.step()
+    assert optimizer.overflow
+    assert all(map(torch.equal, snapshot(*stepping), before))
+
+
+def test_without_zero_the_step_after_one_that_was_skipped_is_that_of_adamw(stepping):
+    model, optimizer = stepping
+    plain = copy.deepcopy(model)
+    reference = torch.optim.AdamW(plain.parameters())
+    reference.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    model.weight.grad[0, 0] = math.nan
+    optimizer.step()
+    for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+        one.grad = torch.full_like(one, 0.5)
+        other.grad = one.grad.clone()
+    optimizer.step()
+    reference.step()
+    assert not optimizer.overflow
+    assert all(map(torch.equal, snapshot(*stepping), snapshot(plain, reference)))
+
+
+def test_the_step_that_deepspeed_takes_without_gradients_is_forgotten():
+    weight = torch.linspace(-1, 1, 6).bfloat16()
+    master = torch.nn.Parameter(weight.float())
+    base = torch.optim.AdamW([master], weight_decay=0.5)
+    master.grad = torch.zeros_like(master)
+    base.step()
+    assert not master.equal(weight.float())
+    wrapper = SimpleNamespace(optimizer=base, fp16_groups=[[weight]], fp32_groups=[[master]])
+    _undo_first_step(wrapper)
+    assert master.equal(weight.float())
+    assert not base.state
+
+
+@pytest.mark.parametrize(
+    ("name", "norm", "found"),
+    [
+        ("adamw", 2.5, {"grad_norm": 2.5}),
+        ("adamw", torch.tensor(2.5), {"grad_norm": 2.5}),
+        ("adamw", None, {}),
+        ("muon", 2.5, {}),
+    ],
+)
+def test_the_norm_of_the_gradient_is_told_where_deepspeed_knows_it(name, norm, found):
+    engine = SimpleNamespace(get_global_grad_norm=lambda: norm, was_step_applied=lambda: True)
+    assert gradient_norm(engine, Optim(name=name)) == found
+
+
+def test_a_step_that_was_skipped_has_no_norm():
+    engine = SimpleNamespace(get_global_grad_norm=lambda: -1.0, was_step_applied=lambda: False)
+    assert math.isnan(gradient_norm(engine, Optim(name="adamw"))["grad_norm"])

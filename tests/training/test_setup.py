@@ -237,10 +237,9 @@ def test_garbage_in_place_of_the_newest_manifest_hides_no_earlier_one(make_confi
 @pytest.mark.parametrize(
     ("sections", "words"),
     [
-        ({"train": {"steps": 30, "precision": "fp32"}}, ["precision", "bf16", "fp32"]),
         ({"run": {"seed": 5}}, ["seed", "0", "5"]),
         ({"optim": {"name": "adamw"}}, ["optimizer", "muon", "adamw"]),
-        ({"deepspeed": {"zero_stage": 2}}, ["zero stage", "1", "2"]),
+        ({"data": {"global_batch_size": 32}}, ["global batch size", "16", "32"]),
         ({"model": {"t5": {"d_ff": 64}}}, ["d_ff", "32", "64"]),
         ({"model": {"latent_size": 12}}, ["latent_size", "8", "12"]),
         ({"model": {"bottleneck": "attention"}}, ["bottleneck", "flatten", "attention"]),
@@ -260,6 +259,45 @@ def test_a_run_folder_of_another_run_is_refused_with_both_values(
     message = refusal(setup.is_finished, other, setup.identity(other, index))
     for word in words:
         assert word in message
+
+
+def test_ranks_zero_stage_and_precision_make_no_other_run(make_config, index, save):
+    config = make_config()
+    save(config.run_dir / "checkpoints", 10, setup.identity(config, index))
+    other = make_config(
+        deepspeed={"zero_stage": 3, "offload_optimizer": True},
+        train={"steps": 10, "precision": "fp32"},
+        data={"shards": config.data.shards, "global_batch_size": 16, "micro_batch_size": 2},
+    )
+    assert setup.is_finished(other, setup.identity(other, index))
+
+
+def test_the_layout_is_what_may_differ(make_config, dataset):
+    assert setup.layout(make_config(), 4) == {
+        "world_size": 4,
+        "mmd_batch": 16,
+        "zero_stage": 1,
+        "precision": "bf16",
+    }
+    data = {"shards": str(dataset), "global_batch_size": 16, "micro_batch_size": 2}
+    other = make_config(data=data, deepspeed={"zero_stage": 0}, train={"precision": "fp32"})
+    assert setup.layout(other, 2) == {
+        "world_size": 2,
+        "mmd_batch": 4,
+        "zero_stage": 0,
+        "precision": "fp32",
+    }
+
+
+def test_a_new_run_from_weights_is_not_finished_by_the_run_that_is_there(make_config, index, save):
+    config = make_config(checkpoint={"resume": "weights"})
+    identity = setup.identity(config, index)
+    save(config.run_dir / "checkpoints", 10, {**identity, "seed": 7})
+    assert not setup.is_finished(config, identity)
+    save(config.run_dir / "checkpoints", 10, identity, weights_from="there")
+    assert setup.is_finished(config, identity)
+    save(config.run_dir / "checkpoints", 10, {**identity, "seed": 7}, weights_from="there")
+    assert "seed" in refusal(setup.is_finished, config, identity)
 
 
 def test_other_shards_are_refused_with_both_fingerprints(make_config, index, other_dataset, save):

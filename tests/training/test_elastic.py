@@ -1,0 +1,478 @@
+"""Runs that stop and go on, on the same ranks and on others, and steps that are not finite."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from itertools import pairwise, product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import yaml
+
+import shards
+from t5vae.training import checkpoint
+from t5vae.training.runlog import read_metrics
+
+pytestmark = pytest.mark.distributed
+
+SCRIPT = Path(__file__).with_name("_many_runs.py")
+SEQUENCES, BATCH = 360, 72
+TIMINGS = ("tokens_per_second", "data_wait", "checkpoint_seconds", "checkpoint_stall")
+BASE = {
+    "data": {"global_batch_size": BATCH},
+    "model": {
+        "t5": {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2},
+        "latent_size": 8,
+        "token_size": 4,
+    },
+    "objective": {"latent_noise": 0.5},
+    "train": {"timeout": 60},
+    "checkpoint": {"every": 0, "keep_last": 100},
+    "log": {"every": 1},
+}
+SHARD_SMALL_ONES_TOO = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+STAGES, PRECISIONS = (0, 1, 2, 3), ("fp32", "bf16")
+Settings = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> Path:
+    """Five global batches an epoch."""
+    folder = tmp_path_factory.mktemp("corpus")
+    texts = (f"value_{i} = function_{i % 7}({', '.join('abcdef'[: i % 6])})" for i in range(360))
+    (folder / "lines.txt").write_text("\n".join(texts) + "\n")
+    options = {"max_length": 24, "valid_fraction": 0, "block_size": 32}
+    shards.build(folder / "lines.txt", folder / "dataset", tokenizer="train:300", **options)
+    return folder / "dataset"
+
+
+class Folder(NamedTuple):
+    """Where a fixture's runs are, and what their ranks saw."""
+
+    path: Path
+
+    def run(self, name: str, out: str, settings: Settings, **options: Any) -> dict[str, Any]:
+        """A run for the ranks' script.
+
+        Args:
+            name: of this start of it.
+            out: the run's own name: its folder.
+        """
+        settings = {"run.output_dir": str(self.path / out), **settings}
+        if settings["deepspeed.zero_stage"] == 3:
+            settings["deepspeed.config"] = {
+                **SHARD_SMALL_ONES_TOO,
+                **settings.get("deepspeed.config", {}),
+            }
+        given = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+        return {"name": name, "settings": given, **options}
+
+    def start(self, dataset: Path, launches: list[tuple[int, list[dict[str, Any]]]]) -> None:
+        """Start ranks for each (world size, runs); runs of ZeRO-3 leave traces, and come last."""
+        base = {**BASE, "data": {**BASE["data"], "shards": str(dataset)}}
+        (self.path / "base.yaml").write_text(yaml.safe_dump(base))
+        ordered = [
+            {
+                "world": world,
+                "runs": sorted(runs, key=lambda run: "deepspeed.zero_stage=3" in run["settings"]),
+            }
+            for world, runs in launches
+        ]
+        (self.path / "launches.json").write_text(json.dumps(ordered))
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        environment |= {"TORCHDYNAMO_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
+        if sys.platform == "linux":  # elsewhere the loopback has another name
+            environment["GLOO_SOCKET_IFNAME"] = "lo"
+        command = [sys.executable, "-W", "ignore", str(SCRIPT), str(self.path)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    def seen(self, name: str, world: int = 2) -> list[dict[str, Any]]:
+        """What each rank saw of a start."""
+        files = [self.path / f"{name}.{rank}.json" for rank in range(world)]
+        return [json.loads(file.read_text()) for file in files]
+
+    def metrics(self, out: str) -> list[dict[str, Any]]:
+        """Every line without its timings."""
+        lines = read_metrics(self.path / out)
+        return [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines]
+
+    def last(self, out: str) -> Path:
+        return checkpoint.list_checkpoints(self.path / out / "checkpoints")[-1]
+
+
+def state_of(saved: Path) -> dict[tuple[str, str], torch.Tensor]:
+    """Weights and moments of a checkpoint, flattened, by kind and parameter."""
+    found = checkpoint.open_fragments(saved)
+    keys = [key for key in found.ranges if key[0] != "random"]
+    return {key: found.read(*key, 0, found.length(*key)) for key in keys}
+
+
+# Resumed on the same ranks.
+
+EXACT_STEPS, STOP = 5, 3
+OFFLOAD = {"deepspeed.offload_optimizer": True}
+OFFLOAD_ALL = {**OFFLOAD, "deepspeed.offload_parameters": True}
+FP16 = {
+    "train.precision": "fp16",
+    "deepspeed.config": {"fp16": {"initial_scale_power": 14, "loss_scale_window": 2}},
+}
+FOUR_MICRO_BATCHES = {"data.micro_batch_size": 9}
+
+
+def settings_of(stage: int, optimizer: str, precision: str, **others: Any) -> Settings:
+    return {
+        "deepspeed.zero_stage": stage,
+        "optim.name": optimizer,
+        "train.precision": precision,
+        **others,
+    }
+
+
+EXACT = {
+    "zero 0, adamw, fp32": settings_of(0, "adamw", "fp32"),
+    "zero 0, adamw, bf16": settings_of(0, "adamw", "bf16"),
+    "zero 0, muon, bf16": settings_of(0, "muon", "bf16", **FOUR_MICRO_BATCHES),
+    "zero 1, adamw, fp32": settings_of(1, "adamw", "fp32", **FOUR_MICRO_BATCHES),
+    "zero 1, muon, bf16": settings_of(1, "muon", "bf16"),
+    "zero 2, adamw, bf16": settings_of(2, "adamw", "bf16"),
+    "zero 2, muon, fp32": settings_of(2, "muon", "fp32", **FOUR_MICRO_BATCHES),
+    "zero 3, adamw, bf16": settings_of(3, "adamw", "bf16", **FOUR_MICRO_BATCHES),
+    "zero 3, muon, fp32": settings_of(3, "muon", "fp32"),
+    "offload 1, adamw": settings_of(1, "adamw", "bf16", **OFFLOAD),
+    "offload 1, muon": settings_of(1, "muon", "fp32", **OFFLOAD),
+    "offload 3, muon": settings_of(3, "muon", "bf16", **OFFLOAD),
+    "offload 3, weights too": settings_of(3, "adamw", "bf16", **OFFLOAD_ALL),
+    "fp16 1": settings_of(1, "adamw", "fp16", **FP16),
+    "fp16 3": settings_of(3, "muon", "fp16", **FP16),
+    "asynchronous": settings_of(
+        1, "muon", "bf16", **{"checkpoint.asynchronous": True, "checkpoint.every": 1}
+    ),
+    "dropout 2": settings_of(2, "adamw", "fp32", **{"model.t5.dropout_rate": 0.1}),
+    "dropout 3": settings_of(3, "adamw", "bf16", **{"model.t5.dropout_rate": 0.1}),
+    "noise": settings_of(
+        0, "muon", "fp32", **{"objective.word_dropout": 0.2, "objective.input_mask": 0.2}
+    ),
+}
+KINDS = {"adamw": 3, "muon": 4}  # weights, and the moments of each
+
+
+@pytest.fixture(scope="module")
+def exact(dataset, tmp_path_factory) -> Folder:
+    """Every run in one go, and stopped in the middle and gone on with in new processes."""
+    folder = Folder(tmp_path_factory.mktemp("exact"))
+    first, second = [], []
+    for name, settings in EXACT.items():
+        settings = {**settings, "train.steps": EXACT_STEPS}
+        first.append(folder.run(f"{name}.golden", f"{name}.golden", settings))
+        first.append(folder.run(f"{name}.first", name, settings, stop_at=STOP))
+        second.append(folder.run(f"{name}.second", name, settings))
+    folder.start(dataset, [(2, first), (2, second)])
+    return folder
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_a_run_that_goes_on_in_new_processes_repeats_metrics_weights_and_moments_exactly(
+    exact, name
+):
+    assert f"told to stop: saved at step {STOP}" in exact.seen(f"{name}.first")[0]["output"]
+    assert "resuming from" in exact.seen(f"{name}.second")[0]["output"]
+    golden = f"{name}.golden"
+    assert len(exact.metrics(golden)) == EXACT_STEPS
+    assert exact.metrics(name) == exact.metrics(golden)
+    manifests = [checkpoint.read_manifest(exact.last(out)) for out in (name, golden)]
+    for key in ("step", "scalars", "data", "watch", "layout"):
+        assert manifests[0][key] == manifests[1][key], key
+    found, wanted = state_of(exact.last(name)), state_of(exact.last(golden))
+    assert found.keys() == wanted.keys()
+    assert len({kind for kind, _ in found}) == KINDS[EXACT[name]["optim.name"]]
+    for key, tensor in wanted.items():
+        assert torch.equal(found[key], tensor), key
+
+
+@pytest.mark.parametrize("name", [name for name in EXACT if "fp16" in name])
+def test_the_loss_scale_of_fp16_moved_before_and_after_the_stop(exact, name):
+    last = checkpoint.read_manifest(exact.last(f"{name}.golden"))["scalars"]["loss_scale"]
+    assert last["cur_scale"] != 2**14
+
+
+# Resumed on other ranks, at other stages.
+
+
+class Leg(NamedTuple):
+    """A part of a run."""
+
+    world: int
+    stage: int
+    until: int
+    precision: str = "fp32"
+
+
+def same_stage(stage: int) -> list[Leg]:
+    return [Leg(2, stage, 2), Leg(3, stage, 4), Leg(1, stage, 6), Leg(2, stage, 8)]
+
+
+ELASTIC_STEPS = 8
+JOURNEYS = {
+    f"{optimizer}: ranks 2, 3, 1, 2 at zero {stage}": same_stage(stage)
+    for optimizer in ("adamw", "muon")
+    for stage in STAGES
+} | {
+    "adamw: zero 1, 2, 1": [Leg(2, 1, 3), Leg(2, 2, 6), Leg(2, 1, 8)],
+    "muon: zero 1, 3, 1": [Leg(2, 1, 3), Leg(2, 3, 6), Leg(2, 1, 8)],
+    "adamw: zero 0, 3, 2, 0": [Leg(2, 0, 2), Leg(2, 3, 4), Leg(2, 2, 6), Leg(2, 0, 8)],
+    "muon: ranks and zero": [Leg(2, 0, 2), Leg(3, 3, 4), Leg(1, 2, 6), Leg(2, 1, 8)],
+}
+MIXED_PRECISION = {
+    "adamw: bf16, fp32 at zero 1": [Leg(2, 1, 4, "bf16"), Leg(2, 1, 8)],
+    "muon: fp32, bf16 at zero 0": [Leg(2, 0, 4), Leg(2, 0, 8, "bf16")],
+    "adamw: bf16, fp32 at ranks and zero": [Leg(2, 3, 4, "bf16"), Leg(3, 0, 8)],
+}
+SMALLER_MMD = "adamw: micro batches of 18"
+INITIAL = {"flatten": "fp32", "attention": "bf16"}
+
+
+def journey_settings(name: str, leg: Leg) -> Settings:
+    return {
+        "deepspeed.zero_stage": leg.stage,
+        "optim.name": name.split(":")[0],
+        "train.precision": leg.precision,
+        "train.steps": ELASTIC_STEPS,
+    }
+
+
+@pytest.fixture(scope="module")
+def elastic(dataset, tmp_path_factory) -> Folder:
+    """Every journey, leg by leg, and a run of two ranks in one go."""
+    folder = Folder(tmp_path_factory.mktemp("elastic"))
+    launches: list[tuple[int, list]] = []
+    start = Leg(2, 1, ELASTIC_STEPS)
+    runs = [
+        folder.run(f"{name}.golden", f"{name}.golden", journey_settings(name, start))
+        for name in KINDS
+    ]
+    small = {**journey_settings(SMALLER_MMD, start), "data.micro_batch_size": 18}
+    runs.append(folder.run(f"{SMALLER_MMD}.golden", f"{SMALLER_MMD}.golden", small))
+    runs.append(folder.run(f"{SMALLER_MMD}.0", SMALLER_MMD, small, stop_at=4))
+    for (bottleneck, precision), stage in product(INITIAL.items(), STAGES):
+        standing = {"train.steps": 1, "optim.lr": 1e-30, "model.bottleneck": bottleneck}
+        settings = journey_settings("adamw", Leg(2, stage, 1, precision)) | standing
+        runs.append(folder.run(f"{bottleneck} {stage}", f"{bottleneck} {stage}", settings))
+    launches.append((2, runs))
+    journeys = JOURNEYS | MIXED_PRECISION
+    for number in range(4):
+        of_world: dict[int, list] = {}
+        for name, legs in journeys.items():
+            if number < len(legs):
+                leg = legs[number]
+                run = folder.run(
+                    f"{name}.{number}", name, journey_settings(name, leg), stop_at=leg.until
+                )
+                of_world.setdefault(leg.world, []).append(run)
+        launches += of_world.items()
+    launches.append((1, [folder.run(f"{SMALLER_MMD}.1", SMALLER_MMD, small)]))
+    folder.start(dataset, launches)
+    return folder
+
+
+def golden_of(name: str) -> str:
+    return f"{name.split(':')[0]}.golden"
+
+
+def global_batches(seen: list[dict[str, Any]]) -> dict[int, Counter[int]]:
+    """The sequences of each step, over all ranks."""
+    found: dict[int, Counter[int]] = {}
+    for rank in seen:
+        for step, sequences in rank["sequences"].items():
+            found.setdefault(int(step), Counter()).update(sequences)
+    return found
+
+
+@pytest.mark.parametrize("name", JOURNEYS)
+def test_a_run_goes_on_at_other_ranks_and_stages_with_the_same_losses(elastic, name):
+    found, golden = elastic.metrics(name), elastic.metrics(golden_of(name))
+    assert [line["step"] for line in found] == list(range(1, ELASTIC_STEPS + 1))
+    rounded = 1e-4 if "muon" in name else 1e-6  # Muon orthogonalises in bf16
+    for line, wanted in zip(found, golden, strict=True):
+        for key in ("loss", "reconstruction", "mmd"):
+            assert line[key] == pytest.approx(wanted[key], rel=rounded), (line["step"], key)
+
+
+@pytest.mark.parametrize("name", JOURNEYS)
+def test_a_run_goes_on_at_other_ranks_and_stages_with_the_same_sequences(elastic, name):
+    legs = enumerate(JOURNEYS[name])
+    seen = [rank for number, leg in legs for rank in elastic.seen(f"{name}.{number}", leg.world)]
+    found = global_batches(seen)
+    assert found == global_batches(elastic.seen(golden_of(name)))
+    assert set(found) == set(range(1, ELASTIC_STEPS + 1))
+    epoch = sum((found[step + 1] for step in range(SEQUENCES // BATCH)), Counter())
+    assert epoch == Counter(range(SEQUENCES))
+
+
+def changes(seen: dict[str, Any]) -> list[str]:
+    return [line for line in seen["output"].splitlines() if " before, " in line]
+
+
+@pytest.mark.parametrize("name", JOURNEYS | MIXED_PRECISION)
+def test_a_run_that_goes_on_says_what_is_another_than_before(elastic, name):
+    legs = (JOURNEYS | MIXED_PRECISION)[name]
+    for number, (before, now) in enumerate(pairwise(legs), start=1):
+        expected = []
+        if before.world != now.world:
+            expected.append(f"world size: {before.world} before, {now.world} now")
+        if before.stage != now.stage:
+            expected.append(f"zero stage: {before.stage} before, {now.stage} now")
+        if before.precision != now.precision:
+            expected.append(f"precision: {before.precision} before, {now.precision} now")
+        assert changes(elastic.seen(f"{name}.{number}", now.world)[0]) == expected
+
+
+def test_a_smaller_mmd_batch_is_told_and_the_first_step_reconstructs_as_before(elastic):
+    (seen,) = elastic.seen(f"{SMALLER_MMD}.1", 1)
+    assert changes(seen) == [
+        "world size: 2 before, 1 now",
+        "mmd batch: 36 before, 18 now",
+    ]
+    found, golden = elastic.metrics(SMALLER_MMD), elastic.metrics(f"{SMALLER_MMD}.golden")
+    assert found[:4] == golden[:4]
+    key = "reconstruction"
+    assert found[4][key] == pytest.approx(golden[4][key], rel=1e-5)
+    assert found[4]["mmd"] != pytest.approx(golden[4]["mmd"], rel=1e-3)
+    assert len(found) == ELASTIC_STEPS
+
+
+@pytest.mark.parametrize("name", MIXED_PRECISION)
+def test_a_run_goes_on_in_another_precision(elastic, name):
+    found, golden = elastic.metrics(name), elastic.metrics(golden_of(name))
+    assert len(found) == ELASTIC_STEPS
+    for line, wanted in zip(found, golden, strict=True):
+        assert line["reconstruction"] == pytest.approx(wanted["reconstruction"], rel=1e-2)
+
+
+@pytest.mark.parametrize("bottleneck", INITIAL)
+def test_every_stage_starts_from_the_same_weights(elastic, bottleneck):
+    """Nothing is learned at a rate of 1e-30."""
+    wanted = checkpoint.consolidated_weights(elastic.last(f"{bottleneck} 1"))
+    assert all(weight.isfinite().all() for weight in wanted.values())
+    for stage in STAGES:
+        found = checkpoint.consolidated_weights(elastic.last(f"{bottleneck} {stage}"))
+        assert found.keys() == wanted.keys()
+        for name, weight in wanted.items():
+            torch.testing.assert_close(found[name], weight, rtol=0, atol=1e-20)
+
+
+# Steps that are not finite.
+
+POISON_STEPS, POISON_STOP = 8, 7
+POISONED = {
+    f"zero {stage}, {optimizer}, {precision}, accumulation {micro_batches}": {
+        **settings_of(stage, optimizer, precision),
+        "data.micro_batch_size": BATCH // (2 * micro_batches),
+        "train.steps": POISON_STEPS,
+    }
+    for stage, optimizer, precision in product(STAGES, ("adamw", "muon"), PRECISIONS)
+    for micro_batches in [1 + ((optimizer == "adamw") == (precision == "fp32"))]
+}
+BAD_RANK = {2: 1, 3: 0, 5: 1, 6: 0}  # by step
+OVER = {
+    "zero 0, adamw, fp32": {},
+    "zero 1, muon, bf16": {"checkpoint.asynchronous": True, "checkpoint.every": 1},
+    "zero 3, adamw, bf16": {},
+}
+OVER_EVERY, LIMIT = 3, 3
+
+
+@pytest.fixture(scope="module")
+def poisoned(dataset, tmp_path_factory) -> Folder:
+    """Runs with steps that are not finite, and gone on with; others with no other step."""
+    folder = Folder(tmp_path_factory.mktemp("poisoned"))
+    first, second = [], []
+    for name, settings in POISONED.items():
+        last = 1 if "accumulation 2" in name else 0
+        kinds = {2: ("nan", 0), 3: ("inf", last), 5: ("latent", last), 6: ("gradient", last)}
+        poison = {step: (kind, BAD_RANK[step], micro) for step, (kind, micro) in kinds.items()}
+        options = {"stop_at": POISON_STOP, "poison": poison}
+        first.append(folder.run(f"{name}.first", name, settings, **options))
+        if not last:
+            second.append(folder.run(f"{name}.second", name, settings))
+    for name, extras in OVER.items():
+        settings = {
+            **EXACT[name],
+            "train.steps": POISON_STEPS,
+            "train.max_bad_steps": LIMIT,
+            "checkpoint.every": OVER_EVERY,
+            **extras,
+        }
+        poison = {step: ("nan", 1, 0) for step in range(4, POISON_STEPS + 1)}
+        first.append(folder.run(f"{name}.first", name, settings, poison=poison))
+        second.append(folder.run(f"{name}.second", name, settings))
+    folder.start(dataset, [(2, first), (2, second)])
+    return folder
+
+
+@pytest.mark.parametrize("name", POISONED)
+def test_a_step_that_is_not_finite_on_one_rank_changes_no_rank(poisoned, name):
+    for rank in poisoned.seen(f"{name}.first"):
+        assert rank["error"] is None
+        for step in range(1, POISON_STOP):
+            for what in ("weights", "moments"):
+                if step == 6 and what == "moments" and "zero 3, muon" in name:
+                    continue  # DeepSpeed moves the momentum of other matrices than the poisoned
+                before, after = rank[what][str(step)], rank[what][str(step + 1)]
+                assert (before == after) == (step in BAD_RANK), (step, what)
+
+
+@pytest.mark.parametrize("name", POISONED)
+def test_steps_that_are_not_finite_are_counted_and_the_count_goes_on(poisoned, name):
+    lines = poisoned.metrics(name)
+    steps = POISON_STOP if "accumulation 2" in name else POISON_STEPS
+    assert [line["consumed"] for line in lines] == [BATCH * n for n in range(1, steps + 1)]
+    assert [line["skipped"] for line in lines] == [0, 1, 2, 2, 3, 4, 4, 4][:steps]
+    assert [line["nonfinite"] for line in lines] == [0, 1, 2, 2, 3, 3, 3, 3][:steps]
+    lost = [line["step"] for line in lines if line["loss"] is None]
+    assert lost == [2, 3, 5]  # at step 6 the gradient alone is not finite
+
+
+@pytest.mark.parametrize("name", POISONED)
+def test_steps_that_are_not_finite_are_told_with_rank_and_position(poisoned, name):
+    output = poisoned.seen(f"{name}.first")[0]["output"]
+    told = [line for line in output.splitlines() if "skipped" in line]
+    whose = {step: f"the loss of rank {rank}" for step, rank in BAD_RANK.items()}
+    whose[6] = "the gradient"
+    assert told == [
+        f"step {step}: {what} is not finite: skipped (the batch from position {BATCH * (step - 1)})"
+        for step, what in whose.items()
+    ]
+
+
+@pytest.mark.parametrize("name", OVER)
+def test_too_many_bad_steps_end_the_run_on_all_ranks_with_the_command_that_shows_the_batch(
+    poisoned, dataset, name
+):
+    errors = [rank["error"] for rank in poisoned.seen(f"{name}.first")]
+    assert errors[0] == errors[1]
+    assert "3 steps in a row went wrong; step 6: the loss of rank 1 is not finite" in errors[0]
+    position = BATCH * 5
+    replay = f"t5vae shards inspect {dataset} --position={position} --batch={BATCH} --seed=0"
+    assert replay in errors[0]
+
+
+@pytest.mark.parametrize("name", OVER)
+def test_a_run_ended_by_bad_steps_saves_none_of_the_last_and_goes_on_from_what_is_there(
+    poisoned, name
+):
+    second = poisoned.seen(f"{name}.second")[0]
+    assert second["error"] is None
+    assert "damaged" not in second["output"]
+    newest = {4, 5} if OVER[name] else {3}  # asynchronous: the last may not be committed
+    assert int(re.search(r"resuming from .+/step-(\d+)", second["output"])[1]) in newest
+    lines = poisoned.metrics(name)
+    assert [line["step"] for line in lines] == list(range(1, POISON_STEPS + 1))
+    assert all(line["loss"] is not None for line in lines[-3:])
+    for saved in checkpoint.list_checkpoints(poisoned.path / name / "checkpoints"):
+        assert checkpoint.verify(saved) is None
