@@ -1,6 +1,5 @@
 """The folder in which a build keeps what is done, so that the same command goes on after a halt."""
 
-import errno
 import fcntl
 import json
 import shutil
@@ -11,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from shards.errors import UserError
+from shards.errors import DISK_FULL, UserError
 from shards.progress import say
 from shards.workers import finished
 
@@ -50,7 +49,7 @@ def work_folder(out: Path) -> Iterator[Path]:
             f"a worker died, perhaps for want of memory: choose fewer --workers and {go_on}"
         ) from None
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in DISK_FULL:
             raise UserError(f"no space left for {out}: make room and {go_on}") from None
         raise UserError(f"cannot write {out}: {error}") from None
 

@@ -1,6 +1,5 @@
 """The `t5vae` command. Heavy imports wait until a command needs them."""
 
-import errno
 import json as json_module
 import os
 import sys
@@ -11,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from shards.cli import app as shards_app
-from shards.errors import UserError
+from shards.errors import DISK_FULL, UserError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -308,7 +307,7 @@ def main() -> None:
     try:
         app()
     except (UserError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and error.errno not in DISK_FULL:
             raise
         if _debug:
             traceback.print_exc()

@@ -1,16 +1,14 @@
 """One process of a training run: signals, arguments, errors; the heavy imports come last."""
 
-import errno
 import os
 import signal
 import sys
 import traceback
 
-from shards.errors import UserError
+from shards.errors import DISK_FULL, UserError
 from t5vae.config import Config, load_config
 from t5vae.training.preemption import StopRequest
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 DEFAULT_CONFIG = "configs/quickstart.yaml"
 USAGE = """Train a T5-VAE: deepspeed train.py [CONFIG] [section.key=value ...] [--debug]
 

@@ -48,7 +48,7 @@ def resume(
     newest, weights, problem = None, None, None
     if log.enabled:
         try:
-            newest, weights = _find(config, log)
+            newest, weights = _find(config, identity, log)
         except UserError as error:
             problem = error
     raise_together(problem)
@@ -56,9 +56,6 @@ def resume(
     dist.broadcast_object_list(found, src=0)
     newest, weights = found
     if weights is not None:
-        manifest = checkpoint.read_manifest(weights)
-        shared = {name: identity[name] for name in ("format", "tokenizer", "model")}
-        checkpoint.check_identity(manifest, shared)
         fragments.load_weights(engine, checkpoint.open_fragments(weights))
         log.drop_after(0)
         log.say(f"starting from the weights of {weights}")
@@ -80,7 +77,7 @@ def resume(
     return Start(manifest["step"], manifest["weights_from"])
 
 
-def _find(config: Config, log: RunLog) -> tuple[Path | None, Path | None]:
+def _find(config: Config, identity: dict[str, Any], log: RunLog) -> tuple[Path | None, Path | None]:
     """The checkpoint to go on from, or the one to take weights from; rank 0 alone."""
     folder = config.run_dir / "checkpoints"
     checkpoint.sweep(folder)
@@ -97,11 +94,12 @@ def _find(config: Config, log: RunLog) -> tuple[Path | None, Path | None]:
                 f"{config.run_dir} holds checkpoints of a run of its own: choose another "
                 "run.output_dir, or leave out checkpoint.source to set that run aside"
             )
-        return None, _source(Path(config.checkpoint.source))
+        return None, _source(Path(config.checkpoint.source), identity)
     if newest is not None:
+        _source(newest, identity)  # refuses before anything is moved
         _set_run_aside(config.run_dir)
     before = sorted(config.run_dir.glob("before-*"), key=lambda path: path.stat().st_mtime_ns)
-    return None, _source(before[-1] if before else config.run_dir)
+    return None, _source(before[-1] if before else config.run_dir, identity)
 
 
 def _refuse_damaged(folder: Path) -> None:
@@ -114,8 +112,8 @@ def _refuse_damaged(folder: Path) -> None:
         )
 
 
-def _source(path: Path) -> Path:
-    """The newest whole checkpoint of a run, or the one that is named."""
+def _source(path: Path, identity: dict[str, Any]) -> Path:
+    """The newest whole checkpoint of a run, or the one that is named, if the model is the same."""
     candidates = [path] if (path / checkpoint.MANIFEST).is_file() else []
     candidates = candidates or checkpoint.list_checkpoints(path / "checkpoints")[::-1]
     whole = (found for found in candidates if checkpoint.verify(found) is None)
@@ -125,6 +123,8 @@ def _source(path: Path) -> Path:
             f"{path} holds no whole checkpoint to take weights from: set checkpoint.source to a "
             "run that has one, or leave out checkpoint.resume"
         )
+    shared = {name: identity[name] for name in ("format", "tokenizer", "model")}
+    checkpoint.check_identity(checkpoint.read_manifest(found), shared)
     return found
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from shards.errors import DISK_FULL
 from t5vae.config import Config
 from t5vae.training.saving import Saved
 
@@ -44,6 +45,7 @@ class RunLog:
         self.console = Console(stderr=True)
         self.bar: Progress | None = None
         self.saves: dict[str, float] = {}
+        self.unwritten = ""
         self.wandb = _start_wandb(config) if enabled and config.log.wandb else None
 
     def drop_after(self, step: int) -> None:
@@ -91,10 +93,10 @@ class RunLog:
         if not self.enabled:
             return
         record, self.saves = {**record, **self.saves}, {}
-        with open(self.path, "a") as file:
-            # JSON knows no NaN
-            known = {k: v if math.isfinite(v) else None for k, v in record.items()}
-            file.write(json.dumps(known) + "\n")
+        # JSON knows no NaN
+        known = {k: v if math.isfinite(v) else None for k, v in record.items()}
+        self.unwritten += json.dumps(known) + "\n"
+        self._write()
         gist = "  ".join(form.format(record[k]) for k, form in SHOWN.items() if k in record)
         if self.bar is not None:
             self.bar.update(self.task, description=gist)
@@ -102,6 +104,20 @@ class RunLog:
             self.say(f"step {record['step']:>7,}/{self.steps:,}  {gist}")
         if self.wandb is not None:
             self.wandb.log(record, step=record["step"])
+
+    def _write(self) -> None:
+        """Append what is unwritten; on a full disk it waits for room, and no half line stays."""
+        size = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with open(self.path, "a") as file:
+                file.write(self.unwritten)
+            self.unwritten = ""
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            if self.path.exists():
+                os.truncate(self.path, size)
+            self.say(f"{self.path} waits for room on the disk: {error.strerror}")
 
     def saved(self, saved: Saved) -> None:
         """Tell of a checkpoint; the next line of metrics has its times."""
