@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import subprocess
@@ -5,6 +6,7 @@ import sys
 
 import pytest
 
+from t5vae.training import runlog
 from t5vae.training.runlog import METRICS, RunLog, Stopwatch, quiet_start, read_metrics
 
 
@@ -44,6 +46,33 @@ def test_a_half_written_last_line_is_left_out_and_written_anew(log, half):
     log.metrics(record(6))
     lines = log.path.read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_full_disk_costs_no_line(log, monkeypatch, capfd):
+    class Full:
+        def __init__(self, path, mode):
+            self.file = open(path, mode)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            self.file.close()
+
+        def write(self, text):
+            self.file.write(text[:7])
+            self.file.flush()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(runlog, "open", Full, raising=False)
+    log.metrics(record(6))
+    log.metrics(record(7))
+    assert log.path.read_text().count("\n") == 5
+    assert log.path.read_text().endswith("\n")
+    assert "No space left" in capfd.readouterr().err
+    monkeypatch.undo()
+    log.metrics(record(8))
+    assert read_metrics(log.path.parent) == [record(step) for step in range(1, 9)]
 
 
 def test_a_run_without_metrics_has_nothing_to_drop(make_config):
