@@ -51,7 +51,7 @@ def test_a_half_written_last_line_is_left_out_and_written_anew(log, half):
 def test_a_full_disk_costs_no_line(log, monkeypatch, capfd):
     class Full:
         def __init__(self, path, mode):
-            self.file = open(path, mode)
+            self.file = open(path, mode)  # noqa: SIM115 (closed below)
 
         def __enter__(self):
             return self
