@@ -131,7 +131,7 @@ def run(config: Config, ranks: Ranks, stop: StopRequest) -> None:
             if watch.is_over:
                 raise gone_wrong(watch, told, _replay(config, position))
 
-        if step % config.log.every == 0 or step == steps or told:
+        if step % config.log.every == 0 or step == steps:
             log.metrics(
                 {
                     "step": step,
