@@ -87,7 +87,7 @@ class Launch:
 
     def steps(self) -> dict[int, float]:
         """When the line of each logged step came."""
-        found = ((at, re.match(r"step +([\d,]+)", line)) for at, line in self.lines)
+        found = ((at, re.match(r"step +([\d,]+)(?![\d,:])", line)) for at, line in self.lines)
         return {int(match[1].replace(",", "")): at for at, match in found if match}
 
 
