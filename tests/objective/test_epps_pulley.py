@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
+from torch.distributed.tensor.debug import CommDebugMode
 
 from t5vae.objective import mmd
 from t5vae.objective.epps_pulley import _directions, sliced_epps_pulley
@@ -292,10 +292,6 @@ def whole_batch(split: str) -> tuple[Tensor, Tensor]:
     return codes(sum(rows), 6), weights
 
 
-def collectives(profiler: profile) -> int:
-    return sum(event.count for event in profiler.key_averages() if event.key.startswith("c10d::"))
-
-
 def rank_main(rank: int, folder: Path) -> None:
     """What each rank runs: every case, its results written to a file."""
     store = f"file://{folder}/store"
@@ -315,14 +311,14 @@ def rank_main(rank: int, folder: Path) -> None:
         z_BD = z_ND.split(rows)[rank].clone().requires_grad_()
         weights_B = weights_N.split(rows)[rank]
         group = pair if len(rows) == 2 else None
-        with profile(activities=[ProfilerActivity.CPU]) as forward:
+        with CommDebugMode() as forward:
             values = [
                 sliced_epps_pulley(z_BD, weights_B=weights_B, group=group, **options)
                 for options in OPTIONS
             ]
-        with profile(activities=[ProfilerActivity.CPU]) as backward:
+        with CommDebugMode() as backward:
             gradients = [torch.autograd.grad(value, z_BD)[0] for value in values]
-        counts = collectives(forward), collectives(backward)
+        counts = forward.get_total_counts(), backward.get_total_counts()
         results[split] = ([value.item() for value in values], gradients, counts)
     torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()
