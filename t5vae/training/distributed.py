@@ -5,6 +5,7 @@ import re
 import time
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -191,6 +192,29 @@ def raise_together(problem: UserError | None) -> None:
     for text in found:
         if text is not None:
             raise UserError(text)
+
+
+def check_shared(file: Path) -> None:
+    """Refuse a file system that not all ranks share; all of them call it.
+
+    Args:
+        file: that rank 0 has just written, with content like no other.
+
+    Raises:
+        UserError: on all ranks, naming those that do not find it.
+    """
+    try:
+        found = file.read_text()
+    except OSError:
+        found = None
+    everyone: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, found)
+    elsewhere = [str(rank) for rank, own in enumerate(everyone) if own != everyone[0]]
+    if elsewhere:
+        raise UserError(
+            f"rank {', '.join(elsewhere)} of {len(everyone)} does not find what rank 0 wrote in "
+            f"{file.parent}: set run.output_dir to a folder that all hosts share"
+        )
 
 
 def all_sum(*values: float, device: torch.device) -> list[float]:

@@ -14,6 +14,7 @@ from t5vae.training.build import build_model
 from t5vae.training.distributed import (
     Ranks,
     all_sum,
+    check_shared,
     limit_waiting,
     raise_together,
     start_process_group,
@@ -197,6 +198,7 @@ def _lock(config: Config, ranks: Ranks) -> IO[str] | None:
         except UserError as error:
             problem = error
     raise_together(problem)
+    check_shared(config.run_dir / setup.LOCK)
     return lock
 
 

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import secrets
 import shutil
 from pathlib import Path
 from typing import IO, Any
@@ -14,6 +15,8 @@ from t5vae.config import Config
 from t5vae.model import T5VAE, check_tokenizer, flops_per_token, parameter_counts
 from t5vae.training.build import is_installed, model_config
 from t5vae.training.checkpoint import FORMAT, check_identity, newest_manifest, verify
+
+LOCK = ".lock"
 
 
 def describe(config: Config, dataset: Dataset | None, world_size: int) -> dict[str, Any]:
@@ -137,6 +140,8 @@ def make_folder(folder: Path) -> None:
 def prepare_run_dir(config: Config) -> IO[str]:
     """Make the run's folder and lock it; rank 0 alone. The lock dies with this process.
 
+    The lock's file then holds what no other has, by which other ranks know the folder.
+
     Raises:
         UserError: if another process trains in it, or `checkpoint.resume` is "never" and it holds
             checkpoints.
@@ -144,8 +149,12 @@ def prepare_run_dir(config: Config) -> IO[str]:
     folder = config.run_dir
     make_folder(folder / "checkpoints")
     try:
-        lock = open(folder / ".lock", "a+")  # noqa: SIM115 (held until the run ends)
+        lock = open(folder / LOCK, "a+")  # noqa: SIM115 (held until the run ends)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock.truncate(0)
+        lock.write(secrets.token_hex(16))
+        lock.flush()
+        os.fsync(lock.fileno())  # so that other hosts read it
     except BlockingIOError:
         raise UserError(
             f"another process is training in {folder}; wait for it, or set run.output_dir"

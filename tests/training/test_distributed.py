@@ -1,7 +1,7 @@
 import pytest
 
 from shards.errors import UserError
-from t5vae.training.distributed import Ranks, find_ranks, first_host
+from t5vae.training.distributed import Ranks, check_shared, find_ranks, first_host
 
 DEEPSPEED = {
     "RANK": "3",
@@ -141,3 +141,23 @@ def test_an_incomplete_or_malformed_environment_is_refused_in_one_line(env):
 )
 def test_first_host_of_slurms_compressed_list(nodelist, host):
     assert first_host(nodelist) == host
+
+
+def test_a_folder_that_all_ranks_see_is_shared(together, tmp_path):
+    (tmp_path / "mark").write_text("like no other")
+    seen = together(3).run(lambda rank: check_shared(tmp_path / "mark"))
+    assert [told.exception() for told in seen] == [None] * 3
+
+
+def test_ranks_that_see_another_folder_are_named_on_all_ranks(together, tmp_path):
+    hosts = [tmp_path / str(rank) for rank in range(3)]
+    for host, content in zip(hosts, ("like no other", "an older one's", None), strict=True):
+        host.mkdir()
+        if content:
+            (host / "mark").write_text(content)
+    seen = together(3).run(lambda rank: check_shared(hosts[rank] / "mark"))
+    for told, host in zip(seen, hosts, strict=True):
+        error = told.exception()
+        assert isinstance(error, UserError)
+        assert str(error).startswith("rank 1, 2 of 3 does not find what rank 0 wrote in ")
+        assert str(host) in str(error)
