@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-import yaml
 
-from launcher.jobs import Cluster, find, ranks_per_node
-from launcher.jobs import submit as submit_job
+from launcher import jobs
+from launcher.jobs import Cluster
+from launcher.submission import check, ranks_per_node, script, sweep
+from launcher.submission import submit as submit_jobs
+from launcher.table import table
 from shards import UserError
-from t5vae.config import load_config
+from t5vae.config import Config, Launcher, load_config
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -27,52 +29,81 @@ Overrides = Annotated[
 On = Annotated[
     Cluster, typer.Option(help="`local` runs all ranks on this machine, in the background.")
 ]
-RunOrJob = Annotated[
-    str, typer.Argument(help="A run's folder (its newest job), or the id of a job in runs/.")
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Check all, print the sbatch script, queue nothing.")
 ]
+Force = Annotated[
+    bool, typer.Option("--force", help="Queue behind a job that holds the run's folder.")
+]
+RunOrJob = Annotated[
+    str,
+    typer.Argument(help="A run's folder (its newest job), a sweep's, or the id of a job in runs/."),
+]
+Text = str | None
 
 
 @app.command()
 def submit(
+    context: typer.Context,
     config: Annotated[str, typer.Argument(help="The run's configuration, a YAML file.")],
     overrides: Overrides = None,
     nodes: Annotated[int | None, typer.Option(help="Machines.")] = None,
     gpus_per_node: Annotated[
         int | None, typer.Option(help="GPUs of each, one rank on each; 0: one rank, on CPU.")
     ] = None,
+    cpus_per_task: Annotated[int | None, typer.Option(help="CPUs of a rank.")] = None,
     time: Annotated[
-        int | None, typer.Option(help="Minutes, after which SLURM queues the job again.")
+        Text, typer.Option(help="Minutes, or D-HH or H:MM:SS; the job then goes on in a new turn.")
     ] = None,
-    partition: Annotated[str | None, typer.Option(help="SLURM's partition.")] = None,
-    account: Annotated[str | None, typer.Option(help="SLURM's account.")] = None,
+    partition: Annotated[Text, typer.Option(help="SLURM's partition.")] = None,
+    account: Annotated[Text, typer.Option(help="SLURM's account.")] = None,
+    qos: Annotated[Text, typer.Option(help="Quality of service.")] = None,
+    constraint: Annotated[Text, typer.Option(help="Features that nodes must have.")] = None,
+    exclude: Annotated[Text, typer.Option(help="Hosts to leave out.")] = None,
+    gres: Annotated[Text, typer.Option(help="Generic resources of a node.")] = None,
+    mem: Annotated[Text, typer.Option(help="Memory of a node: 64G.")] = None,
+    mail_user: Annotated[Text, typer.Option(help="Address to write to.")] = None,
+    mail_type: Annotated[Text, typer.Option(help="When to: END, FAIL, REQUEUE ...")] = None,
+    array_parallelism: Annotated[
+        int | None, typer.Option(help="Runs of a sweep that train at once.")
+    ] = None,
+    setup: Annotated[
+        list[str] | None, typer.Option(help="A line of shell before training; may be repeated.")
+    ] = None,
+    srun_args: Annotated[
+        list[str] | None, typer.Option("--srun-arg", help="An option of srun; may be repeated.")
+    ] = None,
+    exclude_unhealthy: Annotated[
+        bool | None,
+        typer.Option("--exclude-unhealthy", help="Go on without nodes that fail the first check."),
+    ] = None,
+    sweep_over: Annotated[
+        list[str] | None,
+        typer.Option("--sweep", help="`section.key=1,2,3`: a run each; may be repeated."),
+    ] = None,
     cluster: On = "slurm",
+    dry_run: DryRun = False,
+    force: Force = False,
 ) -> None:
     """Check a configuration and queue its training.
 
     The options stand in place of the configuration's `launcher:` section.
 
-    Example: `t5vae-launch submit configs/large.yaml --nodes 8 --gpus-per-node 8 --time 1440
+    Example: `t5vae-launch submit configs/large.yaml --nodes 8 --gpus-per-node 8 --time 24:00:00
     --partition gpu`
     """
-    chosen = {
-        "nodes": nodes,
-        "gpus_per_node": gpus_per_node,
-        "time": time,
-        "partition": partition,
-        "account": account,
-    }
+    given = {key: context.params.get(key) for key in Launcher.model_fields}
     flags = [
         f"launcher.{key}={json.dumps(value)}"  # JSON is YAML, with strings safely quoted
-        for key, value in chosen.items()
+        for key, value in given.items()
         if value is not None
     ]
-    loaded = load_config(config, [*(overrides or []), *flags])
-    job = submit_job(loaded, cluster)
-    typer.echo(
-        f"job {job.id} on {cluster}: {loaded.launcher.nodes} x {ranks_per_node(loaded)} ranks\n"
-        f"log:    {job.log()}\n"
-        f"follow: {_me()} logs -f {job.run}"
-    )
+    changes = [*(overrides or []), *flags]
+    if sweep_over:
+        configs = sweep(config, changes, sweep_over)
+        _submit(configs, cluster, configs[0].run_dir.parent / "jobs", dry_run, force)
+    else:
+        _submit([load_config(config, changes)], cluster, None, dry_run, force)
 
 
 @app.command()
@@ -80,29 +111,47 @@ def resume(
     run: Annotated[Path, typer.Argument(help="The run's folder.")],
     overrides: Overrides = None,
     cluster: On = "slurm",
+    dry_run: DryRun = False,
+    force: Force = False,
 ) -> None:
     """Submit a run again, from its folder's config.yaml; it goes on from its newest checkpoint.
 
     Example: `t5vae-launch resume runs/large train.steps=200000 launcher.nodes=4`
     """
     here = [f"run.output_dir={json.dumps(str(run))}", "checkpoint.resume=auto"]
-    submit(str(run / "config.yaml"), [*(overrides or []), *here], cluster=cluster)
+    config = load_config(run / "config.yaml", [*(overrides or []), *here])
+    _submit([config], cluster, None, dry_run, force)
+
+
+def _submit(
+    configs: list[Config], cluster: Cluster, folder: Path | None, dry_run: bool, force: bool
+) -> None:
+    if dry_run:
+        for config in configs:
+            check(config)
+        typer.echo(script(configs, folder))
+        return
+    queued = submit_jobs(configs, cluster, folder, force=force)
+    place = configs[0].launcher
+    for job in queued:
+        typer.echo(f"job {job.id} on {cluster}: {place.nodes} x {ranks_per_node(configs[0])} ranks")
+        typer.echo(f"log:    {job.log()}")
+    typer.echo(f"follow: {_me()} logs -f {folder.parent if folder else queued[0].run}")
 
 
 @app.command()
 def status(
     run_or_job: Annotated[
-        str | None, typer.Argument(help="A run's folder or a job's id; without, all of runs/.")
+        str | None,
+        typer.Argument(help="A run's or a sweep's folder or a job's id; without, all of runs/."),
     ] = None,
 ) -> None:
     """List jobs, the newest last: state, and how far their runs are.
 
     Example: `t5vae-launch status`
     """
-    row = "{:>10}  {:<12} {:>15} {:>9} {:>10}  {}".format
-    typer.echo(row("job", "state", "step", "loss", "tokens/s", "run"))
-    for job in find(run_or_job):
-        typer.echo(row(job.id, job.state(), *_progress(job.run), job.run))
+    found = jobs.find(run_or_job)
+    typer.echo(table(found, jobs.states(found)))
 
 
 @app.command()
@@ -115,39 +164,28 @@ def logs(
 
     Example: `t5vae-launch logs -f runs/large`
     """
-    job = find(run_or_job)[-1]
-    path = job.log(rank)
+    found = jobs.newest_of_each_run(jobs.find(run_or_job))
+    paths = [job.log(rank) for job in found]
     if follow:
-        os.execvp("tail", ["tail", "-n", "+1", "-F", str(path)])
-    if not path.exists():
-        raise UserError(f"{path} does not exist: job {job.id} is {job.state()}")
-    typer.echo(path.read_text(errors="replace"), nl=False)
+        os.execvp("tail", ["tail", "-n", "+1", "-F", *map(str, paths)])
+    states = jobs.states(found)
+    missing = {job.id: path for job, path in zip(found, paths, strict=True) if not path.exists()}
+    for job, path in missing.items():
+        raise UserError(f"{path} does not exist: job {job} is {states[job].word}")
+    for path in paths:
+        if len(paths) > 1:
+            typer.echo(f"==> {path} <==")
+        typer.echo(path.read_text(errors="replace"), nl=False)
 
 
 @app.command()
 def cancel(run_or_job: RunOrJob) -> None:
-    """End a job for good. Training saves first if time allows, and can be resumed.
+    """End a job, or all of a sweep, for good. Training saves first if time allows.
 
     Example: `t5vae-launch cancel runs/large`
     """
-    job = find(run_or_job)[-1]
-    job.cancel()
-    typer.echo(f"job {job.id} is told to stop; go on later with: {_me()} resume {job.run}")
-
-
-def _progress(run: Path) -> tuple[str, str, str]:
-    """Step of steps, loss and tokens a second of the last logged step; dashes before it."""
-    metrics, config = run / "metrics.jsonl", run / "config.yaml"
-    lines = metrics.read_text().splitlines() if metrics.exists() else []
-    if not lines or not config.exists():
-        return "-", "-", "-"
-    last = json.loads(lines[-1])
-    steps = yaml.safe_load(config.read_text())["train"]["steps"]
-    return (
-        f"{last['step']:,}/{steps:,}",
-        f"{last['loss']:.4f}",
-        f"{last['tokens_per_second']:,.0f}",
-    )
+    for job in jobs.cancel(jobs.newest_of_each_run(jobs.find(run_or_job))):
+        typer.echo(f"job {job.id} is told to stop; go on later with: {_me()} resume {job.run}")
 
 
 def _me() -> str:

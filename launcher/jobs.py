@@ -1,114 +1,82 @@
-"""Jobs: a configuration is checked, then queued through submitit; later, what became of it.
+"""Jobs of runs: which there are, what became of them, and their end.
 
-A job's files lie in its run folder: jobs/ID_submission.sh (SLURM alone), jobs/ID_submitted.pkl and
-one log a rank, jobs/ID_RANK_log.out.
+A job that was submitted has a record in its run's folder, jobs/ID.json; beside it, or for a sweep
+in the folder above, lie submitit's files and one log a rank, jobs/ID_RANK_log.out. A job of plain
+sbatch is known from the attempts that its training wrote down.
 """
 
+import contextlib
+import fcntl
+import json
 import os
 import shutil
 import signal
 import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from submitit import AutoExecutor, JobEnvironment
-from submitit.core.utils import FailedJobError, FailedSubmissionError
-from submitit.helpers import Checkpointable, TorchDistributedEnvironment
+import psutil
 
 from shards import UserError
-from t5vae.config import Config
 
 Cluster = Literal["slurm", "local"]
 
-SUBMITTED = "_submitted.pkl"
-
-# What a job submitted from inside another would inherit; slurm/train.sh says why.
-FORGET = (
-    "unset SLURM_CPU_BIND SLURM_CPU_BIND_LIST SLURM_CPU_BIND_TYPE SLURM_CPU_BIND_VERBOSE "
-    "RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT"
-)
-
-
-class Training(Checkpointable):
-    """What each task of a job runs: one rank of the training of `config`.
-
-    Training puts its own signal handlers in place of submitit's. Until it has, submitit answers the
-    warning signal by queueing the job again, which it does for a Checkpointable alone.
-    """
-
-    def __init__(self, config: Config):
-        self.config = config
-
-    def __call__(self) -> None:
-        os.environ.setdefault("OMP_NUM_THREADS", str(self.config.launcher.cpus_per_task))
-        job = JobEnvironment()
-        if job.cluster == "local":
-            ranks = TorchDistributedEnvironment()
-            ranks.master_addr = "127.0.0.1"
-            ranks.export(set_cuda_visible_devices=False, overwrite=True)
-        from t5vae.training import train
-
-        try:
-            train(self.config)
-        except UserError as error:
-            if job.local_rank == 0:
-                print(f"error: {error}", file=sys.stderr)
-            # srun ends the other ranks once one has failed; each still exits with its own code.
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            sys.exit(2)
+OVER = ("ENDED", "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 
 
 @dataclass(frozen=True)
 class Job:
-    """A job of a run."""
+    """A job of a run.
+
+    Attributes:
+        id: SLURM's, ARRAY_TASK for one of a sweep; of a local job, the process that minds ranks.
+        logs: folder of its logs; empty for a job of plain sbatch.
+    """
 
     id: str
     run: Path
-
-    @property
-    def is_local(self) -> bool:
-        return not (self.run / "jobs" / f"{self.id}_submission.sh").exists()
+    cluster: Cluster
+    logs: str
 
     def log(self, rank: int = 0) -> Path:
         """What a rank printed, over all restarts of the job."""
-        return self.run / "jobs" / f"{self.id}_{rank}_log.out"
+        if not self.logs:
+            return Path(f"slurm-{self.id}.out")
+        return Path(self.logs) / f"{self.id}_{rank}_log.out"
 
-    def state(self) -> str:
-        """SLURM's word for the job's state, or RUNNING; ENDED where the job is forgotten.
+    def record(self) -> None:
+        """Write the job down in its run's folder."""
+        folder = self.run / "jobs"
+        folder.mkdir(exist_ok=True)
+        record = {"id": self.id, "cluster": self.cluster, "logs": self.logs}
+        (folder / f"{self.id}.json").write_text(json.dumps(record) + "\n")
 
-        Raises:
-            UserError: SLURM does not answer.
-        """
-        if self.is_local:  # the id is the process that minds the ranks
-            command = _output("ps", "-o", "command=", "-p", self.id).stdout
-            return "RUNNING" if "submitit.local" in command else "ENDED"
-        queue = _output("squeue", "--noheader", "--states=all", "--format=%T", f"--jobs={self.id}")
-        if queue.returncode and "Invalid job id" not in queue.stderr:
-            raise UserError(f"squeue does not answer: {' '.join(queue.stderr.split())}")
-        return queue.stdout.strip() or "ENDED"
 
-    def cancel(self) -> None:
-        """Stop the job for good; training saves first if time allows.
+@dataclass(frozen=True)
+class State:
+    """What SLURM, or this machine, says of a job.
 
-        Raises:
-            UserError: the job has ended, or SLURM refuses.
-        """
-        if self.is_local:
-            if self.state() == "ENDED":
-                raise UserError(f"job {self.id} has ended already")
-            os.kill(int(self.id), signal.SIGTERM)
-            return
-        answer = _output("scancel", self.id)
-        if answer.returncode:
-            raise UserError(" ".join(answer.stderr.split()))
+    Attributes:
+        word: SLURM's word such as RUNNING; ENDED where the job is forgotten.
+        nodes: hosts it is on, or how many it waits for.
+        time_left: as SLURM writes it.
+        reason: why it waits.
+    """
+
+    word: str
+    nodes: str = "-"
+    time_left: str = "-"
+    reason: str = ""
+
+    @property
+    def is_live(self) -> bool:
+        return self.word not in OVER
 
 
 def find(run_or_job: str | None = None) -> list[Job]:
-    """The jobs of a run's folder, the job of an id, or all jobs of the runs in runs/.
+    """The jobs of a run's or a sweep's folder, those of an id, or all jobs of the runs in runs/.
 
     Returns:
         Jobs, the newest last.
@@ -116,100 +84,160 @@ def find(run_or_job: str | None = None) -> list[Job]:
     Raises:
         UserError: there is none.
     """
+    folder = Path(run_or_job or "runs")
     if run_or_job is None:
-        files, where = Path("runs").glob(f"*/jobs/*{SUBMITTED}"), "in runs/"
-    elif Path(run_or_job).is_dir():
-        files, where = Path(run_or_job).glob(f"jobs/*{SUBMITTED}"), f"in {run_or_job}/jobs"
+        jobs, where = _jobs_below(folder), "in runs/"
+    elif folder.is_dir():
+        jobs, where = [*_jobs_of(folder), *_jobs_below(folder)], f"in {run_or_job}"
     else:
-        files = Path("runs").glob(f"*/jobs/{run_or_job}{SUBMITTED}")
+        jobs = [job for job in _jobs_below(Path("runs")) if run_or_job in (job.id, _array(job.id))]
         where = f"{run_or_job} in runs/, nor such a run folder"
-    newest_last = sorted(files, key=lambda file: file.stat().st_mtime)
-    if not newest_last:
+    if not jobs:
         raise UserError(f"no job {where}")
-    return [Job(file.name.removesuffix(SUBMITTED), file.parent.parent) for file in newest_last]
+    return sorted(jobs, key=lambda job: _numbers(job.id))
 
 
-def submit(config: Config, cluster: Cluster) -> Job:
-    """Check a configuration and queue its training.
+def newest_of_each_run(jobs: list[Job]) -> list[Job]:
+    return list({job.run: job for job in jobs}.values())
 
-    Args:
-        config: the run's; its section `launcher` says on what.
-        cluster: "slurm", or "local" for processes of this machine, which stay when the caller ends.
+
+def _array(job: str) -> str:
+    return job.partition("_")[0]
+
+
+def _numbers(job: str) -> list[int]:
+    return [int(part) for part in job.split("_")]
+
+
+def _jobs_below(folder: Path) -> list[Job]:
+    """Of the runs in a folder, and of the runs of sweeps in it."""
+    return [
+        job
+        for depth in ("*", "*/*")
+        for run in sorted(folder.glob(depth))
+        if run.is_dir()
+        for job in _jobs_of(run)
+    ]
+
+
+def _jobs_of(run: Path) -> list[Job]:
+    records = (json.loads(path.read_text()) for path in (run / "jobs").glob("*.json"))
+    jobs = {record["id"]: Job(run=run, **record) for record in records}
+    for attempt in read_lines(run / "attempts.jsonl"):
+        if attempt["job"] and attempt["job"] not in jobs:
+            jobs[attempt["job"]] = Job(attempt["job"], run, "slurm", "")
+    return list(jobs.values())
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The objects of a file of lines of JSON, without one that a crash cut short."""
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def states(jobs: Iterable[Job]) -> dict[str, State]:
+    """What became of jobs, by their ids; SLURM is asked once.
 
     Raises:
-        UserError: what training would refuse, before anything is queued; or what SLURM refuses.
+        UserError: SLURM does not answer.
     """
-    nodes, per_node = config.launcher.nodes, ranks_per_node(config)
-    config.data.open()
-    config.accumulation(nodes * per_node)
-    if cluster == "slurm" and not (shutil.which("sbatch") and shutil.which("srun")):
-        raise UserError(
-            "this machine has no sbatch: submit from a login node of the cluster, or run here with "
-            "--cluster local"
+    jobs = list(jobs)
+    ids = [job.id for job in jobs if job.cluster == "slurm"]
+    found = _ask_slurm(ids) if ids and shutil.which("squeue") else {}
+    found |= {job.id: _local_state(job.id) for job in jobs if job.cluster == "local"}
+    return {job.id: found.get(job.id, State("ENDED")) for job in jobs}
+
+
+def _ask_slurm(ids: list[str]) -> dict[str, State]:
+    columns = "--format=%i|%T|%N|%D|%L|%r"
+    answer = _run(
+        "squeue", "--noheader", "--array", "--states=all", columns, f"--jobs={_list(ids)}"
+    )
+    if answer.returncode and "Invalid job id" not in answer.stderr:
+        raise UserError(f"squeue does not answer: {' '.join(answer.stderr.split())}")
+    found = {}
+    for line in answer.stdout.splitlines():
+        job, word, hosts, count, left, reason = line.split("|")
+        found[job] = State(word, hosts or count, left, reason)
+    forgotten = [job for job in ids if job not in found]
+    if forgotten and shutil.which("sacct"):  # fails where the cluster keeps no accounts
+        options = (
+            *("--noheader", "--parsable2", "--allocations"),
+            "--format=JobID,State,NodeList",
         )
-    executor = AutoExecutor(config.run_dir / "jobs", cluster=cluster)
-    executor.update_parameters(**parameters(config, cluster))
-    try:
-        with _own_output():
-            job = executor.submit(Training(config))
-    except (FailedJobError, FailedSubmissionError) as error:
-        raise UserError(f"SLURM refuses the job: {' '.join(str(error).split())}") from None
-    return Job(job.job_id, config.run_dir)
+        for line in _run("sacct", *options, f"--jobs={_list(forgotten)}").stdout.splitlines():
+            job, word, hosts = line.split("|")
+            found[job] = State(word.split()[0], hosts)
+    return found
 
 
-def ranks_per_node(config: Config) -> int:
-    """One rank a GPU; without GPUs, one a node."""
-    return max(1, config.launcher.gpus_per_node)
+def _list(ids: list[str]) -> str:
+    return ",".join(ids)
 
 
-def parameters(config: Config, cluster: Cluster) -> dict[str, Any]:
-    """A run's `launcher` section in the words of submitit's AutoExecutor."""
-    place, per_node = config.launcher, ranks_per_node(config)
-    shared = {
-        "name": config.run.name,
-        "timeout_min": place.time,
-        "cpus_per_task": place.cpus_per_task,
-        "stderr_to_stdout": True,
-    }
-    if cluster == "local":  # submitit knows one node here: this machine takes all ranks
-        return shared | {
-            "nodes": 1,
-            "tasks_per_node": place.nodes * per_node,
-            "gpus_per_node": place.nodes * place.gpus_per_node,
-        }
-    return shared | {
-        "nodes": place.nodes,
-        "tasks_per_node": per_node,
-        "gpus_per_node": place.gpus_per_node or None,
-        "slurm_partition": place.partition,
-        "slurm_account": place.account,
-        "slurm_signal_delay_s": 120,
-        "slurm_setup": [FORGET],
-        # srun does not take sbatch's --cpus-per-task over.
-        "slurm_srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={place.cpus_per_task}"],
-        "slurm_additional_parameters": {"requeue": True},
-    }
+def _local_state(pid: str) -> State:
+    with contextlib.suppress(psutil.Error):
+        if "submitit.local" in " ".join(psutil.Process(int(pid)).cmdline()):
+            return State("RUNNING", "localhost")
+    return State("ENDED")
 
 
-def _output(*command: str) -> subprocess.CompletedProcess[str]:
-    try:
-        return subprocess.run(command, capture_output=True, text=True)
-    except FileNotFoundError:
-        raise UserError(f"this machine has no {command[0]}") from None
+def holder(run: Path) -> Job | None:
+    """The live job that holds a run's folder: it trains there, or waits to.
+
+    Raises:
+        UserError: a process that is no job of this folder trains there, or SLURM does not answer.
+    """
+    jobs = _jobs_of(run)
+    lock = run / ".lock"
+    text = lock.read_text() if lock.exists() else ""
+    if text.startswith("{"):
+        written = json.loads(text)
+        if written["job"] and written["job"] not in (job.id for job in jobs):
+            jobs.append(Job(written["job"], run, "slurm", ""))
+    known = states(jobs)
+    live = [job for job in jobs if known[job.id].is_live]
+    if not live and lock.exists() and _is_locked(lock):
+        raise UserError(f"another process is training in {run}; wait for it, or set run.output_dir")
+    return live[-1] if live else None
 
 
-@contextmanager
-def _own_output() -> Iterator[None]:
-    """Processes started inside write to nowhere, and keep no pipe of the caller's open."""
-    streams = (1, 2)
-    kept = [os.dup(stream) for stream in streams]
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    try:
-        for stream in streams:
-            os.dup2(nowhere, stream)
-        yield
-    finally:
-        for stream, copy in zip(streams, kept, strict=True):
-            os.dup2(copy, stream)
-            os.close(copy)
-        os.close(nowhere)
+def _is_locked(path: Path) -> bool:
+    with open(path) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # a file system without locks
+            return False
+    return False
+
+
+def cancel(jobs: list[Job]) -> list[Job]:
+    """Stop jobs for good; training saves first if time allows.
+
+    Returns:
+        Those that were still live.
+
+    Raises:
+        UserError: all have ended, or SLURM refuses.
+    """
+    known = states(jobs)
+    live = [job for job in jobs if known[job.id].is_live]
+    if not live:
+        raise UserError(f"job {_list([job.id for job in jobs])} has ended already")
+    for job in live:
+        if job.cluster == "local":
+            os.kill(int(job.id), signal.SIGTERM)
+    ids = [job.id for job in live if job.cluster == "slurm"]
+    if ids:
+        answer = _run("scancel", *ids)
+        if answer.returncode:
+            raise UserError(" ".join(answer.stderr.split()))
+    return live
+
+
+def _run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True)

@@ -52,6 +52,14 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus >= ranks ? cpus / ranks : 1))}
 unset SLURM_CPU_BIND SLURM_CPU_BIND_LIST SLURM_CPU_BIND_TYPE SLURM_CPU_BIND_VERBOSE
 unset RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT
 
-exec srun --kill-on-bad-exit=1 --nodes="$SLURM_JOB_NUM_NODES" \
+trap : TERM # srun gets it too, and ends when the ranks have saved
+code=0
+srun --kill-on-bad-exit=1 --nodes="$SLURM_JOB_NUM_NODES" \
     --ntasks="$((SLURM_JOB_NUM_NODES * ranks))" --ntasks-per-node="$ranks" "${share[@]}" \
-    python -u train.py "$@"
+    python -u train.py "$@" || code=$?
+
+# A container lacks SLURM's commands: training then asks by this code to be queued again.
+if ((code == 75)); then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"

@@ -1,12 +1,15 @@
 """Which process of how many this is, and the process group they form."""
 
+import itertools
 import os
 import re
+import socket
 import time
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -15,7 +18,11 @@ from shards.errors import UserError
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of the run."""
+    """This process among those of the run.
+
+    Attributes:
+        hosts: where each rank is, as SLURM calls it; empty under other launchers.
+    """
 
     rank: int
     world_size: int
@@ -23,10 +30,15 @@ class Ranks:
     local_world_size: int
     master_addr: str
     master_port: int
+    hosts: tuple[str, ...] = ()
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
+
+    @property
+    def spans_hosts(self) -> bool:
+        return self.local_world_size < self.world_size
 
 
 def find_ranks(env: dict[str, str]) -> Ranks:
@@ -67,24 +79,64 @@ def _from_launcher(env: dict[str, str]) -> Ranks:
 
 
 def _from_srun(env: dict[str, str]) -> Ranks:
+    hosts = expand_hosts(env["SLURM_STEP_NODELIST"])
+    tasks = _expand_counts(env["SLURM_STEP_TASKS_PER_NODE"])
     return Ranks(
         rank=int(env["SLURM_PROCID"]),
         world_size=int(env["SLURM_STEP_NUM_TASKS"]),
         local_rank=int(env["SLURM_LOCALID"]),
-        local_world_size=int(env["SLURM_STEP_TASKS_PER_NODE"].split("(")[0].split(",")[0]),
-        master_addr=first_host(env["SLURM_STEP_NODELIST"]),
+        local_world_size=tasks[0],
+        master_addr=hosts[0],
         master_port=20_000 + int(env["SLURM_JOB_ID"]) % 20_000,
+        hosts=tuple(host for host, n in zip(hosts, tasks, strict=False) for _ in range(n)),
     )
 
 
-def first_host(nodelist: str) -> str:
-    """The first host of SLURM's compressed list: `gpu[03-05,9],b1` gives `gpu03`."""
-    first = re.split(r",(?![^\[]*\])", nodelist)[0]
-    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first)
+def expand_hosts(nodelist: str) -> list[str]:
+    """SLURM's compressed list in full: `gpu[03-05,9],b1` is gpu03, gpu04, gpu05, gpu9 and b1."""
+    found = []
+    for group in re.split(r",(?![^\[]*\])", nodelist):
+        parts = re.split(r"\[([^\]]*)\]", group)  # text and ranges in turn
+        choices = [_expand_range(p) if i % 2 else [p] for i, p in enumerate(parts)]
+        found += ["".join(choice) for choice in itertools.product(*choices)]
+    return found
+
+
+def _expand_range(ranges: str) -> list[str]:
+    found = []
+    for part in ranges.split(","):
+        first, _, last = part.partition("-")
+        found += [f"{i:0{len(first)}}" for i in range(int(first), int(last or first) + 1)]
+    return found
+
+
+def _expand_counts(counts: str) -> list[int]:
+    """Tasks of each host: `2(x3),1` is 2, 2, 2 and 1."""
+    found = []
+    for part in counts.split(","):
+        count, _, times = part.rstrip(")").partition("(x")
+        found += [int(count)] * int(times or 1)
+    return found
+
+
+def network_interface(ranks: Ranks) -> str | None:
+    """The interface that leads to another host of the run; None where that cannot be told."""
+    own = ranks.hosts[ranks.rank] if ranks.hosts else None
+    others = [host for host in (ranks.master_addr, *ranks.hosts) if host != own]
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((others[0], 9))  # sends nothing: the kernel chooses a way
+            address = probe.getsockname()[0]
+    except (OSError, IndexError):
+        return None
+    for name, addresses in psutil.net_if_addrs().items():
+        if address in (entry.address for entry in addresses) and not address.startswith("127."):
+            return name
+    return None
 
 
 def start_process_group(
-    ranks: Ranks, timeout: float = 600, *, compiles: bool = False
+    ranks: Ranks, timeout: float = 600, *, compiles: bool = False, interface: str | None = None
 ) -> torch.device:
     """Join the process group through DeepSpeed and choose this rank's device.
 
@@ -92,6 +144,7 @@ def start_process_group(
         ranks: which process this is.
         timeout: seconds after which a collective that others do not join ends the process.
         compiles: leave torch.compile on where there is no accelerator.
+        interface: network interface to talk over; by default the one to the other hosts.
 
     Returns:
         The accelerator of this local rank, or the CPU (over gloo) where there is none.
@@ -105,6 +158,11 @@ def start_process_group(
         if "OMP_NUM_THREADS" not in os.environ:
             cores = len(os.sched_getaffinity(0))
             torch.set_num_threads(max(1, cores // ranks.local_world_size))
+    if interface:
+        os.environ.update(GLOO_SOCKET_IFNAME=interface, NCCL_SOCKET_IFNAME=interface)
+    elif ranks.spans_hosts and (found := network_interface(ranks)):
+        # gloo takes the address of this host's name, which on many systems is a loopback.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", found)
     os.environ.update(
         RANK=str(ranks.rank),
         WORLD_SIZE=str(ranks.world_size),
@@ -174,24 +232,28 @@ def lost_ranks(ranks: Ranks, patience: float = 10) -> list[int]:
 
 
 def free_port() -> int:
-    import socket
-
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return sock.getsockname()[1]
+
+
+def host_name() -> str:
+    """This host, as SLURM calls it where it does."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def raise_together(problem: UserError | None) -> None:
     """Raise on all ranks what any rank has to complain of; all ranks call it.
 
     Raises:
-        UserError: the first rank's that has one.
+        UserError: the first rank's that has one, with its host where others have none.
     """
-    found: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, None if problem is None else str(problem))
-    for text in found:
-        if text is not None:
-            raise UserError(text)
+    found: list[tuple[str, str | None]] = [("", None)] * dist.get_world_size()
+    dist.all_gather_object(found, (host_name(), None if problem is None else str(problem)))
+    broken = {host: text for host, text in reversed(found) if text is not None}
+    if broken:
+        host, text = next(reversed(broken.items()))
+        raise UserError(text if {host for host, _ in found} == set(broken) else f"{host}: {text}")
 
 
 def check_shared(file: Path) -> None:

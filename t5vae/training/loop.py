@@ -9,7 +9,7 @@ import torch.distributed as dist
 from shards import Batch, ShardStream, UserError
 from t5vae.config import Config
 from t5vae.objective import mmd_weight
-from t5vae.training import checkpoint, setup
+from t5vae.training import attempts, checkpoint, setup
 from t5vae.training.build import build_model
 from t5vae.training.distributed import (
     Ranks,
@@ -26,9 +26,10 @@ from t5vae.training.engine import (
     set_learning_rate,
     sharded,
 )
+from t5vae.training.health import Meeting
 from t5vae.training.heldout import held_out
 from t5vae.training.losses import Step, latent_diagnostics, micro_step, real_tokens, step_metrics
-from t5vae.training.preemption import StopRequest, requeue_job
+from t5vae.training.preemption import StopRequest, queue_again
 from t5vae.training.randomness import seed_everything
 from t5vae.training.resuming import resume
 from t5vae.training.runlog import RunLog, Stopwatch, log_libraries_to, quiet_start
@@ -48,7 +49,8 @@ def run(config: Config, ranks: Ranks, stop: StopRequest) -> None:
         UserError: for anything a user can mend: no shards, a batch that does not divide, a run
             that cannot be resumed, no disk space, losses that stay not finite.
     """
-    dataset = setup.check_before_start(config, ranks.world_size)
+    with Meeting(config, ranks) as meeting:
+        dataset = setup.check_before_start(config, ranks.world_size)
     identity = setup.identity(config, dataset)
     folder, steps = config.run_dir, config.train.steps
     if setup.is_finished(config, identity):
@@ -59,14 +61,21 @@ def run(config: Config, ranks: Ranks, stop: StopRequest) -> None:
     setup.make_folder(folder / "logs")
     log_file = folder / "logs" / f"rank-{ranks.rank:05d}.log"
     with quiet_start(log_file):
-        device = start_process_group(ranks, config.train.timeout, compiles=config.model.compile)
-        lock = _lock(config, ranks)
+        device = start_process_group(
+            ranks,
+            config.train.timeout,
+            compiles=config.model.compile,
+            interface=config.launcher.interface,
+        )
+        lock, attempt = _lock(config, ranks)
+        health = meeting.report(device)
         with sharded(config, ranks.world_size):
             model = build_model(config, dataset, device)
         engine = build_engine(model, config, ranks.world_size)
         limit_waiting(config.train.timeout)
     log_libraries_to(log_file)
     log = RunLog(config, enabled=ranks.is_first)
+    log.attempt(attempt, health)
     accumulation = config.accumulation(ranks.world_size)
     stream = ShardStream(
         dataset,
@@ -88,7 +97,7 @@ def run(config: Config, ranks: Ranks, stop: StopRequest) -> None:
     step = start.step
     log.describe(setup.describe(config, dataset, ranks.world_size))
     if ranks.is_first:
-        setup.write_config(config)
+        config.write()
 
     log.start(step)
     clock, tokens_since = Stopwatch(), 0.0
@@ -175,11 +184,12 @@ def run(config: Config, ranks: Ranks, stop: StopRequest) -> None:
     saver.close()
     log.close()
     (requeue,) = all_sum(stop.requeue and step < steps, device=device)
-    if requeue and ranks.is_first:
-        requeue_job()
     dist.destroy_process_group()
     if lock:
+        lock.truncate(0)
         lock.close()
+    if requeue and ranks.is_first:
+        queue_again()
 
 
 def _fetch(stream: ShardStream, count: int) -> tuple[list[Batch], UserError | None]:
@@ -189,17 +199,22 @@ def _fetch(stream: ShardStream, count: int) -> tuple[list[Batch], UserError | No
         return [], error
 
 
-def _lock(config: Config, ranks: Ranks) -> IO[str] | None:
-    """Lock the run's folder, or refuse on all ranks: one that left alone would hang the rest."""
-    lock, problem = None, None
+def _lock(config: Config, ranks: Ranks) -> tuple[IO[str] | None, int]:
+    """Lock the run's folder, or refuse on all ranks: one that left alone would hang the rest.
+
+    Returns:
+        On rank 0 the lock, and the number of this attempt.
+    """
+    lock, attempt, problem = None, 0, None
     if ranks.is_first:
         try:
             lock = setup.prepare_run_dir(config)
+            attempt = attempts.begin(config, ranks.hosts)
         except UserError as error:
             problem = error
     raise_together(problem)
     check_shared(config.run_dir / setup.LOCK)
-    return lock
+    return lock, attempt
 
 
 def _finish_save(saver: Saver, config: Config, log: RunLog, *, last: bool) -> None:

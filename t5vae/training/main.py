@@ -4,10 +4,12 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 
 from shards.errors import DISK_FULL, UserError
 from t5vae.config import Config, load_config
-from t5vae.training.preemption import StopRequest
+from t5vae.training.errors import LostRankError
+from t5vae.training.preemption import StopRequest, queue_again
 
 DEFAULT_CONFIG = "configs/quickstart.yaml"
 USAGE = """Train a T5-VAE: deepspeed train.py [CONFIG] [section.key=value ...] [--debug]
@@ -20,9 +22,7 @@ Example: deepspeed train.py configs/quickstart.yaml train.steps=100 run.output_d
 def main(arguments: list[str]) -> int:
     """`train.py [CONFIG] [dotted.key=value ...] [--debug]`; returns the exit code.
 
-    0: done, or told to stop and saved. 1: a rank was lost, or a fault of the program. 2: something
-    for the user to mend, in one line from local rank 0; with --debug the traceback is shown. 130: a
-    second Ctrl-C.
+    See `exit_code_of`; with --debug the traceback of a user's mistake is shown.
     """
     if {"-h", "--help"} & set(arguments):
         print(USAGE)
@@ -31,8 +31,22 @@ def main(arguments: list[str]) -> int:
     # The deepspeed launcher appends --local_rank=N; the environment says the same.
     given = [a for a in arguments if a != "--debug" and not a.startswith("--local_rank")]
     path = given.pop(0) if given and "=" not in given[0] else DEFAULT_CONFIG
+    return exit_code_of(lambda: train(load_config(path, given)), debug=debug)
+
+
+def exit_code_of(work: Callable[[], None], *, debug: bool = False) -> int:
+    """Do some work of a rank; what goes wrong is told in one line, and by an exit code.
+
+    0: done, or told to stop and saved. 1: a rank was lost, or a fault of the program. 2: something
+    for the user to mend, in one line from local rank 0. 75: saved, and the job's script is to queue
+    it again. 130: a second Ctrl-C.
+
+    Args:
+        work: as `train`.
+        debug: show a traceback in place of the line.
+    """
     try:
-        train(load_config(path, given))
+        work()
     except (UserError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in DISK_FULL:
             raise
@@ -47,12 +61,10 @@ def main(arguments: list[str]) -> int:
         if debug:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
+        if error.requeue:
+            queue_again()
         return 1
     return 0
-
-
-class LostRankError(Exception):
-    """Another process of the run ended, or does not answer."""
 
 
 def train(config: Config) -> None:
@@ -78,7 +90,11 @@ def train(config: Config) -> None:
         if not lost:
             raise
         names = ", ".join(map(str, lost))
+        hosts = " on " + ", ".join({ranks.hosts[rank]: 0 for rank in lost}) if ranks.hosts else ""
         raise LostRankError(
-            f"rank {names} of {ranks.world_size} is lost: it ended, or did not answer in time; the "
-            "same command goes on from the newest checkpoint"
+            f"rank {names} of {ranks.world_size}{hosts} is lost: it ended, or did not answer in "
+            "time; the same command goes on from the newest checkpoint",
+            # Where only a process ended, srun tells this one to end too. A first host that is lost
+            # takes the job's script with it: SLURM sees that itself.
+            requeue=ranks.is_first and (stop.requeue or not stop.requested),
         ) from error

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from types import FrameType
 
+AGAIN = 75  # EX_TEMPFAIL of sysexits.h: slurm/train.sh and the launcher's script then requeue
+
 
 class StopRequest:
     """What the signals asked for.
@@ -37,14 +39,34 @@ class StopRequest:
         self.requeue = self.requeue or number == signal.SIGUSR2
 
 
-def requeue_job() -> bool:
-    """Ask SLURM to run this job again; False outside a SLURM job.
+def job_id() -> str | None:
+    """The SLURM job that this process belongs to; ARRAY_TASK in an array."""
+    array, task = (os.environ.get(f"SLURM_ARRAY_{part}_ID") for part in ("JOB", "TASK"))
+    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
 
-    Raises:
-        subprocess.CalledProcessError: if SLURM refuses.
+
+def requeue_job() -> bool:
+    """Ask SLURM to run this job again.
+
+    Returns:
+        False outside a job, where SLURM's commands are missing, as in a container, or where SLURM
+        refuses, which is told.
     """
-    job = os.environ.get("SLURM_JOB_ID")
+    job = job_id()
     if job is None or shutil.which("scontrol") is None:
         return False
-    subprocess.run(["scontrol", "requeue", job], check=True)
-    return True
+    answer = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
+    if answer.returncode:
+        reason = " ".join(answer.stderr.split())
+        print(f"job {job} is not queued again: {reason}", file=sys.stderr)
+    return answer.returncode == 0
+
+
+def queue_again() -> None:
+    """Ask SLURM to run this job again, or end this process with the code that asks its script to.
+
+    Raises:
+        SystemExit: with `AGAIN`, in a job whose container lacks SLURM's commands.
+    """
+    if job_id() and not requeue_job():
+        sys.exit(AGAIN)

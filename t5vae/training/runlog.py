@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from shards.errors import DISK_FULL
 from t5vae.config import Config
+from t5vae.training.preemption import job_id
 from t5vae.training.saving import Saved
 
 METRICS = "metrics.jsonl"
@@ -69,6 +70,16 @@ class RunLog:
             f"{facts['train_sequences']:,} sequences, {facts['epochs']} epochs in "
             f"{self.steps:,} steps"
         )
+
+    def attempt(self, number: int, health: str | None) -> None:
+        """Which start of the run this is, and on what."""
+        job = job_id()
+        if number > 1 or job:
+            self.say(f"attempt {number}" + (f", job {job}" if job else ""))
+        if health:
+            self.say(health)
+        if self.wandb is not None:
+            self.wandb.config.update({"attempt": number}, allow_val_change=True)
 
     def start(self, step: int) -> None:
         """Show the bar, where there is a terminal."""

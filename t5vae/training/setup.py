@@ -1,10 +1,12 @@
 """What follows from a configuration, what is checked before a process group exists, the folder."""
 
+import errno
 import fcntl
 import json
 import os
 import secrets
 import shutil
+import subprocess
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,8 +17,11 @@ from t5vae.config import Config
 from t5vae.model import T5VAE, check_tokenizer, flops_per_token, parameter_counts
 from t5vae.training.build import is_installed, model_config
 from t5vae.training.checkpoint import FORMAT, check_identity, newest_manifest, verify
+from t5vae.training.distributed import host_name
+from t5vae.training.preemption import job_id
 
 LOCK = ".lock"
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 def describe(config: Config, dataset: Dataset | None, world_size: int) -> dict[str, Any]:
@@ -140,7 +145,8 @@ def make_folder(folder: Path) -> None:
 def prepare_run_dir(config: Config) -> IO[str]:
     """Make the run's folder and lock it; rank 0 alone. The lock dies with this process.
 
-    The lock's file then holds what no other has, by which other ranks know the folder.
+    The lock's file then says who holds it, with a token like no other, by which other ranks know
+    the folder. File systems without locks, as Lustre may be, go by that alone.
 
     Raises:
         UserError: if another process trains in it, or `checkpoint.resume` is "never" and it holds
@@ -148,19 +154,26 @@ def prepare_run_dir(config: Config) -> IO[str]:
     """
     folder = config.run_dir
     make_folder(folder / "checkpoints")
+    job = job_id()
     try:
         lock = open(folder / LOCK, "a+")  # noqa: SIM115 (held until the run ends)
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        lock.truncate(0)
-        lock.write(secrets.token_hex(16))
-        lock.flush()
-        os.fsync(lock.fileno())  # so that other hosts read it
-    except BlockingIOError:
-        raise UserError(
-            f"another process is training in {folder}; wait for it, or set run.output_dir"
-        ) from None
+        lock.seek(0)
+        before = _holder(lock.read())
+        held = _is_locked(lock) or (before.get("job") not in (None, job) and _is_running(before))
+        if not held:
+            holder = {"job": job, "host": host_name(), "token": secrets.token_hex(16)}
+            lock.truncate(0)
+            lock.write(json.dumps(holder))
+            lock.flush()
+            os.fsync(lock.fileno())  # so that other hosts read it
     except OSError as error:
         raise UserError(f"cannot use the run folder {folder}: {error.strerror}") from None
+    if held:
+        lock.close()
+        who = f" (job {before['job']} on {before['host']})" if before.get("job") else ""
+        raise UserError(
+            f"another process{who} is training in {folder}; wait for it, or set run.output_dir"
+        )
     if config.checkpoint.resume == "never" and any((folder / "checkpoints").iterdir()):
         lock.close()
         raise UserError(
@@ -168,6 +181,37 @@ def prepare_run_dir(config: Config) -> IO[str]:
             "set it to auto, or choose another run.output_dir"
         )
     return lock
+
+
+def _holder(text: str) -> dict[str, Any]:
+    """Who wrote a lock's file; empty where nobody did, or an older version."""
+    try:
+        holder = json.loads(text)
+    except ValueError:
+        return {}
+    return holder if isinstance(holder, dict) else {}
+
+
+def _is_locked(lock: IO[str]) -> bool:
+    """Lock a file; whether another process has it already."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    return False
+
+
+def _is_running(holder: dict[str, Any]) -> bool:
+    """Whether SLURM runs its job now."""
+    states = "--states=RUNNING,SUSPENDED,COMPLETING"
+    command = ["squeue", "--noheader", states, f"--jobs={holder['job']}"]
+    try:
+        return bool(subprocess.run(command, capture_output=True, timeout=60).stdout.strip())
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return False
 
 
 def is_finished(config: Config, identity: dict[str, Any]) -> bool:
@@ -185,14 +229,6 @@ def is_finished(config: Config, identity: dict[str, Any]) -> bool:
     if manifest["step"] < config.train.steps:
         return False
     return verify(folder / f"step-{manifest['step']:08d}") is None
-
-
-def write_config(config: Config) -> None:
-    """Save the resolved configuration in the run's folder, atomically."""
-    path = config.run_dir / "config.yaml"
-    tmp = Path(f"{path}.{os.getpid()}.tmp")
-    tmp.write_text(config.dump())
-    tmp.replace(path)
 
 
 def identity(config: Config, dataset: Dataset) -> dict[str, Any]:

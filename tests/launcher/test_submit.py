@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 
@@ -126,9 +127,9 @@ def test_resume_submits_the_folder_as_it_stands(config_file, slurm, launch):
 
 def test_status_logs_and_cancel_find_a_job_by_run_or_id(config_file, slurm, launch):
     launch("submit", config_file)
-    assert "77  ENDED" in launch("status")[1]
-    slurm("squeue", "echo RUNNING")
-    assert "77  RUNNING" in launch("status", "runs/tiny")[1]
+    assert re.search(r"^77 +ENDED ", launch("status")[1], re.M)
+    slurm("squeue", "echo '77|RUNNING|node1|1|59:00|None'")
+    assert re.search(r"^77 +RUNNING +node1 ", launch("status", "runs/tiny")[1], re.M)
     assert launch("logs", "77")[0] == 2
     (config_file.parent / "runs/tiny/jobs/77_0_log.out").write_text("a line\n")
     assert launch("logs", "77")[1] == "a line\n"
@@ -158,7 +159,7 @@ def test_the_launcher_loads_no_accelerator():
 
 def test_a_users_mistake_in_a_task_ends_with_code_2(config_file, monkeypatch, capsys):
     import t5vae.training
-    from launcher.jobs import Training
+    from launcher.task import Training
 
     def train(config):
         raise UserError("no space")

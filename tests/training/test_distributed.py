@@ -1,7 +1,7 @@
 import pytest
 
 from shards.errors import UserError
-from t5vae.training.distributed import Ranks, check_shared, find_ranks, first_host
+from t5vae.training.distributed import Ranks, check_shared, expand_hosts, find_ranks
 
 DEEPSPEED = {
     "RANK": "3",
@@ -124,23 +124,24 @@ def test_an_incomplete_or_malformed_environment_is_refused_in_one_line(env):
 
 
 @pytest.mark.parametrize(
-    ("nodelist", "host"),
+    ("nodelist", "hosts"),
     [
         ("localhost", "localhost"),
-        ("a1,b2", "a1"),
-        ("gpu[03-05,9],b1", "gpu03"),
-        ("b1,gpu[03-05]", "b1"),
+        ("a1,b2", "a1 b2"),
+        ("gpu[03-05,9],b1", "gpu03 gpu04 gpu05 gpu9 b1"),
+        ("b1,gpu[03-05]", "b1 gpu03 gpu04 gpu05"),
         ("gpu[3]", "gpu3"),
-        ("gpu[007,010-012]", "gpu007"),
+        ("gpu[007,010-012]", "gpu007 gpu010 gpu011 gpu012"),
+        ("gpu[098-101]", "gpu098 gpu099 gpu100 gpu101"),
         ("a-b-01", "a-b-01"),
-        ("a-b-[01-02]", "a-b-01"),
-        ("node[1-2].cluster", "node1.cluster"),
-        ("rack[1-2]n[3-4]", "rack1n3"),
-        ("node1.cluster,node[2-3].cluster", "node1.cluster"),
+        ("a-b-[01-02]", "a-b-01 a-b-02"),
+        ("node[1-2].cluster", "node1.cluster node2.cluster"),
+        ("rack[1-2]n[3-4]", "rack1n3 rack1n4 rack2n3 rack2n4"),
+        ("node1.cluster,node[2-3].cluster", "node1.cluster node2.cluster node3.cluster"),
     ],
 )
-def test_first_host_of_slurms_compressed_list(nodelist, host):
-    assert first_host(nodelist) == host
+def test_slurms_compressed_list_of_hosts_is_expanded(nodelist, hosts):
+    assert expand_hosts(nodelist) == hosts.split()
 
 
 def test_a_folder_that_all_ranks_see_is_shared(together, tmp_path):

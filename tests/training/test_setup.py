@@ -321,7 +321,7 @@ def test_another_release_of_transformers_does_not_forbid_to_resume(make_config, 
 def test_the_resolved_configuration_is_saved_and_loads_as_the_same(make_config):
     config = make_config()
     config.run_dir.mkdir()
-    setup.write_config(config)
+    config.write()
     path = config.run_dir / "config.yaml"
     assert load_config(path) == config
     assert yaml.safe_load(path.read_text())["optim"]["lr"] == config.optim.lr

@@ -1,20 +1,19 @@
-"""The configuration of a run: frozen, checked as a whole, one YAML file with dotted overrides.
+"""Every section of a configuration, with its keys, their ranges, and what goes with what."""
 
-Imports nothing heavy: a launcher on a login node reads configurations too.
-"""
-
-import difflib
+import math
+import os
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
     Tag,
-    ValidationError,
     model_validator,
 )
 
@@ -264,15 +263,67 @@ class Log(Section):
     """Log to Weights & Biases: online with a key, offline without."""
 
 
+def minutes(time: Any) -> Any:
+    """SLURM's ways to write a time, such as 90, 1:30:00 or 2-12, in minutes, rounded up.
+
+    Raises:
+        ValueError: for text that is none of them.
+    """
+    if not isinstance(time, str):
+        return time
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
+    if not found:
+        raise ValueError("write minutes, hours:minutes:seconds, or days-hours")
+    days, *rest = found.groups()
+    given = [int(part) for part in rest if part is not None]
+    if days is None and len(given) < 3:  # minutes[:seconds]
+        given = [0, *given]
+    hours, mins, secs = given + [0] * (3 - len(given))
+    return int(days or 0) * 1440 + hours * 60 + mins + math.ceil(secs / 60)
+
+
 class Launcher(Section):
+    """What `t5vae-launch submit` asks SLURM for."""
+
     nodes: int = Field(default=1, ge=1)
     gpus_per_node: int = Field(default=0, ge=0)
     """One rank a GPU; 0 for one rank a node, on CPU."""
     cpus_per_task: int = Field(default=1, ge=1)
-    time: int = Field(default=60, ge=1)
-    """Time limit in minutes."""
+    time: Annotated[int, BeforeValidator(minutes), Field(ge=1)] = 60
+    """Time limit in minutes, or as SLURM writes it: 24:00:00, 2-12. The job then goes on in a new
+    turn."""
     partition: str | None = None
     account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    """Features that nodes must have."""
+    exclude: str | None = None
+    """Hosts to leave out."""
+    gres: str | None = None
+    """Generic resources of a node, where GPUs are asked for that way: gpu:a100:8."""
+    mem: str | None = None
+    """Memory of a node: 64G; 0 for all of it."""
+    mail_user: str | None = None
+    mail_type: str | None = None
+    """When to write to mail_user: BEGIN, END, FAIL, REQUEUE, ALL."""
+    array_parallelism: int | None = Field(default=None, ge=1)
+    """How many runs of a sweep train at once; null for all."""
+    slurm: dict[str, str | int | bool] | None = None
+    """Any other option of sbatch, by its long name: {reservation: friday, exclusive: true}."""
+    srun_args: list[str] = []
+    """Options of srun, such as a container's: [--container-image=t5vae.sqsh]."""
+    setup: list[str] = []
+    """Lines of shell before training, on the first node: [module load cuda]."""
+    python: str | None = None
+    """Command in place of this environment's python: apptainer exec --nv t5vae.sif python."""
+    interface: str | None = None
+    """Network interface that ranks talk over; null takes the one that leads to the other hosts."""
+    signal_delay: int = Field(default=120, ge=1)
+    """Seconds before the time limit at which SLURM warns the job, so that it saves."""
+    max_restarts: int = Field(default=3, ge=0)
+    """Restarts in a row of one job, without a new checkpoint, before it gives up."""
+    exclude_unhealthy: bool = False
+    """Queue the run again without the nodes that fail the check before training."""
 
 
 class Config(Section):
@@ -362,99 +413,9 @@ class Config(Section):
         """The whole configuration as YAML."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
-
-def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Read a YAML file and apply `dotted.key=value` overrides.
-
-    Raises:
-        UserError: for a missing or malformed file, an unknown key (the nearest valid one is
-            suggested), a value out of range, or values that do not fit together.
-    """
-    path = Path(path)
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"no configuration at {path}; try configs/quickstart.yaml") from None
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} is not a readable YAML file: {reason}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path} holds no configuration; it must be a mapping of sections")
-    for override in overrides:
-        _apply(tree, override)
-    try:
-        config = Config.model_validate(tree)
-    except ValidationError as error:
-        raise UserError(f"{path}: {_explain(error)}") from None
-    if config.run.name:
-        return config
-    run = config.run.model_copy(update={"name": path.stem})
-    return config.model_copy(update={"run": run})
-
-
-def _apply(tree: dict[str, Any], override: str) -> None:
-    key, equals, value = override.partition("=")
-    if not equals or not key:
-        raise UserError(f"{override!r} is not an override; write section.key=value")
-    *sections, leaf = key.split(".")
-    for section in sections:
-        tree = tree.setdefault(section, {})
-        if not isinstance(tree, dict):
-            raise UserError(f"{key!r}: {section!r} is a value, not a section")
-    try:
-        tree[leaf] = yaml.safe_load(value)
-    except (ValueError, RecursionError, yaml.YAMLError):
-        tree[leaf] = value
-
-
-def keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
-    """Every valid dotted key."""
-    found = []
-    for name, field in section.model_fields.items():
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            found += keys(inner, f"{prefix}{name}.")
-        else:
-            found.append(prefix + name)
-    return found
-
-
-def describe_keys() -> list[tuple[str, str, Any, str]]:
-    """Every key with its type, its default and what it means, in the order of the file."""
-    found = []
-    for key in keys():
-        *sections, leaf = key.split(".")
-        model: type[BaseModel] = Config
-        for section in sections:
-            inner = model.model_fields[section].annotation
-            assert isinstance(inner, type)
-            model = inner
-        field = model.model_fields[leaf]
-        annotation = str(get_type_hints(model)[leaf]).removeprefix("<class '").rstrip("'>")
-        kind = annotation.replace("typing.", "").replace(f"{__name__}.", "")
-        default = "required" if field.is_required() else field.default
-        found.append((key, kind, default, " ".join((field.description or "").split())))
-    return found
-
-
-def _explain(error: ValidationError) -> str:
-    """All that is wrong, in one line."""
-    lines = []
-    for problem in error.errors():
-        where = ".".join(str(part) for part in problem["loc"])
-        if problem["type"] == "extra_forbidden":
-            every = keys()
-            sections = sorted({key.rpartition(".")[0] for key in every} - {""})
-            leaf = where.rpartition(".")[2]
-            near = [key for key in every if key.rpartition(".")[2] == leaf]
-            near = near or difflib.get_close_matches(where, every + sections, n=1, cutoff=0.6)
-            near = near or [key for key in every if leaf in key]
-            hint = f"; did you mean {near[0]}?" if near else ""
-            lines.append(f"unknown key {where}{hint}")
-        elif problem["type"] == "missing":
-            lines.append(f"{where} is missing")
-        elif where:
-            lines.append(f"{where} is {problem['input']!r}: {problem['msg']}")
-        else:
-            lines.append(problem["msg"].removeprefix("Value error, "))
-    return " ".join("; ".join(lines).split())
+    def write(self) -> None:
+        """Save the whole configuration as config.yaml in the run's folder, atomically."""
+        path = self.run_dir / "config.yaml"
+        tmp = Path(f"{path}.{os.getpid()}.tmp")
+        tmp.write_text(self.dump())
+        tmp.replace(path)

@@ -1,0 +1,46 @@
+"""What each task of a job runs: one rank of the training of a configuration."""
+
+import os
+import sys
+
+from submitit import JobEnvironment
+from submitit.helpers import Checkpointable, TorchDistributedEnvironment
+
+from t5vae.config import Config
+
+
+class Training(Checkpointable):
+    """One rank of a training run.
+
+    Training puts its own signal handlers in place of submitit's. Until it has, submitit answers the
+    warning signal by queueing the job again, which it does for a Checkpointable alone.
+    """
+
+    def __init__(self, config: Config):
+        self.config = config
+
+    def __call__(self) -> None:
+        """Train; a process that ends otherwise than well exits with a code of its own."""
+        os.environ.setdefault("OMP_NUM_THREADS", str(self.config.launcher.cpus_per_task))
+        if JobEnvironment().cluster == "local":
+            ranks = TorchDistributedEnvironment()
+            ranks.master_addr = "127.0.0.1"
+            ranks.export(set_cuda_visible_devices=False, overwrite=True)
+        from t5vae.training import exit_code_of
+
+        code = exit_code_of(self._train)
+        if code:
+            sys.exit(code)
+
+    def _train(self) -> None:
+        from t5vae.training import UnhealthyError, train
+
+        try:
+            train(self.config)
+        except UnhealthyError as error:
+            if self.config.launcher.exclude_unhealthy and error.is_first_healthy:
+                from launcher.submission import submit_without
+
+                job = submit_without(error.hosts, self.config)
+                print(f"job {job.id} takes over, without {', '.join(error.hosts)}", flush=True)
+            raise

@@ -1,0 +1,119 @@
+"""Reading a configuration: a YAML file, dotted overrides, and errors in one line."""
+
+import difflib
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from shards.errors import UserError
+from t5vae.config import sections
+from t5vae.config.sections import Config
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 takes 24:00:00 for a number of seconds; here it stays a time."""
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> Any:
+        return node.value if ":" in node.value else super().construct_yaml_int(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Read a YAML file and apply `dotted.key=value` overrides.
+
+    Raises:
+        UserError: for a missing or malformed file, an unknown key (the nearest valid one is
+            suggested), a value out of range, or values that do not fit together.
+    """
+    path = Path(path)
+    try:
+        tree = yaml.load(path.read_text(), _Loader)
+    except FileNotFoundError:
+        raise UserError(f"no configuration at {path}; try configs/quickstart.yaml") from None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is not a readable YAML file: {reason}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} holds no configuration; it must be a mapping of sections")
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{path}: {_explain(error)}") from None
+    if config.run.name:
+        return config
+    run = config.run.model_copy(update={"name": path.stem})
+    return config.model_copy(update={"run": run})
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"{override!r} is not an override; write section.key=value")
+    *path, leaf = key.split(".")
+    for section in path:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise UserError(f"{key!r}: {section!r} is a value, not a section")
+    try:
+        tree[leaf] = yaml.load(value, _Loader)
+    except (ValueError, RecursionError, yaml.YAMLError):
+        tree[leaf] = value
+
+
+def keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """Every valid dotted key."""
+    found = []
+    for name, field in section.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            found += keys(inner, f"{prefix}{name}.")
+        else:
+            found.append(prefix + name)
+    return found
+
+
+def describe_keys() -> list[tuple[str, str, Any, str]]:
+    """Every key with its type, its default and what it means, in the order of the file."""
+    found = []
+    for key in keys():
+        *path, leaf = key.split(".")
+        model: type[BaseModel] = Config
+        for section in path:
+            inner = model.model_fields[section].annotation
+            assert isinstance(inner, type)
+            model = inner
+        field = model.model_fields[leaf]
+        annotation = str(get_type_hints(model)[leaf]).removeprefix("<class '").rstrip("'>")
+        kind = annotation.replace("typing.", "").replace(f"{sections.__name__}.", "")
+        default = "required" if field.is_required() else field.default
+        found.append((key, kind, default, " ".join((field.description or "").split())))
+    return found
+
+
+def _explain(error: ValidationError) -> str:
+    """All that is wrong, in one line."""
+    lines = []
+    for problem in error.errors():
+        where = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            every = keys()
+            parents = sorted({key.rpartition(".")[0] for key in every} - {""})
+            leaf = where.rpartition(".")[2]
+            near = [key for key in every if key.rpartition(".")[2] == leaf]
+            near = near or difflib.get_close_matches(where, every + parents, n=1, cutoff=0.6)
+            near = near or [key for key in every if leaf in key]
+            hint = f"; did you mean {near[0]}?" if near else ""
+            lines.append(f"unknown key {where}{hint}")
+        elif problem["type"] == "missing":
+            lines.append(f"{where} is missing")
+        elif where:
+            lines.append(f"{where} is {problem['input']!r}: {problem['msg']}")
+        else:
+            lines.append(problem["msg"].removeprefix("Value error, "))
+    return " ".join("; ".join(lines).split())
