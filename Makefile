@@ -11,7 +11,7 @@ BIN := .venv/bin
 FROM ?= x = a - 1
 TO ?= x = a + 10 * 2
 
-.PHONY: setup train test test-fast soak lint clean
+.PHONY: setup train test test-fast test-cluster soak cluster-packages cluster-up cluster-down lint clean
 
 setup: .venv/.installed
 
@@ -43,15 +43,30 @@ train: setup
 	@echo 'evaluation   $(RUN)/eval.json'
 
 test: setup
-	$(BIN)/python -m pytest -m 'not soak'
+	$(BIN)/python -m pytest -m 'not soak and not cluster'
 
 test-fast: setup
-	$(BIN)/python -m pytest -m 'not soak and not distributed and not slow'
+	$(BIN)/python -m pytest -m 'not soak and not cluster and not distributed and not slow'
 
-# Runs killed at random moments, KILLS times.
+# On a real SLURM of three hosts on this machine; as root.
+test-cluster: setup
+	$(BIN)/python -m pytest -m cluster
+
+# All that is long: the cluster, and runs killed at random moments, KILLS times.
 KILLS ?= 20
 soak: setup
-	T5VAE_SOAK_KILLS=$(KILLS) $(BIN)/python -m pytest -m soak
+	T5VAE_SOAK_KILLS=$(KILLS) $(BIN)/python -m pytest -m 'soak or cluster'
+
+# That cluster for trying things by hand: sbatch in any shell reaches it.
+NODES ?= 3
+cluster-packages:
+	$(PYTHON) tests/cluster/cluster.py packages
+
+cluster-up: cluster-packages
+	$(PYTHON) tests/cluster/cluster.py up --nodes $(NODES)
+
+cluster-down:
+	$(PYTHON) tests/cluster/cluster.py down
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,9 +1,9 @@
 """A real SLURM of several hosts on one machine: `python3 cluster.py packages | up | down`.
 
-Each host is a network namespace with an address on a bridge, and a slurmd with its own host name and
-/etc/hosts. As root, with Debian's slurm-wlm, munge and iproute2. All files lie in `ROOT`; of the
-machine's own, /etc/slurm/slurm.conf alone is set aside, so that sbatch in any shell reaches this
-cluster, and put back by `down`.
+Each host is a network namespace with an address on a bridge, and a slurmd with a host name and an
+/etc/hosts of its own. As root, with Debian's slurm-wlm, munge and iproute2. All files lie in
+`ROOT`; of the machine's own, /etc/slurm/slurm.conf alone is set aside, so that sbatch in any shell
+reaches this cluster, and put back by `down`.
 """
 
 import argparse
@@ -66,7 +66,7 @@ PartitionName=urgent Nodes=ALL PriorityTier=10 PreemptMode=OFF DefaultTime=60 St
 """
 
 
-class Refusal(Exception):
+class RefusalError(Exception):
     """What whoever runs this can mend."""
 
 
@@ -75,10 +75,17 @@ def packages() -> None:
     if not _missing():
         return
     if os.geteuid() or not shutil.which("apt-get"):
-        raise Refusal(f"{', '.join(_missing())} missing, and only root with apt-get can install it")
+        raise RefusalError(f"{', '.join(_missing())} missing; root installs them with apt-get")
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     for command in ("update -q", "install -q -y --no-install-recommends slurm-wlm munge iproute2"):
-        subprocess.run(["apt-get", *command.split()], env=environment, check=True)
+        if subprocess.run(["apt-get", *command.split()], env=environment).returncode:
+            raise RefusalError(f"apt-get {command} fails")
+
+
+def _require_root() -> None:
+    command = ["unshare", "--net", "--uts", "--mount", "true"]
+    if os.geteuid() or subprocess.run(command, capture_output=True).returncode:
+        raise RefusalError("a cluster of network namespaces needs root")
 
 
 def _missing() -> list[str]:
@@ -92,10 +99,9 @@ def is_up() -> bool:
 
 def up(nodes: int = 3) -> None:
     """Start a controller and some nodes, and wait until they are idle."""
-    if os.geteuid():
-        raise Refusal("a cluster of network namespaces needs root")
+    _require_root()
     if _missing():
-        raise Refusal(f"{', '.join(_missing())} missing: python3 {sys.argv[0]} packages")
+        raise RefusalError(f"{', '.join(_missing())} missing: make cluster-packages")
     if is_up():
         return
     down()
@@ -111,7 +117,7 @@ def up(nodes: int = 3) -> None:
     for name in names:
         start_node(name)
     try:
-        _wait("the nodes", lambda: _idle() == len(names))
+        _wait("the nodes", lambda: idle() == len(names))
     except TimeoutError:
         tail = (ROOT / "ctl.log").read_text().splitlines()[-20:]
         down()
@@ -218,7 +224,8 @@ def _is_alive(daemon: list) -> bool:
     return _started(pid) == started
 
 
-def _idle() -> int:
+def idle() -> int:
+    """How many nodes are well and have nothing to do."""
     answer = subprocess.run(
         ["sinfo", "--noheader", "--Node", "--partition=main", "--format=%T"],
         capture_output=True,
@@ -268,8 +275,7 @@ def in_node(name: str, *command: str) -> subprocess.CompletedProcess:
 
 def down() -> None:
     """End what `up` started, and put back what it changed."""
-    if os.geteuid():
-        raise Refusal("a cluster of network namespaces needs root")
+    _require_root()
     if STATE.exists():
         state = json.loads(STATE.read_text())
         for name in state["nodes"]:
@@ -309,7 +315,7 @@ def main() -> int:
             print(
                 f"SLURM with {', '.join(node_names())}; logs in {ROOT}; end it: make cluster-down"
             )
-    except Refusal as error:
+    except RefusalError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
