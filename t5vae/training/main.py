@@ -5,6 +5,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 from shards.errors import DISK_FULL, UserError
 from t5vae.config import Config, load_config
@@ -78,6 +79,7 @@ def train(config: Config) -> None:
     stop.install()
     from t5vae.training.distributed import find_ranks, leave_process_group, lost_ranks
     from t5vae.training.loop import run
+    from t5vae.training.runlog import quiet_start
 
     ranks = find_ranks(dict(os.environ))
     try:
@@ -86,7 +88,8 @@ def train(config: Config) -> None:
         leave_process_group()  # gloo's threads abort a process that ends without it
         raise
     except RuntimeError as error:
-        lost = lost_ranks(ranks) if ranks.world_size > 1 else []
+        with quiet_start(Path(os.devnull)):  # torch prints a stack for a store that is gone
+            lost = lost_ranks(ranks) if ranks.world_size > 1 else []
         if not lost:
             raise
         names = ", ".join(map(str, lost))

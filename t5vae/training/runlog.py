@@ -1,5 +1,6 @@
 """What a run tells: metrics.jsonl (the truth), a line or a bar for people, wandb, a full log."""
 
+import atexit
 import contextlib
 import json
 import logging
@@ -9,7 +10,7 @@ import secrets
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +79,7 @@ class RunLog:
             self.say(f"attempt {number}" + (f", job {job}" if job else ""))
         if health:
             self.say(health)
-        if self.wandb is not None:
-            self.wandb.config.update({"attempt": number}, allow_val_change=True)
+        self._to_wandb(lambda run: run.config.update({"attempt": number}, allow_val_change=True))
 
     def start(self, step: int) -> None:
         """Show the bar, where there is a terminal."""
@@ -113,8 +113,7 @@ class RunLog:
             self.bar.update(self.task, description=gist)
         else:
             self.say(f"step {record['step']:>7,}/{self.steps:,}  {gist}")
-        if self.wandb is not None:
-            self.wandb.log(record, step=record["step"])
+        self._to_wandb(lambda run: run.log(record, step=record["step"]))
 
     def _write(self) -> None:
         """Append what is unwritten; on a full disk it waits for room, and no half line stays."""
@@ -142,8 +141,26 @@ class RunLog:
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
-        if self.wandb is not None:
-            self.wandb.finish()
+        self._to_wandb(lambda run: run.finish())
+
+    def _to_wandb(self, action: Callable[[Any], None]) -> None:
+        """Do something with the wandb run, if there is one that answers.
+
+        Its service is another process, which a signal to all of a job ends at once; what it then
+        misses is in metrics.jsonl.
+        """
+        if self.wandb is None:
+            return
+        try:
+            action(self.wandb)
+        except Exception as error:  # wandb never stops training
+            self.wandb = None
+            self.say(f"wandb is off: {' '.join(str(error).split())}")
+            atexit.register(_silence)  # before wandb's own exit handler, which fails for the same
+
+
+def _silence() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

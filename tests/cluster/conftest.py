@@ -144,12 +144,13 @@ def slurm(cluster: ModuleType, dataset: Path, tmp_path: Path) -> Iterator[Slurm]
     user("scancel", "--user=root")
     user.wait(lambda: not user("squeue", "--noheader"))
     user.wait(lambda: cluster.idle() == len(cluster.node_names()), lambda: user("sinfo"))
-    assert [name for node in cluster.node_names() for name in programs(cluster, node)] == []
+    user.wait(lambda: not programs(cluster), lambda: f"left on the nodes: {programs(cluster)}")
 
 
-def programs(cluster: ModuleType, node: str) -> list[str]:
-    """What runs on a node beside its slurmd."""
-    names = (Path(f"/proc/{pid}/comm").read_text().strip() for pid in cluster.pids(node))
+def programs(cluster: ModuleType) -> list[str]:
+    """What runs on the nodes beside their slurmd."""
+    every = [Path(f"/proc/{pid}/comm") for n in cluster.node_names() for pid in cluster.pids(n)]
+    names = [file.read_text().strip() for file in every if file.exists()]
     return [name for name in names if name != "slurmd"]
 
 
