@@ -192,11 +192,9 @@ def holder(run: Path) -> Job | None:
     """
     jobs = _jobs_of(run)
     lock = run / ".lock"
-    text = lock.read_text() if lock.exists() else ""
-    if text.startswith("{"):
-        written = json.loads(text)
-        if written["job"] and written["job"] not in (job.id for job in jobs):
-            jobs.append(Job(written["job"], run, "slurm", ""))
+    trains = read_lines(lock)
+    if trains and trains[0]["job"] not in (None, *(job.id for job in jobs)):
+        jobs.append(Job(trains[0]["job"], run, "slurm", ""))
     known = states(jobs)
     live = [job for job in jobs if known[job.id].is_live]
     if not live and lock.exists() and _is_locked(lock):

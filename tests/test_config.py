@@ -396,3 +396,29 @@ def test_compiled_layers_under_zero_3_are_refused(write):
     settings = ["model.compile=true", "deepspeed.zero_stage=3"]
     assert "model.compile" in refusal(write(), settings)
     load_config(write(), ["model.compile=true", "deepspeed.zero_stage=2"])
+
+
+@pytest.mark.parametrize(
+    ("time", "minutes"),
+    [
+        ("90", 90),
+        ("24:00:00", 1440),
+        ("1:30:00", 90),
+        ("00:20:00", 20),
+        ("00:00:30", 1),
+        ("30:00", 30),
+        ("30:01", 31),
+        ("2-12", 3600),
+        ("1-2:30", 1590),
+        ("1-02:30:00", 1590),
+    ],
+)
+def test_a_time_limit_may_be_written_as_slurm_does(write, time, minutes):
+    by_file = write(MINIMAL + f"launcher:\n  time: {time}\n")
+    assert load_config(by_file).launcher.time == minutes
+    assert load_config(write(), [f"launcher.time={time}"]).launcher.time == minutes
+
+
+@pytest.mark.parametrize("time", ["soon", "0", "-5", "1:2:3:4", "1-2-3", "''"])
+def test_what_is_no_time_limit_is_refused(write, time):
+    assert "launcher.time" in refusal(write(), [f"launcher.time={time}"])

@@ -1,7 +1,6 @@
 """Attempts: each start of training in a run's folder, and the end of a job that gets nowhere."""
 
 import json
-import os
 import time
 from typing import Any
 
@@ -49,10 +48,9 @@ def begin(config: Config, hosts: tuple[str, ...]) -> int:
         "hosts": sorted(set(hosts)),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
-    with open(path, "a") as file:
-        file.write(json.dumps(attempt) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    tmp = path.with_suffix(".tmp")
+    tmp.write_text("".join(json.dumps(line) + "\n" for line in [*before, attempt]))
+    tmp.replace(path)
     return len(before) + 1
 
 

@@ -163,7 +163,7 @@ def prepare_run_dir(config: Config) -> IO[str]:
         if not held:
             holder = {"job": job, "host": host_name(), "token": secrets.token_hex(16)}
             lock.truncate(0)
-            lock.write(json.dumps(holder))
+            lock.write(json.dumps(holder) + "\n")
             lock.flush()
             os.fsync(lock.fileno())  # so that other hosts read it
     except OSError as error:

@@ -1,6 +1,9 @@
+import fcntl
+import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from submitit.core.utils import DelayedSubmission
@@ -170,3 +173,251 @@ def test_a_users_mistake_in_a_task_ends_with_code_2(config_file, monkeypatch, ca
         Training(load_config(config_file))()
     assert ended.value.code == 2
     assert capsys.readouterr().err == "error: no space\n"
+
+
+def test_everything_that_slurm_takes_reaches_it(config_file, slurm, launch):
+    code, script, _ = launch(
+        *("submit", config_file, "--dry-run", "--time", "1-12", "--qos", "high", "--mem", "64G"),
+        *("--constraint", "a100|h100", "--exclude", "node[7-9]", "--gres", "gpu:a100:8"),
+        *("--gpus-per-node", 2, "--mail-user", "me@lab.org", "--mail-type", "END,FAIL"),
+        *("--setup", "module load cuda", "--setup", "export X='a b'"),
+        *("--srun-arg=--container-image=my image.sqsh", "launcher.signal_delay=300"),
+        "launcher.slurm={reservation: friday, exclusive: true, contiguous: false}",
+    )
+    assert code == 0
+    lines = script.splitlines()
+    for line in (
+        "#SBATCH --time=2160",
+        "#SBATCH --qos=high",
+        "#SBATCH --mem=64G",
+        "#SBATCH --constraint='a100|h100'",
+        "#SBATCH --exclude='node[7-9]'",
+        "#SBATCH --gres=gpu:a100:8",
+        "#SBATCH --ntasks-per-node=2",
+        "#SBATCH --mail-user=me@lab.org",
+        "#SBATCH --mail-type=END,FAIL",
+        "#SBATCH --reservation=friday",
+        "#SBATCH --exclusive",
+        "#SBATCH --signal=USR2@300",
+        "module load cuda",
+        "export X='a b'",
+    ):
+        assert line in lines
+    assert "'--container-image=my image.sqsh'" in script
+    assert "--gpus-per-node" not in script
+    assert "contiguous" not in script
+    assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+    assert not (config_file.parent / "runs").exists()
+
+
+def test_a_container_stands_in_place_of_python(config_file, slurm, launch):
+    python = "apptainer exec --nv t5vae.sif python"
+    launch("submit", config_file, f"launcher.python={python}")
+    script = (config_file.parent / "runs/tiny/jobs/77_submission.sh").read_text()
+    assert f"{python} -u -m submitit.core._submit" in script
+
+
+@pytest.mark.parametrize(("code", "requeued"), [(0, False), (2, False), (75, True)])
+def test_a_task_can_ask_its_script_to_be_queued_again(
+    config_file, slurm, launch, code, requeued, monkeypatch
+):
+    launch("submit", config_file)
+    slurm("srun", f"exit {code}")
+    slurm("scontrol", "echo $@ > requeued")
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    script = config_file.parent / "runs/tiny/jobs/77_submission.sh"
+    assert subprocess.run(["bash", script]).returncode == code
+    told = config_file.parent / "requeued"
+    assert told.exists() is requeued
+    assert not requeued or told.read_text() == "requeue 77\n"
+
+
+def test_a_sweep_is_every_combination_in_folders_of_their_own(config_file, slurm, launch):
+    slurm("sbatch", "cat $1 > script; echo Submitted batch job 80")
+    code, out, err = launch(
+        *("submit", config_file, "train.steps=9", "--array-parallelism", 2),
+        *("--sweep", "optim.lr=1e-3,0.01", "--sweep", "objective.mmd.kernel=imq,rbf"),
+    )
+    assert code == 0, err
+    sweep = config_file.parent / "runs/tiny"
+    names = [f"lr={lr},kernel={kernel}" for lr in ("1e-3", "0.01") for kernel in ("imq", "rbf")]
+    assert sorted(path.name for path in sweep.iterdir()) == sorted(["jobs", *names])
+    for task, name in enumerate(names):
+        assert f"job 80_{task} on slurm: 1 x 1 ranks\n" in out
+        written = load_config(sweep / name / "config.yaml")
+        assert written.run_dir == Path("runs/tiny") / name
+        assert written.run.name == f"tiny-{name}"
+        assert written.train.steps == 9
+        assert f"{written.optim.lr:g}" in ("0.001", "0.01")
+        sent = DelayedSubmission.load(sweep / f"jobs/80_{task}_submitted.pkl").function
+        assert sent.config == written
+    script = (config_file.parent / "script").read_text()
+    assert "#SBATCH --array=0-3%2\n" in script
+    assert "#SBATCH --job-name=tiny\n" in script
+    assert out.endswith("follow: t5vae-launch logs -f runs/tiny\n")
+    assert launch("status", "80")[1].count("\n") == 5
+    assert launch("status", "80_2")[1].count("\n") == 2
+
+
+@pytest.mark.parametrize(
+    "sweep",
+    ["optim.lr", "optim.lr=", "optim.lr=[1", "launcher.nodes=1,2", "run.seed=1,1", "optim.lrs=1,2"],
+)
+def test_what_is_no_sweep_is_refused_in_one_line(config_file, slurm, launch, sweep):
+    code, out, err = launch("submit", config_file, "--sweep", sweep)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert not (config_file.parent / "runs").exists()
+
+
+def test_a_run_that_a_live_job_holds_is_refused_unless_it_is_to_wait(config_file, slurm, launch):
+    launch("submit", config_file)
+    slurm("squeue", "echo '77|PENDING||1|1:00|Priority'")
+    code, _, err = launch("submit", config_file)
+    assert code == 2
+    assert "runs/tiny is held by job 77" in err
+    assert launch("resume", "runs/tiny")[0] == 2
+
+    slurm("sbatch", "cat $1 > script; echo Submitted batch job 78")
+    assert launch("submit", config_file, "--force")[0] == 0
+    assert "#SBATCH --dependency=afterany:77\n" in (config_file.parent / "script").read_text()
+
+
+def test_a_run_that_plain_sbatch_trains_is_held_and_shown_too(config_file, slurm, launch):
+    run = config_file.parent / "runs/tiny"
+    run.mkdir(parents=True)
+    (run / ".lock").write_text('{"job": "90", "host": "node1", "token": "a"}\n')
+    slurm("squeue", "echo '90|RUNNING|node1|1|59:00|None'")
+    code, _, err = launch("submit", config_file)
+    assert code == 2
+    assert "held by job 90" in err
+    (run / "attempts.jsonl").write_text('{"attempt": 1, "job": "90", "step": 0}\n')
+    assert re.search(r"^90 +RUNNING +node1 .* 0 +59:00 +runs/tiny$", launch("status")[1], re.M)
+    (config_file.parent / "slurm-90.out").write_text("step 1\n")
+    assert launch("logs", "90")[1] == "step 1\n"
+
+
+def test_a_run_that_a_process_trains_is_refused(config_file, slurm, launch):
+    run = config_file.parent / "runs/tiny"
+    run.mkdir(parents=True)
+    with open(run / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        code, _, err = launch("submit", config_file)
+    assert code == 2
+    assert "another process is training in runs/tiny" in err
+    assert launch("submit", config_file)[0] == 0
+
+
+def test_what_slurm_refuses_leaves_nothing_behind(config_file, slurm, launch):
+    slurm("sbatch", "exit 1")
+    assert launch("submit", config_file)[0] == 2
+    assert not (config_file.parent / "runs/tiny").exists()
+
+
+def test_the_configuration_is_put_into_a_new_runs_folder_alone(config_file, slurm, launch):
+    launch("submit", config_file, "train.steps=5")
+    run = config_file.parent / "runs/tiny"
+    assert load_config(run / "config.yaml").train.steps == 5
+    (run / "checkpoints").mkdir()
+    launch("submit", config_file, "train.steps=6")
+    assert load_config(run / "config.yaml").train.steps == 5
+
+
+def test_a_base_from_the_hub_is_put_into_the_runs_folder(
+    config_file, slurm, launch, tmp_path, monkeypatch
+):
+    cached = tmp_path / "cached"
+    cached.mkdir()
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        (cached / name).write_text(name)
+    asked = []
+
+    def snapshot_download(name, allow_patterns):
+        asked.append(name)
+        return str(cached)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    for _ in range(2):
+        assert launch("submit", config_file, "model.base=google/t5-tiny")[0] == 0
+    assert asked == ["google/t5-tiny"]
+    run = config_file.parent / "runs/tiny"
+    assert load_config(run / "config.yaml").model.base == "runs/tiny/base"
+    assert (run / "base/model.safetensors").read_text() == "model.safetensors"
+
+
+def test_a_base_that_cannot_be_had_is_refused(config_file, slurm, launch):
+    slurm("sbatch", "touch queued")
+    code, _, err = launch("submit", config_file, "model.base=no/such-model")
+    assert code == 2
+    assert err.count("\n") == 1
+    assert "no/such-model" in err
+    assert not (config_file.parent / "queued").exists()
+    assert not (config_file.parent / "runs/tiny").exists()
+
+
+def test_status_shows_how_far_a_run_is(config_file, slurm, launch):
+    launch("submit", config_file)
+    run = config_file.parent / "runs/tiny"
+    step = {"step": 2, "loss": 1.25, "tokens_per_second": 12345.6}
+    (run / "metrics.jsonl").write_text(json.dumps(step) + '\n{"step": 3, "lo')
+    (run / "checkpoints/step-00000002").mkdir(parents=True)
+    attempts = [{"attempt": n, "job": "77", "step": 0} for n in (1, 2, 3)]
+    (run / "attempts.jsonl").write_text("".join(json.dumps(a) + "\n" for a in attempts))
+    slurm("squeue", "echo '77|RUNNING|node[1-2]|2|1-02:03:04|None'")
+    heading, row = launch("status")[1].splitlines()
+    assert heading.split() == [
+        *("job", "state", "nodes", "step", "loss", "tokens/s", "checkpoint", "restarts", "left"),
+        "run",
+    ]
+    cells = re.split(r" {2,}", row)
+    checkpoint = cells.pop(6)
+    assert re.fullmatch(r"2, \d+ s ago", checkpoint)
+    assert cells == [
+        *("77", "RUNNING", "node[1-2]", "2/3", "1.2500", "12,346", "2", "1-02:03:04", "runs/tiny")
+    ]
+    slurm("squeue", "echo '77|PENDING||2|1:00:00|Resources'")
+    assert re.search(r"^77 +PENDING \(Resources\) +2 ", launch("status")[1], re.M)
+
+
+def test_a_job_that_slurm_forgot_is_asked_of_its_accounts_then_told_from_the_run(
+    config_file, slurm, launch
+):
+    launch("submit", config_file)
+    run = config_file.parent / "runs/tiny"
+    slurm("sacct", "echo accounting is disabled >&2; exit 1")
+    assert re.search(r"^77 +ENDED ", launch("status")[1], re.M)
+    done = {"step": 3, "loss": None, "tokens_per_second": 1.0}
+    (run / "metrics.jsonl").write_text(json.dumps(done) + "\n")
+    assert re.search(r"^77 +COMPLETED +- +3/3 +- ", launch("status")[1], re.M)
+    slurm("sacct", "echo '77|CANCELLED by 0|node1'")
+    assert re.search(r"^77 +CANCELLED +node1 ", launch("status")[1], re.M)
+    code, _, err = launch("cancel", "77")
+    assert code == 2
+    assert "has ended already" in err
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_job_with_a_broken_node_is_queued_without_it_by_one_rank(
+    config_file, slurm, monkeypatch, capsys, is_first
+):
+    from launcher.task import Training
+    from t5vae.training.errors import UnhealthyError
+
+    def train(config):
+        raise UnhealthyError("node2: no shards", ["node2"], is_first_healthy=is_first)
+
+    slurm("sbatch", "cat $1 >> script; echo Submitted batch job 78")
+    monkeypatch.setattr("t5vae.training.train", train)
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    settings = ["launcher.exclude_unhealthy=true", "launcher.exclude=node9"]
+    with pytest.raises(SystemExit) as ended:
+        Training(load_config(config_file, settings))()
+    assert ended.value.code == 2
+    out, err = capsys.readouterr()
+    assert err == "error: node2: no shards\n"
+    script = config_file.parent / "script"
+    assert script.exists() is is_first
+    if is_first:
+        assert out == "job 78 takes over, without node2\n"
+        assert "#SBATCH --exclude=node9,node2\n" in script.read_text()
+        assert "#SBATCH --dependency=afterany:77\n" in script.read_text()

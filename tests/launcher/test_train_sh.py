@@ -1,4 +1,5 @@
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -16,7 +17,8 @@ ALLOCATION = {
 @pytest.fixture
 def run(stand_in, tmp_path):
     """Run the script as a job would: its exit code, the arguments srun got, and its environment."""
-    stand_in("srun", 'printf "%s\\n" "$@" > arguments; env > environment; exit 3')
+    stand_in("srun", 'printf "%s\\n" "$@" > arguments; env > environment; exit ${SRUN_CODE:-3}')
+    stand_in("scontrol", "echo $@ > requeued")
     activate = tmp_path / ".venv" / "bin" / "activate"
     activate.parent.mkdir(parents=True)
     activate.write_text("export ACTIVATED=default\n")
@@ -30,11 +32,11 @@ def run(stand_in, tmp_path):
             capture_output=True,
             text=True,
         )
-        if result.returncode != 3:
+        if result.returncode not in (3, 75):
             return result.returncode, result.stderr, {}
         srun = (tmp_path / "arguments").read_text().splitlines()
         lines = (tmp_path / "environment").read_text().splitlines()
-        return 3, srun, dict(line.partition("=")[::2] for line in lines)
+        return result.returncode, srun, dict(line.partition("=")[::2] for line in lines)
 
     return start
 
@@ -96,3 +98,15 @@ def test_a_missing_environment_or_job_is_one_line(run):
     code, err, _ = run()
     assert code == 2
     assert "sbatch slurm/train.sh" in err
+
+
+def test_only_a_task_that_asks_for_it_is_queued_again(run, tmp_path):
+    assert run(**ALLOCATION)[0] == 3
+    assert not (tmp_path / "requeued").exists()
+    assert run(**ALLOCATION, SRUN_CODE="75")[0] == 75
+    assert (tmp_path / "requeued").read_text() == "requeue 7\n"
+
+
+@pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
+def test_shellcheck_finds_nothing():
+    subprocess.run(["shellcheck", SCRIPT], check=True)

@@ -1,7 +1,18 @@
+from dataclasses import replace
+
+import psutil
 import pytest
 
 from shards.errors import UserError
-from t5vae.training.distributed import Ranks, check_shared, expand_hosts, find_ranks
+from t5vae.training import distributed
+from t5vae.training.distributed import (
+    Ranks,
+    check_shared,
+    expand_hosts,
+    find_ranks,
+    network_interface,
+    raise_together,
+)
 
 DEEPSPEED = {
     "RANK": "3",
@@ -162,3 +173,35 @@ def test_ranks_that_see_another_folder_are_named_on_all_ranks(together, tmp_path
         assert isinstance(error, UserError)
         assert str(error).startswith("rank 1, 2 of 3 does not find what rank 0 wrote in ")
         assert str(host) in str(error)
+
+
+def test_srun_says_where_each_rank_is():
+    assert find_ranks(SRUN).hosts == ("gpu03", "gpu03", "gpu04", "gpu04")
+    uneven = find_ranks({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "3,1"})
+    assert uneven.hosts == ("gpu03", "gpu03", "gpu03", "gpu04")
+    assert uneven.spans_hosts
+    assert not find_ranks({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "4"}).spans_hosts
+    assert find_ranks(DEEPSPEED).hosts == ()
+
+
+def test_the_interface_is_the_one_that_leads_to_another_host():
+    routed = {name for name in psutil.net_if_addrs() if name != "lo"}
+    elsewhere = Ranks(0, 2, 0, 1, "here", 1, ("here", "192.0.2.1"))
+    assert network_interface(replace(elsewhere, master_addr="192.0.2.1")) in {*routed, None}
+    assert network_interface(Ranks(0, 2, 0, 1, "127.0.0.1", 1)) is None
+    assert network_interface(Ranks(0, 2, 0, 1, "no.such.host.invalid", 1)) is None
+
+
+def test_a_problem_of_one_host_is_told_with_its_name(together, monkeypatch):
+    ranks = together(3)
+    names = ("node1", "node1", "node2")
+    monkeypatch.setattr(distributed, "host_name", lambda: names[ranks.get_rank()])
+
+    def told(*problems):
+        seen = ranks.run(lambda rank: raise_together(problems[rank] and UserError(problems[rank])))
+        return {str(future.exception()) for future in seen}
+
+    assert told(None, None, None) == {"None"}
+    assert told(None, None, "no room") == {"node2: no room"}
+    assert told(None, "no lock", None) == {"node1: no lock"}
+    assert told("same", "same", "same") == {"same"}

@@ -1,14 +1,26 @@
 import errno
 import os
+import signal
 
 import pytest
 
 from shards import open_index
 from t5vae.training import main as program
+from t5vae.training.errors import LostRankError
 from t5vae.training.setup import identity, prepare_run_dir
 
 pytestmark = pytest.mark.usefixtures("own_signals")
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_STEP_ID", "SLURM_LOCALID")
+
+RANKS = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
+    "SLURM_STEP_NODELIST": "gpu[3-4]",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -141,3 +153,45 @@ def test_training_takes_the_signals_over_before_it_loads_anything_heavy(monkeypa
     monkeypatch.setattr("t5vae.training.loop.run", lambda *args: order.append("run"))
     program.train(make_config())
     assert order == ["signals", "run"]
+
+
+def lose_ranks(monkeypatch, make_config, *, told=None):
+    """Train as rank 0 of 2 until a collective fails for want of rank 1; the error."""
+
+    def run(config, ranks, stop):
+        if told:
+            os.kill(os.getpid(), told)
+        raise RuntimeError("Connection closed by peer")
+
+    for name, value in RANKS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("t5vae.training.loop.run", run)
+    monkeypatch.setattr("t5vae.training.distributed.lost_ranks", lambda ranks: [1])
+    with pytest.raises(LostRankError) as caught:
+        program.train(make_config())
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("told", "requeue"), [(None, True), (signal.SIGUSR2, True), (signal.SIGTERM, False)]
+)
+def test_a_job_that_lost_a_host_is_queued_again_but_not_one_that_was_ended(
+    monkeypatch, make_config, told, requeue
+):
+    error = lose_ranks(monkeypatch, make_config, told=told)
+    assert "rank 1 of 2 on gpu4 is lost" in str(error)
+    assert error.requeue is requeue
+
+
+def test_a_lost_rank_is_one_line_and_the_job_is_asked_for_once(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(program, "queue_again", lambda: asked.append(1))
+
+    def lose(requeue):
+        raise LostRankError("rank 1 is lost", requeue=requeue)
+
+    assert program.exit_code_of(lambda: lose(False)) == 1
+    assert asked == []
+    assert program.exit_code_of(lambda: lose(True)) == 1
+    assert asked == [1]
+    assert capsys.readouterr().err == "error: rank 1 is lost\n" * 2

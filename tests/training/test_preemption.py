@@ -3,7 +3,7 @@ import signal
 
 import pytest
 
-from t5vae.training.preemption import StopRequest, requeue_job
+from t5vae.training.preemption import StopRequest, queue_again, requeue_job
 
 pytestmark = pytest.mark.usefixtures("own_signals")
 
@@ -79,3 +79,41 @@ def test_where_slurm_has_no_commands_nothing_is_requeued(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     monkeypatch.setenv("PATH", str(tmp_path))
     assert not requeue_job()
+
+
+def test_a_refusal_of_slurm_is_told_in_one_line(tmp_path, monkeypatch, capsys):
+    command = tmp_path / "scontrol"
+    command.write_text("#!/bin/sh\necho 'Requested operation\nis disabled' >&2; exit 1\n")
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    assert not requeue_job()
+    line = "job 77 is not queued again: Requested operation is disabled\n"
+    assert capsys.readouterr().err == line
+
+
+def test_a_job_in_a_container_asks_by_its_exit_code(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    with pytest.raises(SystemExit) as ended:
+        queue_again()
+    assert ended.value.code == 75
+
+
+def test_a_job_that_slurm_takes_back_ends_well(scontrol, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    queue_again()
+    assert scontrol.read_text() == "requeue 77\n"
+
+
+def test_outside_a_job_nobody_is_asked(scontrol, monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    queue_again()
+    assert not scontrol.exists()
+
+
+def test_a_task_of_an_array_is_requeued_alone(scontrol, monkeypatch):
+    for name, value in {"JOB_ID": "78", "ARRAY_JOB_ID": "77", "ARRAY_TASK_ID": "1"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert requeue_job()
+    assert scontrol.read_text() == "requeue 77_1\n"

@@ -156,3 +156,28 @@ def test_waiting_is_part_of_the_time(monkeypatch):
             pass
     assert watch.waited == 4.0
     assert watch.elapsed == 10.0
+
+
+def test_a_wandb_that_is_gone_stops_nothing_and_is_told_once(log, capfd, monkeypatch):
+    class Gone:
+        def log(self, record, step):
+            raise ConnectionResetError("its service\nis gone")
+
+    monkeypatch.setattr(runlog.atexit, "register", lambda call: None)
+    log.wandb = Gone()
+    log.metrics(record(6))
+    log.metrics(record(7))
+    log.close()
+    assert capfd.readouterr().err.count("wandb is off: its service is gone\n") == 1
+    assert [line["step"] for line in read_metrics(log.path.parent)] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_an_attempt_is_told_where_it_is_not_the_only_one(log, capfd, monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    log.attempt(1, None)
+    assert capfd.readouterr().err == ""
+    log.attempt(2, None)
+    assert capfd.readouterr().err == "attempt 2\n"
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    log.attempt(1, "2 ranks on 2 hosts")
+    assert capfd.readouterr().err == "attempt 1, job 77\n2 ranks on 2 hosts\n"

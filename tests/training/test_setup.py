@@ -1,3 +1,5 @@
+import errno
+import json
 import os
 import shutil
 import signal
@@ -326,3 +328,61 @@ def test_the_resolved_configuration_is_saved_and_loads_as_the_same(make_config):
     assert load_config(path) == config
     assert yaml.safe_load(path.read_text())["optim"]["lr"] == config.optim.lr
     assert list(config.run_dir.iterdir()) == [path]
+
+
+def hold(config, **holder):
+    """Leave a lock that nobody has, as a file system without locks shows it."""
+    (config.run_dir / "checkpoints").mkdir(parents=True)
+    (config.run_dir / setup.LOCK).write_text(json.dumps({"host": "node3", **holder}))
+
+
+@pytest.fixture
+def squeue(tmp_path, monkeypatch):
+    """Sets what SLURM says of the job that it is asked for."""
+    command = tmp_path / "bin" / "squeue"
+    command.parent.mkdir()
+    monkeypatch.setenv("PATH", str(command.parent), prepend=":")
+
+    def says(text):
+        command.write_text(f"#!/bin/sh\necho '{text}'\n")
+        command.chmod(0o755)
+
+    return says
+
+
+def test_the_lock_says_who_holds_it(make_config, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    monkeypatch.setenv("SLURMD_NODENAME", "node3")
+    config = make_config()
+    with setup.prepare_run_dir(config):
+        assert "(job 77 on node3)" in refusal(setup.prepare_run_dir, config)
+
+
+def test_a_run_that_another_job_trains_is_refused_even_where_files_have_no_locks(
+    make_config, squeue, monkeypatch
+):
+    def unlockable(*arguments):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(setup.fcntl, "flock", unlockable)
+    config = make_config()
+    hold(config, job="77")
+    squeue("77 RUNNING")
+    assert "(job 77 on node3)" in refusal(setup.prepare_run_dir, config)
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    setup.prepare_run_dir(config).close()
+
+
+def test_a_lock_of_a_job_that_ended_is_taken(make_config, squeue):
+    config = make_config()
+    hold(config, job="77")
+    squeue("")
+    setup.prepare_run_dir(config).close()
+
+
+@pytest.mark.parametrize("text", ["", "{", "0123abcd", "[1]", "{}"])
+def test_a_lock_with_any_content_can_be_taken(make_config, text):
+    config = make_config()
+    hold(config)
+    (config.run_dir / setup.LOCK).write_text(text)
+    setup.prepare_run_dir(config).close()
