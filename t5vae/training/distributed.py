@@ -159,7 +159,8 @@ def start_process_group(
             cores = len(os.sched_getaffinity(0))
             torch.set_num_threads(max(1, cores // ranks.local_world_size))
     if interface:
-        os.environ.update(GLOO_SOCKET_IFNAME=interface, NCCL_SOCKET_IFNAME=interface)
+        # "=" is NCCL's way to take the name as a whole, not as the beginning of one
+        os.environ.update(GLOO_SOCKET_IFNAME=interface, NCCL_SOCKET_IFNAME=f"={interface}")
     elif ranks.spans_hosts and (found := network_interface(ranks)):
         # gloo takes the address of this host's name, which on many systems is a loopback.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", found)

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 TRAIN = ROOT / "slurm" / "train.sh"
 BIN = Path(sys.executable).parent
 PATIENCE = 240  # seconds until something is given up, far more than anything needs
+OF_SLURM = ("slurmd", "slurmstepd", "slurm_script", "srun")
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
 
@@ -148,10 +149,10 @@ def slurm(cluster: ModuleType, dataset: Path, tmp_path: Path) -> Iterator[Slurm]
 
 
 def programs(cluster: ModuleType) -> list[str]:
-    """What runs on the nodes beside their slurmd."""
+    """What runs on the nodes and is none of SLURM's own."""
     every = [Path(f"/proc/{pid}/comm") for n in cluster.node_names() for pid in cluster.pids(n)]
     names = [file.read_text().strip() for file in every if file.exists()]
-    return [name for name in names if name != "slurmd"]
+    return [name for name in names if name not in OF_SLURM]
 
 
 @pytest.fixture(scope="session")

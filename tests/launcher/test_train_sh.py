@@ -1,5 +1,4 @@
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -105,8 +104,3 @@ def test_only_a_task_that_asks_for_it_is_queued_again(run, tmp_path):
     assert not (tmp_path / "requeued").exists()
     assert run(**ALLOCATION, SRUN_CODE="75")[0] == 75
     assert (tmp_path / "requeued").read_text() == "requeue 7\n"
-
-
-@pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
-def test_shellcheck_finds_nothing():
-    subprocess.run(["shellcheck", SCRIPT], check=True)
