@@ -167,7 +167,7 @@ def start_process_group(
     os.environ.update(
         RANK=str(ranks.rank),
         WORLD_SIZE=str(ranks.world_size),
-        LOCAL_RANK=str(ranks.local_rank),
+        LOCAL_RANK=str(device_index(ranks.local_rank) if accelerated else ranks.local_rank),
         MASTER_ADDR=ranks.master_addr,
         MASTER_PORT=str(ranks.master_port or free_port()),
     )
@@ -176,7 +176,7 @@ def start_process_group(
     # DeepSpeed would compile this when it starts on a CPU; it serves inference alone.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if accelerated:
-        torch.accelerator.set_device_index(ranks.local_rank)
+        torch.accelerator.set_device_index(device_index(ranks.local_rank))
     deepspeed.init_distributed(
         dist_backend=None if accelerated else "gloo",
         auto_mpi_discovery=False,
@@ -186,7 +186,12 @@ def start_process_group(
     if not accelerated:
         return torch.device("cpu")
     kind = torch.accelerator.current_accelerator()
-    return torch.device(kind.type, ranks.local_rank)
+    return torch.device(kind.type, device_index(ranks.local_rank))
+
+
+def device_index(local_rank: int) -> int:
+    """This rank's device among those that it sees; where SLURM shows each task its own, the one."""
+    return local_rank % torch.accelerator.device_count()
 
 
 def limit_waiting(timeout: float) -> None:

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from shards.errors import UserError
 from t5vae.config import Config
-from t5vae.training.distributed import Ranks, all_sum, host_name
+from t5vae.training.distributed import Ranks, all_sum, device_index, host_name
 from t5vae.training.errors import UnhealthyError
 from t5vae.training.runlog import quiet_start
 
@@ -188,5 +188,5 @@ def device_name(local_rank: int) -> str:
     if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.accelerator.is_available():
         return "cpu"
     if torch.cuda.is_available():
-        return torch.cuda.get_device_name(local_rank)
+        return torch.cuda.get_device_name(device_index(local_rank))
     return str(torch.accelerator.current_accelerator())

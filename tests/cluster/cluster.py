@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -26,6 +27,7 @@ NAMESPACES = Path("/run/netns")
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "ip", "nsenter", "unshare")
 BRIDGE = "t5vae0"
 ADDRESS = "10.77.0.{}".format
+MOST = 200  # nodes, which share the last byte of the address
 PATIENCE = 60  # seconds until all nodes must be idle, or a process must have ended
 
 SLURM_CONF = """\
@@ -99,6 +101,8 @@ def is_up() -> bool:
 
 def up(nodes: int = 3) -> None:
     """Start a controller and some nodes, and wait until they are idle."""
+    if not 1 <= nodes <= MOST:
+        raise RefusalError(f"a cluster has 1 to {MOST} nodes, not {nodes}")
     _require_root()
     if _missing():
         raise RefusalError(f"{', '.join(_missing())} missing: make cluster-packages")
@@ -106,22 +110,29 @@ def up(nodes: int = 3) -> None:
         return
     down()
     names = [f"node{number}" for number in range(1, nodes + 1)]
-    ROOT.mkdir(mode=0o755)
-    made = not NAMESPACES.exists()
-    STATE.write_text(json.dumps({"nodes": names, "made_namespaces": made, "daemons": {}}))
-    _write_files(names)
+    try:
+        _begin(names)
+    except (TimeoutError, subprocess.CalledProcessError) as error:
+        logs = [f"{log.name}: {line}" for log in sorted(ROOT.glob("*.out")) for line in _tail(log)]
+        down()
+        raise SystemExit("\n".join([f"the cluster does not come up: {error}", *logs])) from None
+
+
+def _begin(names: list[str]) -> None:
+    ROOT.mkdir()
+    _save({"nodes": names, "made_namespaces": not NAMESPACES.exists(), "daemons": {}})
     _connect(names)
+    _write_files(names)
     _start("munged", "munged", "--foreground", "--force", *_munge_files())
     _wait("munge", (ROOT / "munge.socket").exists)
     _start("slurmctld", *_host("ctl"), "exec slurmctld -D")
     for name in names:
         start_node(name)
-    try:
-        _wait("the nodes", lambda: idle() == len(names))
-    except TimeoutError:
-        tail = (ROOT / "ctl.log").read_text().splitlines()[-20:]
-        down()
-        raise SystemExit("\n".join(["the nodes do not come up:", *tail])) from None
+    _wait("the nodes", lambda: idle() == len(names))
+
+
+def _tail(log: Path) -> list[str]:
+    return log.read_text().splitlines()[-8:]
 
 
 def _munge_files() -> list[str]:
@@ -167,7 +178,7 @@ def _connect(names: list[str]) -> None:
 
 def _ip(command: str) -> str:
     return subprocess.run(
-        ["ip", *command.split()], check=True, capture_output=True, text=True
+        ["ip", *command.split()], check=True, stdout=subprocess.PIPE, text=True
     ).stdout
 
 
@@ -198,7 +209,14 @@ def _start(name: str, *command: str) -> None:
         )
     state = json.loads(STATE.read_text())
     state["daemons"][name] = [process.pid, _started(process.pid)]
-    STATE.write_text(json.dumps(state))
+    _save(state)
+
+
+def _save(state: dict) -> None:
+    """Write the state whole or not at all, so that `down` can always read it."""
+    whole = STATE.with_suffix(".new")
+    whole.write_text(json.dumps(state))
+    whole.replace(STATE)
 
 
 def _daemons() -> dict[str, list]:
@@ -278,6 +296,10 @@ def down() -> None:
     _require_root()
     if STATE.exists():
         state = json.loads(STATE.read_text())
+        # A namespace takes its links with it, but late: the next `up` would meet them.
+        there = {name for _, name in socket.if_nameindex()}
+        for link in there.intersection([BRIDGE, *(f"t5v-{name}" for name in state["nodes"])]):
+            _ip(f"link delete {link}")
         for name in state["nodes"]:
             if (NAMESPACES / f"t5vae-{name}").exists():
                 kill_node(name)
@@ -286,15 +308,15 @@ def down() -> None:
             if _is_alive(daemon):
                 os.kill(daemon[0], signal.SIGKILL)
         _wait("an end", lambda: not any(_is_alive(d) for d in state["daemons"].values()))
-        if Path(f"/sys/class/net/{BRIDGE}").exists():
-            _ip(f"link delete {BRIDGE}")
-        if state["made_namespaces"] and NAMESPACES.exists():
+        # Others may have made namespaces since.
+        if state["made_namespaces"] and NAMESPACES.exists() and not any(NAMESPACES.iterdir()):
             subprocess.run(["umount", NAMESPACES], check=False, capture_output=True)
             NAMESPACES.rmdir()
+    if ROOT.exists():
         shutil.rmtree(ROOT)
     if ASIDE.exists():
         ASIDE.rename(CONF)
-    elif CONF.exists() and "ClusterName=t5vae\n" in CONF.read_text():
+    elif CONF.exists() and f"StateSaveLocation={ROOT}/ctl\n" in CONF.read_text():
         CONF.unlink()
 
 
@@ -305,16 +327,19 @@ def main() -> int:
     commands.add_parser("up", help="start it").add_argument("--nodes", type=int, default=3)
     commands.add_parser("down", help="end it, and put back what was changed")
     chosen = parser.parse_args()
+    os.umask(0o022)  # every user's sbatch reads slurm.conf
     try:
         if chosen.command == "packages":
             packages()
+            print("SLURM's programs are installed")
         elif chosen.command == "down":
             down()
         else:
+            told = "is up already" if is_up() else "is up"
             up(chosen.nodes)
-            print(
-                f"SLURM with {', '.join(node_names())}; logs in {ROOT}; end it: make cluster-down"
-            )
+            nodes = ", ".join(f"{name} ({_address(name)})" for name in node_names())
+            print(f"SLURM {told}: {nodes}; logs in {ROOT}")
+            print("use it: sbatch slurm/train.sh; end it: make cluster-down")
     except RefusalError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -205,3 +205,9 @@ def test_a_problem_of_one_host_is_told_with_its_name(together, monkeypatch):
     assert told(None, None, "no room") == {"node2: no room"}
     assert told(None, "no lock", None) == {"node1: no lock"}
     assert told("same", "same", "same") == {"same"}
+
+
+@pytest.mark.parametrize(("visible", "devices"), [(4, [0, 1, 2, 3]), (1, [0, 0, 0, 0])])
+def test_a_rank_that_is_shown_its_own_device_alone_takes_that(monkeypatch, visible, devices):
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: visible)
+    assert [distributed.device_index(rank) for rank in range(4)] == devices
