@@ -13,7 +13,8 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +24,10 @@ from shards import UserError
 
 Cluster = Literal["slurm", "local"]
 
-OVER = ("ENDED", "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
+OVER = (
+    *("ENDED", "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"),
+    *("BOOT_FAIL", "DEADLINE", "PREEMPTED", "REVOKED"),
+)
 
 
 @dataclass(frozen=True)
@@ -33,12 +37,19 @@ class Job:
     Attributes:
         id: SLURM's, ARRAY_TASK for one of a sweep; of a local job, the process that minds ranks.
         logs: folder of its logs; empty for a job of plain sbatch.
+        time: when it was submitted, or first trained if by plain sbatch; of ISO 8601 with a zone.
     """
 
     id: str
     run: Path
     cluster: Cluster
     logs: str
+    time: str
+
+    @property
+    def order(self) -> tuple[datetime, list[int]]:
+        """Sorts jobs by age, and those of one array by number; the newest last."""
+        return datetime.fromisoformat(self.time), [int(part) for part in self.id.split("_")]
 
     def log(self, rank: int = 0) -> Path:
         """What a rank printed, over all restarts of the job."""
@@ -50,7 +61,7 @@ class Job:
         """Write the job down in its run's folder."""
         folder = self.run / "jobs"
         folder.mkdir(exist_ok=True)
-        record = {"id": self.id, "cluster": self.cluster, "logs": self.logs}
+        record = {key: value for key, value in asdict(self).items() if key != "run"}
         (folder / f"{self.id}.json").write_text(json.dumps(record) + "\n")
 
 
@@ -75,6 +86,10 @@ class State:
         return self.word not in OVER
 
 
+def now() -> str:
+    return datetime.now().astimezone().isoformat(timespec="seconds")
+
+
 def find(run_or_job: str | None = None) -> list[Job]:
     """The jobs of a run's or a sweep's folder, those of an id, or all jobs of the runs in runs/.
 
@@ -94,7 +109,7 @@ def find(run_or_job: str | None = None) -> list[Job]:
         where = f"{run_or_job} in runs/, nor such a run folder"
     if not jobs:
         raise UserError(f"no job {where}")
-    return sorted(jobs, key=lambda job: _numbers(job.id))
+    return sorted(jobs, key=lambda job: job.order)
 
 
 def newest_of_each_run(jobs: list[Job]) -> list[Job]:
@@ -103,10 +118,6 @@ def newest_of_each_run(jobs: list[Job]) -> list[Job]:
 
 def _array(job: str) -> str:
     return job.partition("_")[0]
-
-
-def _numbers(job: str) -> list[int]:
-    return [int(part) for part in job.split("_")]
 
 
 def _jobs_below(folder: Path) -> list[Job]:
@@ -125,8 +136,8 @@ def _jobs_of(run: Path) -> list[Job]:
     jobs = {record["id"]: Job(run=run, **record) for record in records}
     for attempt in read_lines(run / "attempts.jsonl"):
         if attempt["job"] and attempt["job"] not in jobs:
-            jobs[attempt["job"]] = Job(attempt["job"], run, "slurm", "")
-    return list(jobs.values())
+            jobs[attempt["job"]] = Job(attempt["job"], run, "slurm", "", attempt["time"])
+    return sorted(jobs.values(), key=lambda job: job.order)
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -194,7 +205,7 @@ def holder(run: Path) -> Job | None:
     lock = run / ".lock"
     trains = read_lines(lock)
     if trains and trains[0]["job"] not in (None, *(job.id for job in jobs)):
-        jobs.append(Job(trains[0]["job"], run, "slurm", ""))
+        jobs.append(Job(trains[0]["job"], run, "slurm", "", now()))
     known = states(jobs)
     live = [job for job in jobs if known[job.id].is_live]
     if not live and lock.exists() and _is_locked(lock):

@@ -16,7 +16,7 @@ from submitit import AutoExecutor
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.slurm.slurm import _make_sbatch_string
 
-from launcher.jobs import Cluster, Job, holder
+from launcher.jobs import Cluster, Job, holder, now
 from launcher.task import Training
 from shards import UserError
 from t5vae.config import Config, load_config
@@ -190,7 +190,7 @@ def _queue(configs: list[Config], cluster: Cluster, folder: Path, after: list[st
     except (FailedJobError, FailedSubmissionError) as error:
         raise UserError(f"SLURM refuses the job: {' '.join(str(error).split())}") from None
     jobs = [
-        Job(job.job_id, config.run_dir, cluster, str(folder))
+        Job(job.job_id, config.run_dir, cluster, str(folder), now())
         for job, config in zip(queued, configs, strict=True)
     ]
     for job in jobs:

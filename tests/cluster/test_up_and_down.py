@@ -10,8 +10,11 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def taken_down(cluster):
-    """The machine without the cluster, but with a slurm.conf of its own; and with it again."""
+def taken_down(cluster, slurm):
+    """The machine without the cluster, but with a slurm.conf of its own; and with it again.
+
+    The shell's own fixture ends after this one, when the cluster is there again.
+    """
     cluster.down()
     own = cluster.CONF
     fake = not own.exists()
@@ -31,11 +34,12 @@ def make(target):
 
 
 def traces(cluster):
-    """What a cluster would leave on the machine."""
-    commands = (["ip", "-brief", "link"], ["ip", "netns", "list"], ["ps", "-eo", "comm,args"])
+    """What a cluster would leave on the machine; not the dead whom an idle init never buries."""
+    commands = (["ip", "-brief", "link"], ["ip", "netns", "list"], ["ps", "-eo", "args"])
     said = [subprocess.run(c, capture_output=True, text=True, check=True).stdout for c in commands]
     names = ("t5v", "slurmd", "slurmctld", "munged")
-    lines = [line for line in "".join(said).splitlines() if any(name in line for name in names)]
+    living = [line for line in "".join(said).splitlines() if "<defunct>" not in line]
+    lines = [line for line in living if any(name in line for name in names)]
     return lines + ["its folder"] * cluster.ROOT.exists() + ["aside"] * cluster.ASIDE.exists()
 
 

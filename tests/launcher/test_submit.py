@@ -144,6 +144,20 @@ def test_status_logs_and_cancel_find_a_job_by_run_or_id(config_file, slurm, laun
     assert "no job 78" in err
 
 
+def test_the_newest_job_is_the_last_one_submitted_whatever_its_number(config_file, slurm, launch):
+    launch("submit", config_file)
+    old = config_file.parent / "runs/tiny/jobs/77.json"
+    record = json.loads(old.read_text()) | {"time": "2026-01-01T12:00:00+09:00"}
+    old.write_text(json.dumps(record))
+    slurm("sbatch", "echo Submitted batch job 8")  # a counter that began anew
+    launch("submit", config_file)
+    assert [line.split()[0] for line in launch("status")[1].splitlines()] == ["job", "77", "8"]
+    slurm("squeue", "echo '8|RUNNING|node1|1|59:00|None'")
+    slurm("scancel", "echo $@ > cancelled")
+    assert launch("cancel", "runs/tiny")[0] == 0
+    assert (config_file.parent / "cancelled").read_text() == "8\n"
+
+
 def test_status_does_not_call_a_job_ended_when_slurm_is_silent(config_file, slurm, launch):
     launch("submit", config_file)
     slurm("squeue", "echo Unable to contact slurm controller >&2; exit 1")
@@ -290,7 +304,8 @@ def test_a_run_that_plain_sbatch_trains_is_held_and_shown_too(config_file, slurm
     code, _, err = launch("submit", config_file)
     assert code == 2
     assert "held by job 90" in err
-    (run / "attempts.jsonl").write_text('{"attempt": 1, "job": "90", "step": 0}\n')
+    attempt = {"attempt": 1, "job": "90", "step": 0, "time": "2026-01-01T12:00:00+0000"}
+    (run / "attempts.jsonl").write_text(json.dumps(attempt) + "\n")
     assert re.search(r"^90 +RUNNING +node1 .* 0 +59:00 +runs/tiny$", launch("status")[1], re.M)
     (config_file.parent / "slurm-90.out").write_text("step 1\n")
     assert launch("logs", "90")[1] == "step 1\n"
