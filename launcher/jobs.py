@@ -171,7 +171,8 @@ def _ask_slurm(ids: list[str]) -> dict[str, State]:
     found = {}
     for line in answer.stdout.splitlines():
         job, word, hosts, count, left, reason = line.split("|")
-        found[job] = State(word, hosts or count, left, reason)
+        waits = word == "PENDING"  # where a job was before it was requeued says nothing
+        found[job] = State(word, count if waits or not hosts else hosts, left, reason)
     forgotten = [job for job in ids if job not in found]
     if forgotten and shutil.which("sacct"):  # fails where the cluster keeps no accounts
         options = (

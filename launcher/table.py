@@ -12,6 +12,7 @@ from launcher.jobs import Job, State, read_lines
 
 COLUMNS = (
     *("job", "state", "nodes", "step", "loss", "tokens/s", "checkpoint", "restarts", "left", "run"),
+    "reason",
 )
 TAIL = 1 << 16  # bytes: more than any line of metrics
 
@@ -31,8 +32,6 @@ def _row(job: Job, state: State) -> tuple[str, ...]:
     last, steps = last_metrics(job.run), _steps(job.run)
     done = bool(last) and last["step"] == steps
     word = "COMPLETED" if state.word == "ENDED" and done else state.word
-    if word == "PENDING" and state.reason not in ("", "None"):
-        word = f"PENDING ({state.reason})"
     attempts = [a for a in read_lines(job.run / "attempts.jsonl") if a["job"] == job.id]
     return (
         job.id,
@@ -45,6 +44,7 @@ def _row(job: Job, state: State) -> tuple[str, ...]:
         str(max(0, len(attempts) - 1)),
         state.time_left if state.is_live else "-",
         str(job.run),
+        state.reason if state.word == "PENDING" and state.reason != "None" else "",
     )
 
 

@@ -389,8 +389,8 @@ def test_status_shows_how_far_a_run_is(config_file, slurm, launch):
     assert cells == [
         *("77", "RUNNING", "node[1-2]", "2/3", "1.2500", "12,346", "2", "1-02:03:04", "runs/tiny")
     ]
-    slurm("squeue", "echo '77|PENDING||2|1:00:00|Resources'")
-    assert re.search(r"^77 +PENDING \(Resources\) +2 ", launch("status")[1], re.M)
+    slurm("squeue", "echo '77|PENDING|node[1-2]|2|1:00:00|Resources'")
+    assert re.search(r"^77 +PENDING +2 .* runs/tiny +Resources$", launch("status")[1], re.M)
 
 
 def test_a_job_that_slurm_forgot_is_asked_of_its_accounts_then_told_from_the_run(
