@@ -381,7 +381,7 @@ def test_status_shows_how_far_a_run_is(config_file, slurm, launch):
     heading, row = launch("status")[1].splitlines()
     assert heading.split() == [
         *("job", "state", "nodes", "step", "loss", "tokens/s", "checkpoint", "restarts", "left"),
-        "run",
+        *("run", "reason"),
     ]
     cells = re.split(r" {2,}", row)
     checkpoint = cells.pop(6)
