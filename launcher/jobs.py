@@ -7,7 +7,6 @@ sbatch is known from the attempts that its training wrote down.
 
 import contextlib
 import fcntl
-import json
 import os
 import shutil
 import signal
@@ -21,6 +20,7 @@ from typing import Literal
 import psutil
 
 from shards import UserError
+from shards.records import read_records, write_records
 
 Cluster = Literal["slurm", "local"]
 
@@ -62,7 +62,7 @@ class Job:
         folder = self.run / "jobs"
         folder.mkdir(exist_ok=True)
         record = {key: value for key, value in asdict(self).items() if key != "run"}
-        (folder / f"{self.id}.json").write_text(json.dumps(record) + "\n")
+        write_records(folder / f"{self.id}.json", [record])
 
 
 @dataclass(frozen=True)
@@ -132,20 +132,13 @@ def _jobs_below(folder: Path) -> list[Job]:
 
 
 def _jobs_of(run: Path) -> list[Job]:
-    records = (json.loads(path.read_text()) for path in (run / "jobs").glob("*.json"))
+    files = (run / "jobs").glob("*.json")
+    records = [record for file in files for record in read_records(file)]
     jobs = {record["id"]: Job(run=run, **record) for record in records}
-    for attempt in read_lines(run / "attempts.jsonl"):
+    for attempt in read_records(run / "attempts.jsonl"):
         if attempt["job"] and attempt["job"] not in jobs:
             jobs[attempt["job"]] = Job(attempt["job"], run, "slurm", "", attempt["time"])
     return sorted(jobs.values(), key=lambda job: job.order)
-
-
-def read_lines(path: Path) -> list[dict]:
-    """The objects of a file of lines of JSON, without one that a crash cut short."""
-    if not path.exists():
-        return []
-    lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def states(jobs: Iterable[Job]) -> dict[str, State]:
@@ -204,7 +197,7 @@ def holder(run: Path) -> Job | None:
     """
     jobs = _jobs_of(run)
     lock = run / ".lock"
-    trains = read_lines(lock)
+    trains = read_records(lock)
     if trains and trains[0]["job"] not in (None, *(job.id for job in jobs)):
         jobs.append(Job(trains[0]["job"], run, "slurm", "", now()))
     known = states(jobs)

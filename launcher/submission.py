@@ -16,7 +16,7 @@ from submitit import AutoExecutor
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.slurm.slurm import _make_sbatch_string
 
-from launcher.jobs import Cluster, Job, holder, now
+from launcher.jobs import Cluster, Job, cancel, holder, now
 from launcher.task import Training
 from shards import UserError
 from t5vae.config import Config, load_config
@@ -85,7 +85,7 @@ def submit(
 
     Raises:
         UserError: what training would refuse, before anything is queued; a run folder that a live
-            job holds; or what SLURM refuses.
+            job holds; what SLURM refuses; or a folder that cannot be written.
     """
     if cluster == "slurm" and not (shutil.which("sbatch") and shutil.which("srun")):
         raise UserError(
@@ -99,9 +99,11 @@ def submit(
     folder = folder or configs[0].run_dir / "jobs"
     try:
         return _queue([make_ready(config) for config in configs], cluster, folder, after)
-    except UserError:
+    except (UserError, OSError) as error:
         for run in new:
             shutil.rmtree(run, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise UserError(f"cannot write the run's folder: {error}") from None
         raise
 
 
@@ -193,8 +195,12 @@ def _queue(configs: list[Config], cluster: Cluster, folder: Path, after: list[st
         Job(job.job_id, config.run_dir, cluster, str(folder), now())
         for job, config in zip(queued, configs, strict=True)
     ]
-    for job in jobs:
-        job.record()
+    try:
+        for job in jobs:
+            job.record()
+    except OSError:
+        cancel(jobs)
+        raise
     return jobs
 
 

@@ -1,14 +1,13 @@
 """What `t5vae-launch status` shows of jobs: from SLURM, and from their runs' folders."""
 
-import json
-import os
 import time
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from launcher.jobs import Job, State, read_lines
+from launcher.jobs import Job, State
+from shards import UserError
+from shards.records import read_records
+from t5vae.config import load_config
 
 COLUMNS = (
     *("job", "state", "nodes", "step", "loss", "tokens/s", "checkpoint", "restarts", "left", "run"),
@@ -30,14 +29,15 @@ def table(jobs: list[Job], states: dict[str, State]) -> str:
 
 def _row(job: Job, state: State) -> tuple[str, ...]:
     last, steps = last_metrics(job.run), _steps(job.run)
+    of = "?" if steps is None else f"{steps:,}"
     done = bool(last) and last["step"] == steps
     word = "COMPLETED" if state.word == "ENDED" and done else state.word
-    attempts = [a for a in read_lines(job.run / "attempts.jsonl") if a["job"] == job.id]
+    attempts = [a for a in read_records(job.run / "attempts.jsonl") if a["job"] == job.id]
     return (
         job.id,
         word,
         state.nodes,
-        f"{last['step']:,}/{steps:,}" if last else "-",
+        f"{last['step']:,}/{of}" if last else "-",
         f"{last['loss']:.4f}" if last and last["loss"] is not None else "-",
         f"{last['tokens_per_second']:,.0f}" if last else "-",
         _checkpoint(job.run),
@@ -50,19 +50,16 @@ def _row(job: Job, state: State) -> tuple[str, ...]:
 
 def last_metrics(run: Path) -> dict[str, Any]:
     """The last whole line of a run's metrics; empty before it."""
-    path = run / "metrics.jsonl"
-    if not path.exists():
-        return {}
-    with open(path, "rb") as file:
-        file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL))
-        lines = file.read().splitlines(keepends=True)
-    whole = [line for line in lines if line.endswith(b"\n")]
-    return json.loads(whole[-1]) if whole else {}
+    records = read_records(run / "metrics.jsonl", tail=TAIL)
+    return records[-1] if records else {}
 
 
-def _steps(run: Path) -> int:
-    path = run / "config.yaml"
-    return yaml.safe_load(path.read_text())["train"]["steps"] if path.exists() else 0
+def _steps(run: Path) -> int | None:
+    """How many are to be done; None where the run's configuration is of another version."""
+    try:
+        return load_config(run / "config.yaml").train.steps
+    except UserError:
+        return None
 
 
 def _checkpoint(run: Path) -> str:

@@ -1,7 +1,6 @@
 """Every section of a configuration, with its keys, their ranges, and what goes with what."""
 
 import math
-import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -18,6 +17,7 @@ from pydantic import (
 )
 
 from shards.errors import UserError
+from shards.records import write_whole
 
 if TYPE_CHECKING:
     from shards import Dataset
@@ -415,7 +415,4 @@ class Config(Section):
 
     def write(self) -> None:
         """Save the whole configuration as config.yaml in the run's folder, atomically."""
-        path = self.run_dir / "config.yaml"
-        tmp = Path(f"{path}.{os.getpid()}.tmp")
-        tmp.write_text(self.dump())
-        tmp.replace(path)
+        write_whole(self.run_dir / "config.yaml", self.dump())

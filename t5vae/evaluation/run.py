@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from shards import UserError
+from shards.records import write_whole
 from t5vae.config import load_config
 from t5vae.evaluation.evaluate import evaluate
 from t5vae.latent import LatentSpace
@@ -62,9 +63,7 @@ def evaluate_run(run: str | Path, **overrides: Any) -> tuple[dict[str, Any], boo
         interpolations=settings["interpolations"],
     )
     report["made_from"] = made_from
-    tmp = folder / f"{REPORT}.tmp"
-    tmp.write_text(json.dumps(report, indent=1))
-    tmp.replace(folder / REPORT)
+    write_whole(folder / REPORT, json.dumps(report, indent=1))
     return report, False
 
 

@@ -1,10 +1,9 @@
 """Attempts: each start of training in a run's folder, and the end of a job that gets nowhere."""
 
-import json
-import time
-from typing import Any
+from datetime import datetime
 
 from shards.errors import UserError
+from shards.records import read_records, write_records
 from t5vae.config import Config
 from t5vae.training.checkpoint import newest_manifest
 from t5vae.training.preemption import job_id
@@ -24,10 +23,10 @@ def begin(config: Config, hosts: tuple[str, ...]) -> int:
 
     Raises:
         UserError: if this job was started again `launcher.max_restarts` times already since its
-            newest checkpoint.
+            newest checkpoint; or if the attempts cannot be read or written.
     """
     path = config.run_dir / ATTEMPTS
-    before = _read(path.read_text()) if path.exists() else []
+    before = read_records(path)
     manifest = newest_manifest(config.run_dir / "checkpoints")
     step = manifest["step"] if manifest else 0
     job = job_id()
@@ -46,14 +45,10 @@ def begin(config: Config, hosts: tuple[str, ...]) -> int:
         "job": job,
         "step": step,
         "hosts": sorted(set(hosts)),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "time": datetime.now().astimezone().isoformat(timespec="seconds"),
     }
-    tmp = path.with_suffix(".tmp")
-    tmp.write_text("".join(json.dumps(line) + "\n" for line in [*before, attempt]))
-    tmp.replace(path)
+    try:
+        write_records(path, [*before, attempt])
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
     return len(before) + 1
-
-
-def _read(text: str) -> list[dict[str, Any]]:
-    """All attempts; a line that a crash cut short is left out."""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]

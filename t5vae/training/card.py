@@ -17,12 +17,13 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from shards import Dataset, UserError
+from shards.records import read_records, write_whole
 from t5vae.config import Config, load_config
 from t5vae.evaluation.evaluate import ROWS, SCHEMA_VERSION, table
 from t5vae.evaluation.run import REPORT
 from t5vae.model import T5VAE, T5VAEConfig, parameter_counts
 from t5vae.training import checkpoint
-from t5vae.training.runlog import METRICS, read_metrics
+from t5vae.training.runlog import METRICS
 
 TAGS = ["t5-vae", "t5vae", "latent-space", "variational-autoencoder"]
 LOGGED = ("loss", "reconstruction", "nats_per_token", "mmd", "epps_pulley", "latent_square")
@@ -102,10 +103,8 @@ def write_card(run: Path, export: Path) -> None:
         training=_training(config, model, run, int(source.removeprefix("step-"))),
         evaluation=_evaluation(report),
     )
-    tmp = export / "README.md.tmp"
     text = f"---\n{_metadata(config, report).to_yaml()}\n---\n\n{body}"
-    tmp.write_text(text, encoding="utf-8")
-    tmp.replace(export / "README.md")
+    write_whole(export / "README.md", text)
 
 
 def dataset_name(location: str) -> str:
@@ -217,7 +216,7 @@ def _training(config: Config, model: T5VAEConfig, run: Path, step: int) -> str:
         "steps": f"{step:,} of {config.train.steps:,}",
         "sequences seen": f"{step * config.data.global_batch_size:,}",
     }
-    records = read_metrics(run) if (run / METRICS).is_file() else []
+    records = read_records(run / METRICS)
     # Training may have gone on since the checkpoint.
     last: dict[str, Any] = next((r for r in reversed(records) if r["step"] <= step), {})
     for name in LOGGED:

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from shards.errors import UserError
+from shards.records import write_whole
 from t5vae.config import Config
 from t5vae.training.distributed import Ranks, all_sum, device_index, host_name
 from t5vae.training.errors import UnhealthyError
@@ -167,10 +168,8 @@ class Meeting:
         own = statistics.median(times[1:])
         seconds = all_sum(own, device=device)[0] / self.ranks.world_size
         if self.ranks.is_first:
-            path = self.config.run_dir / HEALTH
-            tmp = path.with_suffix(".tmp")
-            tmp.write_text(json.dumps({"all_reduce": seconds, "ranks": self.rows}, indent=1) + "\n")
-            tmp.replace(path)
+            told = json.dumps({"all_reduce": seconds, "ranks": self.rows}, indent=1)
+            write_whole(self.config.run_dir / HEALTH, told + "\n")
         hosts = sorted({row["host"] for row in self.rows})
         return (
             f"{self.ranks.world_size} ranks on {len(hosts)} hosts ({', '.join(hosts)}); an "

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from shards.errors import DISK_FULL
+from shards.records import read_records, write_records
 from t5vae.config import Config
 from t5vae.training.preemption import job_id
 from t5vae.training.saving import Saved
@@ -54,10 +55,7 @@ class RunLog:
         """Drop the lines past a checkpoint, atomically: their steps will be done again."""
         if not self.enabled or not self.path.exists():
             return
-        kept = [line for line in _whole_lines(self.path) if json.loads(line)["step"] <= step]
-        tmp = self.path.with_suffix(".tmp")
-        tmp.write_text("".join(kept))
-        tmp.replace(self.path)
+        write_records(self.path, [line for line in read_records(self.path) if line["step"] <= step])
 
     def say(self, text: str) -> None:
         """One line for people, above the bar if there is one."""
@@ -164,13 +162,8 @@ def _silence() -> None:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The records of a run; a last line cut short by a crash is left out."""
-    return [json.loads(line) for line in _whole_lines(folder / METRICS)]
-
-
-def _whole_lines(path: Path) -> list[str]:
-    with open(path) as file:
-        return [line for line in file if line.endswith("\n")]
+    """The records of a run."""
+    return read_records(folder / METRICS)
 
 
 def _start_wandb(config: Config) -> Any:

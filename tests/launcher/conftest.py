@@ -1,5 +1,6 @@
 """A small dataset, a configuration to train on it, and stand-ins for SLURM's commands."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 import yaml
 
 import shards
+from launcher.cli import main
 
 
 @pytest.fixture(scope="session")
@@ -60,3 +62,26 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, 
         return file
 
     return make
+
+
+@pytest.fixture
+def launch(monkeypatch, capsys):
+    """Run the command line in this process: its exit code, stdout and stderr."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["t5vae-launch", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        captured = capsys.readouterr()
+        return ended.value.code or 0, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def slurm(stand_in):
+    """sbatch that takes every job as number 77, and a queue that does not know it."""
+    stand_in("srun", "exit 1")
+    stand_in("sbatch", "echo Submitted batch job 77")
+    stand_in("squeue", "echo slurm_load_jobs error: Invalid job id specified >&2; exit 1")
+    return stand_in

@@ -1,6 +1,3 @@
-import fcntl
-import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,32 +5,8 @@ from pathlib import Path
 import pytest
 from submitit.core.utils import DelayedSubmission
 
-from launcher.cli import main
 from shards import UserError
 from t5vae.config import load_config
-
-
-@pytest.fixture
-def launch(monkeypatch, capsys):
-    """Run the command line in this process: its exit code, stdout and stderr."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["t5vae-launch", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        captured = capsys.readouterr()
-        return ended.value.code or 0, captured.out, captured.err
-
-    return run
-
-
-@pytest.fixture
-def slurm(stand_in):
-    """sbatch that takes every job as number 77, and a queue that does not know it."""
-    stand_in("srun", "exit 1")
-    stand_in("sbatch", "echo Submitted batch job 77")
-    stand_in("squeue", "echo slurm_load_jobs error: Invalid job id specified >&2; exit 1")
-    return stand_in
 
 
 @pytest.mark.parametrize(
@@ -126,44 +99,6 @@ def test_resume_submits_the_folder_as_it_stands(config_file, slurm, launch):
     assert sent.run_dir == run
     assert sent.train.steps == 9
     assert sent.checkpoint.resume == "auto"
-
-
-def test_status_logs_and_cancel_find_a_job_by_run_or_id(config_file, slurm, launch):
-    launch("submit", config_file)
-    assert re.search(r"^77 +ENDED ", launch("status")[1], re.M)
-    slurm("squeue", "echo '77|RUNNING|node1|1|59:00|None'")
-    assert re.search(r"^77 +RUNNING +node1 ", launch("status", "runs/tiny")[1], re.M)
-    assert launch("logs", "77")[0] == 2
-    (config_file.parent / "runs/tiny/jobs/77_0_log.out").write_text("a line\n")
-    assert launch("logs", "77")[1] == "a line\n"
-    slurm("scancel", "echo $@ > cancelled")
-    assert launch("cancel", "runs/tiny")[0] == 0
-    assert (config_file.parent / "cancelled").read_text() == "77\n"
-    code, _, err = launch("logs", "78")
-    assert code == 2
-    assert "no job 78" in err
-
-
-def test_the_newest_job_is_the_last_one_submitted_whatever_its_number(config_file, slurm, launch):
-    launch("submit", config_file)
-    old = config_file.parent / "runs/tiny/jobs/77.json"
-    record = json.loads(old.read_text()) | {"time": "2026-01-01T12:00:00+09:00"}
-    old.write_text(json.dumps(record))
-    slurm("sbatch", "echo Submitted batch job 8")  # a counter that began anew
-    launch("submit", config_file)
-    assert [line.split()[0] for line in launch("status")[1].splitlines()] == ["job", "77", "8"]
-    slurm("squeue", "echo '8|RUNNING|node1|1|59:00|None'")
-    slurm("scancel", "echo $@ > cancelled")
-    assert launch("cancel", "runs/tiny")[0] == 0
-    assert (config_file.parent / "cancelled").read_text() == "8\n"
-
-
-def test_status_does_not_call_a_job_ended_when_slurm_is_silent(config_file, slurm, launch):
-    launch("submit", config_file)
-    slurm("squeue", "echo Unable to contact slurm controller >&2; exit 1")
-    code, _, err = launch("status")
-    assert code == 2
-    assert "Unable to contact" in err
 
 
 def test_the_launcher_loads_no_accelerator():
@@ -283,45 +218,6 @@ def test_what_is_no_sweep_is_refused_in_one_line(config_file, slurm, launch, swe
     assert not (config_file.parent / "runs").exists()
 
 
-def test_a_run_that_a_live_job_holds_is_refused_unless_it_is_to_wait(config_file, slurm, launch):
-    launch("submit", config_file)
-    slurm("squeue", "echo '77|PENDING||1|1:00|Priority'")
-    code, _, err = launch("submit", config_file)
-    assert code == 2
-    assert "runs/tiny is held by job 77" in err
-    assert launch("resume", "runs/tiny")[0] == 2
-
-    slurm("sbatch", "cat $1 > script; echo Submitted batch job 78")
-    assert launch("submit", config_file, "--force")[0] == 0
-    assert "#SBATCH --dependency=afterany:77\n" in (config_file.parent / "script").read_text()
-
-
-def test_a_run_that_plain_sbatch_trains_is_held_and_shown_too(config_file, slurm, launch):
-    run = config_file.parent / "runs/tiny"
-    run.mkdir(parents=True)
-    (run / ".lock").write_text('{"job": "90", "host": "node1", "token": "a"}\n')
-    slurm("squeue", "echo '90|RUNNING|node1|1|59:00|None'")
-    code, _, err = launch("submit", config_file)
-    assert code == 2
-    assert "held by job 90" in err
-    attempt = {"attempt": 1, "job": "90", "step": 0, "time": "2026-01-01T12:00:00+0000"}
-    (run / "attempts.jsonl").write_text(json.dumps(attempt) + "\n")
-    assert re.search(r"^90 +RUNNING +node1 .* 0 +59:00 +runs/tiny$", launch("status")[1], re.M)
-    (config_file.parent / "slurm-90.out").write_text("step 1\n")
-    assert launch("logs", "90")[1] == "step 1\n"
-
-
-def test_a_run_that_a_process_trains_is_refused(config_file, slurm, launch):
-    run = config_file.parent / "runs/tiny"
-    run.mkdir(parents=True)
-    with open(run / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        code, _, err = launch("submit", config_file)
-    assert code == 2
-    assert "another process is training in runs/tiny" in err
-    assert launch("submit", config_file)[0] == 0
-
-
 def test_what_slurm_refuses_leaves_nothing_behind(config_file, slurm, launch):
     slurm("sbatch", "exit 1")
     assert launch("submit", config_file)[0] == 2
@@ -369,47 +265,6 @@ def test_a_base_that_cannot_be_had_is_refused(config_file, slurm, launch):
     assert not (config_file.parent / "runs/tiny").exists()
 
 
-def test_status_shows_how_far_a_run_is(config_file, slurm, launch):
-    launch("submit", config_file)
-    run = config_file.parent / "runs/tiny"
-    step = {"step": 2, "loss": 1.25, "tokens_per_second": 12345.6}
-    (run / "metrics.jsonl").write_text(json.dumps(step) + '\n{"step": 3, "lo')
-    (run / "checkpoints/step-00000002").mkdir(parents=True)
-    attempts = [{"attempt": n, "job": "77", "step": 0} for n in (1, 2, 3)]
-    (run / "attempts.jsonl").write_text("".join(json.dumps(a) + "\n" for a in attempts))
-    slurm("squeue", "echo '77|RUNNING|node[1-2]|2|1-02:03:04|None'")
-    heading, row = launch("status")[1].splitlines()
-    assert heading.split() == [
-        *("job", "state", "nodes", "step", "loss", "tokens/s", "checkpoint", "restarts", "left"),
-        *("run", "reason"),
-    ]
-    cells = re.split(r" {2,}", row)
-    checkpoint = cells.pop(6)
-    assert re.fullmatch(r"2, \d+ s ago", checkpoint)
-    assert cells == [
-        *("77", "RUNNING", "node[1-2]", "2/3", "1.2500", "12,346", "2", "1-02:03:04", "runs/tiny")
-    ]
-    slurm("squeue", "echo '77|PENDING|node[1-2]|2|1:00:00|Resources'")
-    assert re.search(r"^77 +PENDING +2 .* runs/tiny +Resources$", launch("status")[1], re.M)
-
-
-def test_a_job_that_slurm_forgot_is_asked_of_its_accounts_then_told_from_the_run(
-    config_file, slurm, launch
-):
-    launch("submit", config_file)
-    run = config_file.parent / "runs/tiny"
-    slurm("sacct", "echo accounting is disabled >&2; exit 1")
-    assert re.search(r"^77 +ENDED ", launch("status")[1], re.M)
-    done = {"step": 3, "loss": None, "tokens_per_second": 1.0}
-    (run / "metrics.jsonl").write_text(json.dumps(done) + "\n")
-    assert re.search(r"^77 +COMPLETED +- +3/3 +- ", launch("status")[1], re.M)
-    slurm("sacct", "echo '77|CANCELLED by 0|node1'")
-    assert re.search(r"^77 +CANCELLED +node1 ", launch("status")[1], re.M)
-    code, _, err = launch("cancel", "77")
-    assert code == 2
-    assert "has ended already" in err
-
-
 @pytest.mark.parametrize("is_first", [True, False])
 def test_a_job_with_a_broken_node_is_queued_without_it_by_one_rank(
     config_file, slurm, monkeypatch, capsys, is_first
@@ -436,3 +291,21 @@ def test_a_job_with_a_broken_node_is_queued_without_it_by_one_rank(
         assert out == "job 78 takes over, without node2\n"
         assert "#SBATCH --exclude=node9,node2\n" in script.read_text()
         assert "#SBATCH --dependency=afterany:77\n" in script.read_text()
+
+
+@pytest.mark.parametrize("place", ["a file", "a file/below", "/proc/run"])
+def test_a_folder_that_cannot_be_made_is_one_line(config_file, slurm, launch, place):
+    (config_file.parent / "a file").write_text("mine")
+    code, out, err = launch("submit", config_file, f"run.output_dir={place}")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "cannot write the run's folder" in err
+    assert (config_file.parent / "a file").read_text() == "mine"
+
+
+def test_a_job_whose_record_cannot_be_written_is_cancelled(config_file, slurm, launch):
+    slurm("sbatch", "mkdir -p runs/tiny/jobs/77.json; echo Submitted batch job 77")
+    slurm("squeue", "echo '77|PENDING||1|1:00|Priority'")
+    slurm("scancel", "echo $@ > cancelled")
+    code, out, err = launch("submit", config_file)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert (config_file.parent / "cancelled").read_text() == "77\n"

@@ -1,0 +1,56 @@
+"""Small files of text: written whole or not at all, and read as lines of JSON."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from shards.errors import UserError
+from shards.files import reading
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file, of which a reader sees the old text or the new one, never a part.
+
+    Raises:
+        OSError: if that fails; the file is as it was.
+    """
+    part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_records(path: Path, records: list[dict[str, Any]]) -> None:
+    """The same for objects, a line of JSON each."""
+    write_whole(path, "".join(json.dumps(record) + "\n" for record in records))
+
+
+def read_records(path: Path, tail: int | None = None) -> list[dict[str, Any]]:
+    """The objects of a file of lines of JSON; none where there is no file.
+
+    A last line that a crash cut short is left out.
+
+    Args:
+        path: the file.
+        tail: look at so many bytes at the end alone.
+
+    Raises:
+        UserError: if the file cannot be read, or holds anything else.
+    """
+    if not path.exists():
+        return []
+    with reading(str(path)), open(path, "rb") as file:
+        if tail is not None and os.fstat(file.fileno()).st_size > tail:
+            file.seek(-tail, os.SEEK_END)
+            file.readline()
+        lines = [line for line in file if line.endswith(b"\n")]
+    try:
+        records = [json.loads(line) for line in lines]
+    except ValueError:
+        records = [None]
+    if not all(isinstance(record, dict) for record in records):
+        raise UserError(f"{path} is damaged: its lines are not all JSON objects; move it away")
+    return records
