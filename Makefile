@@ -11,7 +11,7 @@ BIN := .venv/bin
 FROM ?= x = a - 1
 TO ?= x = a + 10 * 2
 
-.PHONY: setup train test test-fast test-cluster soak cluster-packages cluster-up cluster-down lint clean
+.PHONY: setup train test test-fast test-cluster soak cluster-packages cluster-up cluster-down docs lint clean
 
 setup: .venv/.installed
 
@@ -67,6 +67,10 @@ cluster-up: cluster-packages
 
 cluster-down:
 	$(PYTHON) tests/cluster/cluster.py down
+
+# The tables of configuration keys in docs/training.md.
+docs: setup
+	$(BIN)/python -m t5vae.config.reference docs/training.md
 
 lint: setup
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,17 +41,27 @@ def read_records(path: Path, tail: int | None = None) -> list[dict[str, Any]]:
     Raises:
         UserError: if the file cannot be read, or holds anything else.
     """
+    return list(iter_records(path, tail))
+
+
+def iter_records(path: Path, tail: int | None = None) -> Iterator[dict[str, Any]]:
+    """The same one by one, for files that are large."""
     if not path.exists():
-        return []
+        return
     with reading(str(path)), open(path, "rb") as file:
         if tail is not None and os.fstat(file.fileno()).st_size > tail:
             file.seek(-tail, os.SEEK_END)
             file.readline()
-        lines = [line for line in file if line.endswith(b"\n")]
+        for line in file:
+            if line.endswith(b"\n"):
+                yield _parse(line, path)
+
+
+def _parse(line: bytes, path: Path) -> dict[str, Any]:
     try:
-        records = [json.loads(line) for line in lines]
+        record = json.loads(line)
     except ValueError:
-        records = [None]
-    if not all(isinstance(record, dict) for record in records):
+        record = None
+    if not isinstance(record, dict):
         raise UserError(f"{path} is damaged: its lines are not all JSON objects; move it away")
-    return records
+    return record

@@ -20,6 +20,9 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 PRESETS = sorted(path for path in CONFIGS.glob("*.yaml"))
 COMMANDS = {
     "train": [],
+    "runs": ["--json"],
+    "plot": ["--key", "--x", "--out"],
+    "track": ["--wandb", "--tensorboard"],
     "export": [],
     "eval": ["--json", "--samples"],
     "sample": ["--json", "-n", "--check"],

@@ -16,11 +16,12 @@ MODEL = {*FOUNDATION, "t5vae.model"}
 LATENT = {*MODEL, "t5vae.objective", "t5vae.latent"}
 EVALUATION = {*LATENT, "t5vae.evaluation"}
 TRAINING = {*EVALUATION, "t5vae.training"}
-TOP = {*TRAINING, "t5vae", "t5vae.explore", "t5vae.cli", "launcher"}
+TOP = {*TRAINING, "t5vae", "t5vae.curves", "t5vae.explore", "t5vae.cli", "launcher"}
 ALLOWED = {
     "shards": {"shards"},
     "t5vae": MODEL,  # registers the model with transformers
     "t5vae.config": FOUNDATION,
+    "t5vae.curves": {"shards", "t5vae.curves"},
     "t5vae.model": MODEL,
     "t5vae.objective": {*FOUNDATION, "t5vae.objective"},
     "t5vae.latent": LATENT,
@@ -140,7 +141,13 @@ def test_the_launcher_touches_no_accelerator_and_no_process_group(path):
     assert not [name for _, name in found if name.partition(".")[0] in heavy]
 
 
-@pytest.mark.parametrize("module", ["launcher.cli", "t5vae.config", "shards", "shards.cli"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        *("launcher.cli", "t5vae.config", "shards", "shards.cli"),
+        *("t5vae.curves.listing", "t5vae.curves.picture", "t5vae.curves.terminal"),
+    ],
+)
 def test_importing_on_a_login_node_does_not_load_torch(module):
     heavy = ("torch", "deepspeed", "transformers")
     code = f"import sys, {module}; print([name for name in {heavy} if name in sys.modules])"

@@ -3,25 +3,11 @@
 Imports nothing heavy: a launcher on a login node reads configurations too.
 """
 
-from t5vae.config.loading import describe_keys, keys, load_config
-from t5vae.config.sections import (
-    MMD,
-    T5,
-    Checkpoint,
-    Config,
-    Data,
-    DeepSpeed,
-    EppsPulley,
-    Eval,
-    Launcher,
-    Log,
-    Model,
-    Objective,
-    Optim,
-    Run,
-    Source,
-    Train,
-)
+from t5vae.config.config import Config
+from t5vae.config.launching import Launcher
+from t5vae.config.learning import MMD, T5, EppsPulley, Model, Objective, Optim
+from t5vae.config.loading import keys, load_config
+from t5vae.config.running import Checkpoint, Data, DeepSpeed, Eval, Log, Run, Source, Train
 
 __all__ = [
     "MMD",
@@ -40,7 +26,6 @@ __all__ = [
     "Run",
     "Source",
     "Train",
-    "describe_keys",
     "keys",
     "load_config",
 ]

@@ -2,14 +2,13 @@
 
 import difflib
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from shards.errors import UserError
-from t5vae.config import sections
-from t5vae.config.sections import Config
+from t5vae.config.config import Config
 
 
 class _Loader(yaml.SafeLoader):
@@ -75,24 +74,6 @@ def keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
             found += keys(inner, f"{prefix}{name}.")
         else:
             found.append(prefix + name)
-    return found
-
-
-def describe_keys() -> list[tuple[str, str, Any, str]]:
-    """Every key with its type, its default and what it means, in the order of the file."""
-    found = []
-    for key in keys():
-        *path, leaf = key.split(".")
-        model: type[BaseModel] = Config
-        for section in path:
-            inner = model.model_fields[section].annotation
-            assert isinstance(inner, type)
-            model = inner
-        field = model.model_fields[leaf]
-        annotation = str(get_type_hints(model)[leaf]).removeprefix("<class '").rstrip("'>")
-        kind = annotation.replace("typing.", "").replace(f"{sections.__name__}.", "")
-        default = "required" if field.is_required() else field.default
-        found.append((key, kind, default, " ".join((field.description or "").split())))
     return found
 
 

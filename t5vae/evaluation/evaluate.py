@@ -138,7 +138,7 @@ def evaluate(
         **generation(space.decode_ids(normal.draw(samples, generator))),
         "gaussian": generation(space.decode_ids(gaussian.draw(samples, generator))),
         "interpolation": metrics.interpolation(paths, is_valid),
-        **_geometry(z_ND),
+        **geometry(z_ND),
         "latent_size": space.latent_size,
         "n": {
             "held_out": len(valid_ids),
@@ -160,12 +160,13 @@ def evaluate(
             },
             "endpoints": {"interpolation": metrics.interpolation(copied, is_valid)},
             "held_out": metrics.quality(references, known, is_valid),
-            "prior": _geometry(normal.draw(len(z_ND), generator)),
+            "prior": geometry(normal.draw(len(z_ND), generator)),
         },
     }
 
 
-def _geometry(z_ND: Tensor) -> dict[str, float]:
+def geometry(z_ND: Tensor) -> dict[str, float]:
+    """How codes [N, D] lie, beside N(0, I); see `evaluate`."""
     return {
         "mmd": mmd(z_ND, kernel="imq", prior="normal", estimator="u").item(),
         "epps_pulley_slices": sliced_epps_pulley(z_ND, axes=False).item(),

@@ -35,7 +35,7 @@ def evaluate_run(run: str | Path, **overrides: Any) -> tuple[dict[str, Any], boo
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder} is not a run folder: it has no config.yaml")
     config = load_config(folder / "config.yaml")
-    settings = config.eval.model_dump(exclude={"every"})
+    settings = config.eval.model_dump(exclude={"every", "decoded"})
     settings |= {name: value for name, value in overrides.items() if value is not None}
     weights = folder / "export" / "model.safetensors"
     if not weights.is_file():

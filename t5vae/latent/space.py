@@ -47,7 +47,10 @@ class LatentSpace:
         tokenizer: its tokenizer.
         latent_size: D.
         batch_size: texts per call of the model.
+        synced_gpus: keep generating until every rank has ended, which sharded weights need.
     """
+
+    synced_gpus = False
 
     def __init__(self, model: T5VAE, tokenizer: PreTrainedTokenizerBase, batch_size: int = 256):
         self.model = model.eval()
@@ -220,7 +223,7 @@ class LatentSpace:
             [list(row) for row in ids], skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def encode_ids(self, ids: Ids) -> Tensor:
         """The codes of token sequences, float32 [N, D], on the CPU."""
         z_ND = torch.zeros(len(ids), self.latent_size)
@@ -228,7 +231,7 @@ class LatentSpace:
             z_ND[rows_B] = self.model(input_ids=ids_BT, mode="encode").float().cpu()
         return z_ND
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def decode_ids(
         self, z_ND: Tensor, n: int = 1, temperature: float = 0.0, seed: int = 0
     ) -> list[list[int]]:
@@ -245,11 +248,13 @@ class LatentSpace:
         with torch.random.fork_rng(devices):
             torch.manual_seed(seed)
             for z_BD in z_ND.split(self.batch_size) if len(z_ND) else ():
-                ids_BT = self.model.generate(latent=z_BD.to(self._device), **how)
+                ids_BT = self.model.generate(
+                    latent=z_BD.to(self._device), synced_gpus=self.synced_gpus, **how
+                )
                 sequences += [self._until_end(row) for row in ids_BT[:, 1:].tolist()]
         return sequences
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def score_ids(self, ids: Ids, z_ND: Tensor) -> Tensor:
         """Teacher-forced cross-entropy of each sequence under its code.
 

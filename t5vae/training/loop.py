@@ -27,12 +27,14 @@ from t5vae.training.engine import (
     sharded,
 )
 from t5vae.training.health import Meeting
-from t5vae.training.heldout import held_out
 from t5vae.training.losses import Step, latent_diagnostics, micro_step, real_tokens, step_metrics
+from t5vae.training.meter import Meter, peak_flops, work_of
 from t5vae.training.preemption import StopRequest, queue_again
+from t5vae.training.probe import Findings, Probe
+from t5vae.training.profiling import Profiler, phase
 from t5vae.training.randomness import seed_everything
 from t5vae.training.resuming import resume
-from t5vae.training.runlog import RunLog, Stopwatch, log_libraries_to, quiet_start
+from t5vae.training.runlog import RunLog, log_libraries_to, quiet_start
 from t5vae.training.saving import Saved, Saver
 from t5vae.training.watch import Watch, gone_wrong
 
@@ -100,14 +102,19 @@ def run(config: Config, ranks: Ranks, stop: StopRequest) -> None:
         config.write()
 
     log.start(step)
-    clock, tokens_since = Stopwatch(), 0.0
+    probe = Probe(engine, dataset, config) if config.eval.every else None
+    profiler = Profiler(config, ranks.rank, log.say)
+    work = work_of(engine.module.config)
+    meter = Meter(device, ranks.world_size, peak_flops(device, config.train.precision))
     while step < steps:
-        with clock.waiting():
+        with meter.pause():
+            profiler.step(step)
+        with meter.waiting(), phase("data"):
             position = stream.consumed
             batches, problem = _fetch(stream, accumulation)
-        own_tokens = sum(map(real_tokens, batches))
-        tokens, told_to_stop, unread, quarantined, written = all_sum(
-            own_tokens,
+        tokens, flops, told_to_stop, unread, quarantined, written = all_sum(
+            sum(map(real_tokens, batches)),
+            sum(map(work, batches)),
             stop.requested,
             problem is not None,
             stream.quarantined,
@@ -126,22 +133,22 @@ def run(config: Config, ranks: Ranks, stop: StopRequest) -> None:
         losses = []
         for micro, batch in enumerate(batches):
             losses.append(micro_step(engine, batch, micro, shared, config, device))
-            engine.step()
+            with phase("optimizer"):
+                engine.step()
         step += 1
-        tokens_since += tokens
+        meter.count(sequences=config.data.global_batch_size, tokens=tokens, flops=flops)
         metrics = step_metrics(losses, shared, config) | gradient_norm(engine, config.optim)
         told = watch.look(
-            step,
             applied=engine.was_step_applied(),
             nonfinite_ranks=sorted({rank for loss in losses for rank in loss.nonfinite_ranks}),
             figures={k: metrics[k] for k in ("nats_per_token", "grad_norm") if k in metrics},
         )
-        if told:
-            log.say(f"{told} (the batch from position {position:,})")
-            if watch.is_over:
-                raise gone_wrong(watch, told, _replay(config, position))
-
-        if step % config.log.every == 0 or step == steps:
+        due = config.checkpoint.every and step % config.checkpoint.every == 0
+        findings: Findings | None = None
+        if probe and (step % config.eval.every == 0 or due or step == steps):
+            with meter.pause(), phase("evaluation"):
+                findings = probe.look()
+        if step % config.log.every == 0 or step == steps or told or findings:
             log.metrics(
                 {
                     "step": step,
@@ -152,34 +159,43 @@ def run(config: Config, ranks: Ranks, stop: StopRequest) -> None:
                     "consumed": stream.consumed,
                     **passes(stream),
                     "quarantined": int(quarantined),
-                    "tokens_per_second": tokens_since / clock.elapsed,
-                    "data_wait": clock.waited / clock.elapsed,
+                    **meter.read(),
+                    **(findings.figures if findings else {}),
+                    **({"event": told, "position": position} if told else {}),
                 }
             )
-            clock, tokens_since = Stopwatch(), 0.0
         log.advance(step)
+        if findings:
+            log.say(f"step {step:,}: {findings}")
+            log.tables(step, findings.tables)
+        if told:
+            log.say(f"step {step:,}: {told} (the batch from position {position:,})")
+            if watch.is_over:
+                raise gone_wrong(watch, f"step {step:,}: {told}", _replay(config, position))
 
-        nats = None
-        if config.eval.every and step % config.eval.every == 0:
-            nats = held_out(engine, dataset, config.eval.sequences, ranks, device)
-            log.say(f"step {step:,}: {nats:.3f} nats a token on held-out sequences")
-        due = config.checkpoint.every and step % config.checkpoint.every == 0
         last = bool(told_to_stop) or step == steps
         if due or last:
-            _finish_save(saver, config, log, last=False)
-            progress = {
-                "data": stream.state_dict(),
-                "watch": watch.state_dict(),
-                "held_out": nats if nats is not None and math.isfinite(nats) else None,
-                "weights_from": start.weights_from,
-            }
-            saver.start(engine, step, {**identity, "layout": layout, **progress})
-            if last or not config.checkpoint.asynchronous:
-                _finish_save(saver, config, log, last=last)
+            with meter.pause(), phase("save"):
+                _finish_save(saver, config, log, last=False)
+                saver.start(
+                    engine,
+                    step,
+                    {
+                        **identity,
+                        "layout": layout,
+                        "data": stream.state_dict(),
+                        "watch": watch.state_dict(),
+                        "held_out": _finite(findings.held_out) if findings else None,
+                        "weights_from": start.weights_from,
+                    },
+                )
+                if last or not config.checkpoint.asynchronous:
+                    _finish_save(saver, config, log, last=last)
         if told_to_stop:
             log.say(f"told to stop: saved at step {step:,}; the same command goes on from there")
             break
 
+    profiler.close(step)
     stream.close()
     saver.close()
     log.close()
@@ -190,6 +206,10 @@ def run(config: Config, ranks: Ranks, stop: StopRequest) -> None:
         lock.close()
     if requeue and ranks.is_first:
         queue_again()
+
+
+def _finite(loss: float) -> float | None:
+    return loss if math.isfinite(loss) else None
 
 
 def _fetch(stream: ShardStream, count: int) -> tuple[list[Batch], UserError | None]:

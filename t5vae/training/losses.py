@@ -13,6 +13,7 @@ from t5vae.config import Config
 from t5vae.model import Regularisers, row_keys
 from t5vae.objective import PendingMMD, sliced_epps_pulley, start_gather
 from t5vae.training.distributed import all_sum
+from t5vae.training.profiling import phase
 
 
 @dataclass(frozen=True)
@@ -65,21 +66,23 @@ def micro_step(
     weights_B = batch.weights.to(device, non_blocking=True)
     gathering = _Gathering(weights_B)
     ids_BT = batch.ids.to(device, non_blocking=True)
-    output = engine(
-        ids_BT,
-        labels=ids_BT.masked_fill(weights_B[:, None] == 0, -100),
-        mode="score",
-        regularisers=_regularisers(config, batch, step.position, device),
-        on_latent=gathering,
-    )
-    mmd = gathering.pending.finish(
-        kernel=regularisation.kernel,
-        prior=regularisation.prior,
-        estimator=regularisation.estimator,
-        sigma=regularisation.sigma,
-        implementation=regularisation.implementation,
-        generator_seed=draw,
-    )
+    with phase("forward"):
+        output = engine(
+            ids_BT,
+            labels=ids_BT.masked_fill(weights_B[:, None] == 0, -100),
+            mode="score",
+            regularisers=_regularisers(config, batch, step.position, device),
+            on_latent=gathering,
+        )
+    with phase("mmd"):
+        mmd = gathering.pending.finish(
+            kernel=regularisation.kernel,
+            prior=regularisation.prior,
+            estimator=regularisation.estimator,
+            sigma=regularisation.sigma,
+            implementation=regularisation.implementation,
+            generator_seed=draw,
+        )
     nll = output.loss * real_tokens(batch)
     own = bool(nll.isfinite() & output.latent.isfinite().all())
     all_nll, infinite = all_sum(nll.item(), not (own and mmd.isfinite()), device=device)
@@ -87,7 +90,7 @@ def micro_step(
     per_token = config.objective.reconstruction == "mean"
     loss = nll * (step.parts / (step.tokens if per_token else 1)) + step.mmd_weight * mmd
     if infinite or not math.isfinite(all_nll):
-        engine.backward(loss * math.nan)
+        _backward(engine, loss * math.nan)
         return Losses(math.nan, math.nan, math.nan, output.latent.detach(), _ranks_where(not own))
     epps_pulley = 0.0
     if other.weight:
@@ -101,8 +104,13 @@ def micro_step(
         )
         loss = loss + other.weight * statistic
         epps_pulley = statistic.item()
-    engine.backward(loss)
+    _backward(engine, loss)
     return Losses(all_nll, mmd.item(), epps_pulley, output.latent.detach())
+
+
+def _backward(engine: Any, loss: Tensor) -> None:
+    with phase("backward"):
+        engine.backward(loss)
 
 
 def _ranks_where(true: bool) -> list[int]:

@@ -1,7 +1,9 @@
 """The generators that no key of ours replaces: of weights and dropout."""
 
+import contextlib
 import json
 import random
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -38,3 +40,13 @@ def set_random_state(tensors: dict[str, Tensor], plain: str) -> None:
     torch.set_rng_state(tensors["cpu"])
     if "accelerator" in tensors and torch.accelerator.is_available():
         torch.get_device_module().set_rng_state(tensors["accelerator"])
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Whatever is drawn meanwhile, the generators then go on as if nothing had been."""
+    state = random_state()
+    try:
+        yield
+    finally:
+        set_random_state(*state)

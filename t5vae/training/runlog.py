@@ -1,16 +1,14 @@
-"""What a run tells: metrics.jsonl (the truth), a line or a bar for people, wandb, a full log."""
+"""What a run tells: metrics.jsonl (the truth), a line or a bar for people, a full log."""
 
-import atexit
 import contextlib
 import json
 import logging
 import math
 import os
-import secrets
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +16,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from shards.errors import DISK_FULL
-from shards.records import read_records, write_records
+from shards.records import read_records, write_records, write_whole
 from t5vae.config import Config
+from t5vae.training import checkpoint
 from t5vae.training.preemption import job_id
 from t5vae.training.saving import Saved
+from t5vae.training.trackers import Tables, Trackers
 
 METRICS = "metrics.jsonl"
 SHOWN = {
@@ -30,6 +30,7 @@ SHOWN = {
     "mmd": "mmd {:.5f}",
     "grad_norm": "grad {:.2f}",
     "tokens_per_second": "{:,.0f} tok/s",
+    "mfu": "mfu {:.1%}",
 }
 
 
@@ -47,9 +48,11 @@ class RunLog:
         self.steps = config.train.steps
         self.console = Console(stderr=True)
         self.bar: Progress | None = None
+        self.checkpoint = 0
         self.saves: dict[str, float] = {}
+        self.last: tuple[int, dict[str, Any]] | None = None
         self.unwritten = ""
-        self.wandb = _start_wandb(config) if enabled and config.log.wandb else None
+        self.trackers = Trackers(config, self.say)
 
     def drop_after(self, step: int) -> None:
         """Drop the lines past a checkpoint, atomically: their steps will be done again."""
@@ -77,11 +80,15 @@ class RunLog:
             self.say(f"attempt {number}" + (f", job {job}" if job else ""))
         if health:
             self.say(health)
-        self._to_wandb(lambda run: run.config.update({"attempt": number}, allow_val_change=True))
+        self.trackers.facts["attempt"] = number
 
     def start(self, step: int) -> None:
-        """Show the bar, where there is a terminal."""
-        if self.enabled and self.console.is_terminal:
+        """Begin after a step: with the trackers, and on a terminal with the bar."""
+        if not self.enabled:
+            return
+        self.checkpoint = step
+        self.trackers.start(step)
+        if self.console.is_terminal:
             self.bar = Progress(
                 TextColumn("step"),
                 MofNCompleteColumn(),
@@ -97,21 +104,36 @@ class RunLog:
         if self.bar is not None:
             self.bar.update(self.task, completed=step)
 
-    def metrics(self, record: dict[str, float | int]) -> None:
+    def metrics(self, record: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl and show the gist of it."""
         if not self.enabled:
             return
-        record, self.saves = {**record, **self.saves}, {}
-        # JSON knows no NaN
-        known = {k: v if math.isfinite(v) else None for k, v in record.items()}
-        self.unwritten += json.dumps(known) + "\n"
+        common = {"steps": self.steps, "time": time.time(), "checkpoint": self.checkpoint}
+        record, self.saves = {**record, **common, **self.saves}, {}
+        self.unwritten += _line(record)
         self._write()
         gist = "  ".join(form.format(record[k]) for k, form in SHOWN.items() if k in record)
         if self.bar is not None:
             self.bar.update(self.task, description=gist)
         else:
             self.say(f"step {record['step']:>7,}/{self.steps:,}  {gist}")
-        self._to_wandb(lambda run: run.log(record, step=record["step"]))
+        self.trackers.metrics(record)
+        self.last = None if self.unwritten else (self.path.stat().st_size, record)
+
+    def tables(self, step: int, tables: Tables) -> None:
+        """Write what the model made of texts to samples/, and hand it to the trackers."""
+        if not self.enabled:
+            return
+        folder = self.path.parent / "samples"
+        text = json.dumps({"step": step, **tables}, ensure_ascii=False, indent=1)
+        try:
+            folder.mkdir(exist_ok=True)
+            write_whole(folder / f"step-{step:08d}.json", text + "\n")
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            self.say(f"{folder} has no room for the texts of step {step:,}: {error.strerror}")
+        self.trackers.tables(step, tables)
 
     def _write(self) -> None:
         """Append what is unwritten; on a full disk it waits for room, and no half line stays."""
@@ -128,7 +150,8 @@ class RunLog:
             self.say(f"{self.path} waits for room on the disk: {error.strerror}")
 
     def saved(self, saved: Saved) -> None:
-        """Tell of a checkpoint; the next line of metrics has its times."""
+        """Tell of a checkpoint; the next line of metrics has its times, or the last one."""
+        self.checkpoint = checkpoint.step_of(saved.path)
         self.say(
             f"saved {saved.path} ({saved.bytes / 1e6:,.1f} MB in {saved.seconds:.2f} s, training "
             f"waited {saved.stall:.2f} s)"
@@ -139,74 +162,39 @@ class RunLog:
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
-        self._to_wandb(lambda run: run.finish())
+        if self.saves and self.last:
+            self._amend(*self.last)
+        self.trackers.close()
 
-    def _to_wandb(self, action: Callable[[Any], None]) -> None:
-        """Do something with the wandb run, if there is one that answers.
+    def _amend(self, end: int, record: dict[str, Any]) -> None:
+        """Put the last save into the last line, which is still the last.
 
-        Its service is another process, which a signal to all of a job ends at once; what it then
-        misses is in metrics.jsonl.
+        The new line is longer than the old one and takes its place in one write.
         """
-        if self.wandb is None:
-            return
-        try:
-            action(self.wandb)
-        except Exception as error:  # wandb never stops training
-            self.wandb = None
-            self.say(f"wandb is off: {' '.join(str(error).split())}")
-            atexit.register(_silence)  # before wandb's own exit handler, which fails for the same
+        old = _line(record).encode()
+        start = end - len(old)
+        new = _line({**record, "checkpoint": self.checkpoint, **self.saves}).encode()
+        with open(self.path, "r+b", buffering=0) as file:
+            file.seek(start)
+            try:
+                written = file.write(new)
+            except OSError:
+                written = 0
+            if written < len(new):  # no room on the disk
+                file.seek(start)
+                file.write(old)
+                file.truncate(end)
 
 
-def _silence() -> None:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+def _line(record: dict[str, Any]) -> str:
+    """A record as JSON, which knows no NaN."""
+    known = {k: v if isinstance(v, str) or math.isfinite(v) else None for k, v in record.items()}
+    return json.dumps(known) + "\n"
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The records of a run."""
     return read_records(folder / METRICS)
-
-
-def _start_wandb(config: Config) -> Any:
-    """A wandb run that survives restarts; None where wandb fails: it never stops training."""
-    import wandb
-
-    folder = config.run_dir
-    id_file = folder / "wandb" / "run-id"
-    try:
-        id_file.parent.mkdir(exist_ok=True)
-        if not id_file.exists():
-            id_file.write_text(secrets.token_hex(4))
-        has_key = bool(wandb.api.api_key)
-        return wandb.init(
-            id=id_file.read_text(),
-            resume="allow",
-            mode="online" if has_key else "offline",
-            dir=str(folder),
-            project="t5vae",
-            name=config.run.name,
-            config=config.model_dump(mode="json"),
-        )
-    except (wandb.errors.Error, OSError) as error:
-        print(f"wandb is off: {error}", file=sys.stderr)
-        return None
-
-
-class Stopwatch:
-    """Time since it was made, and how much of it was spent waiting, in seconds."""
-
-    def __init__(self) -> None:
-        self.started = time.perf_counter()
-        self.waited = 0.0
-
-    @property
-    def elapsed(self) -> float:
-        return time.perf_counter() - self.started
-
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        before = time.perf_counter()
-        yield
-        self.waited += time.perf_counter() - before
 
 
 @contextlib.contextmanager

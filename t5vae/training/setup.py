@@ -14,6 +14,7 @@ import torch
 
 from shards import Dataset, UserError
 from t5vae.config import Config
+from t5vae.latent import checker
 from t5vae.model import T5VAE, check_tokenizer, flops_per_token, parameter_counts
 from t5vae.training.build import is_installed, model_config
 from t5vae.training.checkpoint import FORMAT, check_identity, newest_manifest, verify
@@ -117,6 +118,7 @@ def check_before_start(config: Config, world_size: int) -> Dataset:
     for key, (wanted, package) in kernels.items():
         if wanted and not (torch.cuda.is_available() and is_installed(package)):
             raise UserError(f"{key} needs a CUDA device and the package {package}; leave it out")
+    _check_what_watches(config, dataset)
     nearest = config.run_dir.absolute()
     while not nearest.exists():
         nearest = nearest.parent
@@ -128,6 +130,24 @@ def check_before_start(config: Config, world_size: int) -> Dataset:
             f"{checkpoint * 2 / 2**20:,.0f} MiB: free some space, or set run.output_dir elsewhere"
         )
     return dataset
+
+
+def _check_what_watches(config: Config, dataset: Dataset) -> None:
+    """Evaluation during training, and what its figures go to."""
+    if config.eval.every:
+        if config.eval.check is not None:
+            checker(config.eval.check)
+        held_out = dataset.sequences("valid")
+        if held_out < 2:
+            raise UserError(
+                f"eval.every evaluates on held-out sequences, of which {dataset.path} has "
+                f"{held_out}: build shards with a larger valid_fraction, or leave it out"
+            )
+    if config.log.tensorboard and not is_installed("tensorboard"):
+        raise UserError(
+            "log.tensorboard needs the package tensorboard: pip install 't5vae[tensorboard]', or "
+            "leave it out"
+        )
 
 
 def make_folder(folder: Path) -> None:

@@ -36,12 +36,11 @@ class Watch:
     seen: int = 0
 
     def look(
-        self, step: int, *, applied: bool, nonfinite_ranks: list[int], figures: dict[str, float]
+        self, *, applied: bool, nonfinite_ranks: list[int], figures: dict[str, float]
     ) -> str | None:
         """Count a step; what is to be told of it.
 
         Args:
-            step: its number, from 1.
             applied: whether the weights were updated.
             nonfinite_ranks: whose loss was not finite.
             figures: the cross-entropy and, where it is known, the gradient's norm.
@@ -64,7 +63,7 @@ class Watch:
             self._remember(figures)
         self.skipped += not applied
         self.in_a_row = self.in_a_row + 1 if problem else 0
-        return problem and f"step {step:,}: {problem}"
+        return problem
 
     @property
     def is_over(self) -> bool:

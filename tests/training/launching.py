@@ -23,7 +23,9 @@ from t5vae.training.runlog import read_metrics
 TRAIN = Path(__file__).parents[2] / "train.py"
 SLOW_SAVES = Path(__file__).with_name("_slow_saves.py")
 BIN = Path(sys.executable).parent
-TIMINGS = ("tokens_per_second", "data_wait", "checkpoint_seconds", "checkpoint_stall")
+SPEEDS = ("tokens_per_second", "sequences_per_second", "step_seconds", "data_wait")
+SAVES = ("checkpoint_seconds", "checkpoint_stall")
+TIMINGS = (*SPEEDS, *SAVES, "time", "memory_bytes", "checkpoint", "eval/seconds")
 PATIENCE = 300  # seconds until a launch is given up, far more than any needs
 T5 = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
 
@@ -249,6 +251,6 @@ def lines_written(run: Path) -> int:
 
 
 def exact_metrics(run: Path) -> list[str]:
-    """Every line without its timings; as text, in which floats are exact."""
+    """Every line without what no two runs share; as text, in which floats are exact."""
     lines = read_metrics(run)
     return [json.dumps({k: v for k, v in line.items() if k not in TIMINGS}) for line in lines]

@@ -17,12 +17,12 @@ import yaml
 import shards
 from t5vae.training import checkpoint
 from t5vae.training.runlog import read_metrics
+from tests.training.launching import TIMINGS
 
 pytestmark = pytest.mark.distributed
 
 SCRIPT = Path(__file__).with_name("_many_runs.py")
 SEQUENCES, BATCH = 360, 72
-TIMINGS = ("tokens_per_second", "data_wait", "checkpoint_seconds", "checkpoint_stall")
 BASE = {
     "data": {"global_batch_size": BATCH},
     "model": {

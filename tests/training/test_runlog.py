@@ -3,11 +3,13 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
 from t5vae.training import runlog
-from t5vae.training.runlog import METRICS, RunLog, Stopwatch, quiet_start, read_metrics
+from t5vae.training.runlog import METRICS, RunLog, quiet_start, read_metrics
+from t5vae.training.saving import Saved
 
 
 def record(step: int) -> dict:
@@ -26,8 +28,62 @@ def log(make_config):
     log.close()
 
 
+def records(log: RunLog) -> list[dict]:
+    """What was read back of `record`, without what every line has besides."""
+    lines = read_metrics(log.path.parent)
+    return [{name: line[name] for name in record(1)} for line in lines]
+
+
 def test_metrics_are_read_back_exactly(log):
-    assert read_metrics(log.path.parent) == [record(step) for step in range(1, 6)]
+    assert records(log) == [record(step) for step in range(1, 6)]
+
+
+def test_every_line_says_how_many_steps_there_are_when_it_was_and_what_is_saved(log):
+    before = time.time()
+    log.saved(Saved(log.path.parent / "checkpoints/step-00000005", 1000, 2.0, 0.5))
+    log.metrics(record(6))
+    log.metrics(record(7))
+    *_, fifth, sixth, seventh = read_metrics(log.path.parent)
+    assert fifth["checkpoint"] == 0
+    assert sixth["checkpoint"] == seventh["checkpoint"] == 5
+    assert (sixth["checkpoint_seconds"], sixth["checkpoint_stall"]) == (2.0, 0.5)
+    assert "checkpoint_seconds" not in seventh
+    assert sixth["steps"] == 10
+    assert before <= sixth["time"] <= seventh["time"] <= time.time()
+
+
+def test_the_last_line_has_the_last_save_though_that_came_after_it(log):
+    before = log.path.read_text().splitlines()
+    log.saved(Saved(log.path.parent / "checkpoints/step-00000005", 1000, 2.0, 0.5))
+    log.close()
+    after = log.path.read_text().splitlines()
+    assert after[:-1] == before[:-1]
+    was, now = json.loads(before[-1]), json.loads(after[-1])
+    assert now == {**was, "checkpoint": 5, "checkpoint_seconds": 2.0, "checkpoint_stall": 0.5}
+
+
+def test_a_disk_with_no_room_for_the_last_save_leaves_the_last_line(log, monkeypatch):
+    before = log.path.read_text()
+
+    class Full:
+        def __init__(self, path, mode, buffering):
+            self.file = open(path, mode, buffering)  # noqa: SIM115 (closed below)
+            self.seek, self.truncate, self.writes = self.file.seek, self.file.truncate, 0
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            self.file.close()
+
+        def write(self, content):
+            self.writes += 1
+            return self.file.write(content[:-9] if self.writes == 1 else content)
+
+    log.saved(Saved(log.path.parent / "checkpoints/step-00000005", 1000, 2.0, 0.5))
+    monkeypatch.setattr(runlog, "open", Full, raising=False)
+    log.close()
+    assert log.path.read_text() == before
 
 
 @pytest.mark.parametrize(("step", "left"), [(0, 0), (3, 3), (5, 5), (9, 5)])
@@ -72,7 +128,7 @@ def test_a_full_disk_costs_no_line(log, monkeypatch, capfd):
     assert "No space left" in capfd.readouterr().err
     monkeypatch.undo()
     log.metrics(record(8))
-    assert read_metrics(log.path.parent) == [record(step) for step in range(1, 9)]
+    assert records(log) == [record(step) for step in range(1, 9)]
 
 
 def test_a_run_without_metrics_has_nothing_to_drop(make_config):
@@ -145,31 +201,6 @@ def test_an_error_at_the_start_is_raised_and_the_terminal_given_back(tmp_path, c
         raise ValueError("inside")
     os.write(2, b"seen\n")
     assert capfd.readouterr().err == "seen\n"
-
-
-def test_waiting_is_part_of_the_time(monkeypatch):
-    clock = iter([10.0, 11.0, 14.0, 16.0, 17.0, 20.0])
-    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
-    watch = Stopwatch()
-    for _ in range(2):
-        with watch.waiting():
-            pass
-    assert watch.waited == 4.0
-    assert watch.elapsed == 10.0
-
-
-def test_a_wandb_that_is_gone_stops_nothing_and_is_told_once(log, capfd, monkeypatch):
-    class Gone:
-        def log(self, record, step):
-            raise ConnectionResetError("its service\nis gone")
-
-    monkeypatch.setattr(runlog.atexit, "register", lambda call: None)
-    log.wandb = Gone()
-    log.metrics(record(6))
-    log.metrics(record(7))
-    log.close()
-    assert capfd.readouterr().err.count("wandb is off: its service is gone\n") == 1
-    assert [line["step"] for line in read_metrics(log.path.parent)] == [1, 2, 3, 4, 5, 6, 7]
 
 
 def test_an_attempt_is_told_where_it_is_not_the_only_one(log, capfd, monkeypatch):

@@ -9,7 +9,7 @@ from t5vae.training.watch import SETTLED, Watch, gone_wrong
 def look(watch, nll=2.0, norm=None, *, applied=True, ranks=()):
     """A step; what was told of it."""
     figures = {"nats_per_token": nll, **({} if norm is None else {"grad_norm": norm})}
-    return watch.look(7, applied=applied, nonfinite_ranks=list(ranks), figures=figures)
+    return watch.look(applied=applied, nonfinite_ranks=list(ranks), figures=figures)
 
 
 def settled(limit=3, spike=5.0, nll=2.0, norm=1.0, steps=SETTLED):
@@ -33,14 +33,14 @@ def test_good_steps_are_passed_over_in_silence():
 def test_a_loss_that_is_not_finite_is_told_with_its_ranks_and_counted():
     watch = settled()
     told = look(watch, float("nan"), applied=False, ranks=[1, 3])
-    assert told == "step 7: the loss of rank 1, 3 is not finite: skipped"
+    assert told == "the loss of rank 1, 3 is not finite: skipped"
     assert watch.counts == {"skipped": 1, "nonfinite": 1, "spikes": 0}
 
 
 def test_a_gradient_that_is_not_finite_is_told_and_counted():
     watch = settled()
     told = look(watch, 2.0, float("nan"), applied=False)
-    assert told == "step 7: the gradient is not finite: skipped"
+    assert told == "the gradient is not finite: skipped"
     assert watch.counts == {"skipped": 1, "nonfinite": 0, "spikes": 0}
 
 

@@ -1,0 +1,145 @@
+"""The sections that say how a run goes: its data, steps, checkpoints, and what it tells."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from t5vae.config.section import Interval, Section
+
+if TYPE_CHECKING:
+    from shards import Dataset
+
+
+class Run(Section):
+    name: str = ""
+    """Name of the run; empty takes the configuration file's."""
+    output_dir: str = ""
+    """The run's folder; empty means runs/NAME."""
+    seed: int = 0
+    """Seeds weights, data order and noise."""
+
+
+class Source(Section):
+    """One dataset of a mixture."""
+
+    path: str
+    weight: float = Field(default=1.0, gt=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_path(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+
+class Data(Section):
+    shards: Annotated[
+        Annotated[str, Tag("path")] | Annotated[list[Source], Field(min_length=1), Tag("mixture")],
+        Discriminator(lambda value: "mixture" if isinstance(value, list) else "path"),
+    ]
+    """Folder or URL of shards that `t5vae shards build` made; or a list of them, or of
+    {path, weight}: the share of each among the sequences, relative to the others'."""
+    global_batch_size: int = Field(default=256, ge=2)
+    """Sequences in one optimiser step, over all ranks and micro batches."""
+    micro_batch_size: int | None = Field(default=None, ge=1)
+    """Sequences in one forward pass of one rank; null takes global_batch_size / ranks."""
+    sort_by_length: bool = False
+    """Deal the rows of each global batch to ranks and micro batches by length: less padding, but
+    every rank reads every block, and with accumulation each micro step has its own lengths."""
+    on_corrupt: Literal["error", "skip"] = "error"
+    """What a damaged block does: stop the run, or count as rows of weight 0."""
+    cache_dir: str | None = None
+    """Each node's folder for copies of remote shards; null takes T5VAE_CACHE or ~/.cache/t5vae."""
+    cache_gib: float = Field(default=256, gt=0)
+    """The most that folder may hold, in GiB."""
+
+    def open(self) -> "Dataset":
+        """Open the shards.
+
+        Raises:
+            UserError: where there are none, or several that do not go together.
+        """
+        from shards import Cache, open_dataset
+
+        limit = round(self.cache_gib * 2**30)
+        cache = Cache(Path(self.cache_dir), limit) if self.cache_dir else Cache(limit_bytes=limit)
+        if isinstance(self.shards, str):
+            return open_dataset(self.shards, cache)
+        return open_dataset([source.model_dump() for source in self.shards], cache)
+
+
+class Train(Section):
+    steps: int = Field(default=10_000, ge=1)
+    """Optimiser steps of the whole run."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Of weights and activations; bf16 and fp16 keep fp32 weights for the optimiser."""
+    max_bad_steps: int = Field(default=10, ge=0)
+    """Steps in a row that are skipped (a loss or gradient is not finite) or spike, before the run
+    stops; 0 never stops it."""
+    spike: float = Field(default=5.0, ge=0)
+    """A cross-entropy or gradient norm this many times its running mean is a spike; 0 for none."""
+    timeout: int = Field(default=600, ge=1)
+    """Seconds after which a rank that waits for others gives up, and the run ends."""
+    profile: tuple[int, int] | None = None
+    """First and last step, from 1, of a profile: [10, 12]; null for none."""
+
+
+class DeepSpeed(Section):
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """What is dealt to the ranks: 0 nothing, 1 the optimiser's state, 2 the gradients too, 3 the
+    weights too."""
+    offload_optimizer: bool = False
+    """Keep the optimiser's state and the fp32 weights in host memory, and update there; not for
+    stage 0."""
+    offload_parameters: bool = False
+    """Keep the weights in host memory too; stage 3."""
+    config: str | dict[str, Any] | None = None
+    """A DeepSpeed configuration, or its JSON file, merged under ours; conflicts are refused."""
+
+
+class Checkpoint(Section):
+    every: Interval = 1000
+    """Steps between checkpoints; one is always saved at the end. 0 for none in between."""
+    keep_last: int = Field(default=3, ge=1)
+    """So many of the newest are kept."""
+    keep_every: Interval = 0
+    """Also keep those of steps that this divides; 0 for none."""
+    keep_best: bool = True
+    """Also keep the one with the lowest held-out loss, where eval.every measures it."""
+    asynchronous: bool = False
+    """Copy the state, and write it while training goes on. A crash meanwhile goes back to the
+    checkpoint before; the copy needs host memory."""
+    on_error: Literal["stop", "continue"] = "stop"
+    """What a save that fails, as on a full disk, does to the run; the last one always stops it."""
+    resume: Literal["auto", "never", "weights"] = "auto"
+    """auto goes on from the newest valid checkpoint; never refuses a folder that holds any;
+    weights starts a new run, from the weights of `source` alone."""
+    source: str | None = None
+    """For resume weights: a run or one of its checkpoints; null sets this folder's own run aside
+    and starts from its newest checkpoint."""
+
+
+class Eval(Section):
+    every: Interval = 0
+    """Steps between evaluations during training, which precede each due checkpoint and the last
+    one too; 0 for none."""
+    sequences: int = Field(default=1000, ge=2)
+    """Held-out sequences to evaluate."""
+    decoded: int = Field(default=64, ge=1)
+    """Of these, how many are decoded in an evaluation during training; as many samples are drawn,
+    and as many texts made on paths."""
+    samples: int = Field(default=10_000, ge=1)
+    """Draws from the prior in `t5vae eval`."""
+    interpolations: int = Field(default=100, ge=1)
+    """Paths between held-out sequences in `t5vae eval`."""
+    check: str | None = None
+    """What makes a decoded text valid: python, json, smiles, regex:..., or a dotted path."""
+
+
+class Log(Section):
+    every: int = Field(default=10, ge=1)
+    """Steps between lines of metrics.jsonl."""
+    wandb: bool = False
+    """Log to Weights & Biases: online with a key, offline without."""
+    tensorboard: bool = False
+    """Write TensorBoard's event files too."""

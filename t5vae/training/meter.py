@@ -1,0 +1,118 @@
+"""The meter: how fast a run is, what it waits for, and how much memory it takes."""
+
+import contextlib
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import cache
+
+import torch
+
+from shards import Batch
+from t5vae.model import T5VAEConfig, training_flops
+from t5vae.training.losses import real_tokens
+
+PEAKS = {
+    "B200": 2250e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "GH200": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "A40": 150e12,
+    "L4": 121e12,
+    "V100": 125e12,
+    "MI300X": 1307e12,
+    "MI250X": 383e12,
+}
+"""Dense products a second in bf16, by a part of the device's name, as the makers' sheets have
+them; the first that is found counts. V100's is of fp16."""
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """Operations a second of matrix products in half precision; None where that is not known."""
+    if device.type != "cuda" or precision == "fp32":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for known, peak in PEAKS.items() if known in name), None)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that torch held on an accelerator, or this process in a host's memory."""
+    if device.type != "cpu":
+        return torch.accelerator.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def work_of(config: T5VAEConfig) -> Callable[[Batch], float]:
+    """What counts the operations of a batch, forward and backward, as `training_flops` does."""
+    of_row = cache(lambda width: training_flops(config, 1, width, width, 0))
+    of_token = training_flops(config, 0, 0, 0, 1)
+    return lambda batch: len(batch.ids) * of_row(batch.ids.shape[1]) + of_token * real_tokens(batch)
+
+
+class Meter:
+    """Speed of the steps since the last reading.
+
+    Args:
+        device: this rank's.
+        world_size: ranks.
+        peak: operations a second of one device, for MFU; None where it is not known.
+    """
+
+    def __init__(self, device: torch.device, world_size: int, peak: float | None):
+        self.device = device
+        self.peaks = None if peak is None else peak * world_size
+        self._begin()
+
+    def _begin(self) -> None:
+        self.began = time.perf_counter()
+        self.waited = self.paused = 0.0
+        self.steps = 0
+        self.sequences = self.tokens = self.flops = 0.0
+
+    def count(self, *, sequences: float, tokens: float, flops: float) -> None:
+        """One more step, with what all ranks did in it."""
+        self.steps += 1
+        self.sequences += sequences
+        self.tokens += tokens
+        self.flops += flops
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """What takes a step's time without being work: waiting for data."""
+        before = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - before
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """What lies between steps, such as an evaluation or a save, and has its own figures."""
+        before = time.perf_counter()
+        yield
+        self.paused += time.perf_counter() - before
+
+    def read(self) -> dict[str, float]:
+        """The figures, for metrics.jsonl; the meter begins anew.
+
+        Returns:
+            tokens_per_second, sequences_per_second: of all ranks; step_seconds: of one step;
+            mfu: model FLOPs utilisation, see :mod:`t5vae.model.flops`, where the peak is known;
+            data_wait: share of the time spent waiting for data; memory_bytes: the peak so far.
+            Times and memory are this rank's.
+        """
+        seconds = time.perf_counter() - self.began - self.paused
+        figures = {
+            "tokens_per_second": self.tokens / seconds,
+            "sequences_per_second": self.sequences / seconds,
+            "step_seconds": seconds / max(1, self.steps),
+            "data_wait": self.waited / seconds,
+            "memory_bytes": peak_memory(self.device),
+        }
+        if self.peaks is not None:
+            figures["mfu"] = self.flops / (seconds * self.peaks)
+        self._begin()
+        return figures

@@ -1,0 +1,102 @@
+"""A profile of some steps: a trace to look at, and a table of where their time goes."""
+
+import time
+from collections.abc import Callable
+
+from torch.profiler import profile
+from torch.profiler import record_function as phase
+
+from t5vae.config import Config
+from t5vae.training.runlog import quiet_start
+
+PHASES = ("data", "forward", "mmd", "backward", "optimizer", "evaluation", "save")
+OPERATORS = 20  # rows of the second table
+
+__all__ = ["PHASES", "Profiler", "phase"]
+
+
+class Profiler:
+    """Profiles the steps that `train.profile` names into the run's `profile/`.
+
+    Every rank writes `rank-00000.trace.json.gz`, for ui.perfetto.dev or chrome://tracing, and rank
+    0 `steps.txt`: the phases of a step, and the operators that take longest. What it does itself
+    slows these steps down.
+
+    Args:
+        config: the run's.
+        rank: this process's.
+        say: told where the files are.
+    """
+
+    def __init__(self, config: Config, rank: int, say: Callable[[str], None]):
+        self.first, self.last = config.train.profile or (0, -1)
+        self.folder = config.run_dir / "profile"
+        self.log_file = config.run_dir / "logs" / f"rank-{rank:05d}.log"
+        self.rank, self.say = rank, say
+        self.profile: profile | None = None
+
+    def step(self, done: int) -> None:
+        """Between two steps, of which so many are done."""
+        if self.profile is None and self.first <= done + 1 <= self.last:
+            self.profile, self.begin = profile(), done
+            with quiet_start(self.log_file):
+                self.profile.start()
+            self.began = time.perf_counter()
+        elif self.profile is not None and done == self.last:
+            self._finish(done)
+
+    def close(self, done: int) -> None:
+        """The run ends."""
+        if self.profile is not None:
+            self._finish(done)
+
+    def _finish(self, done: int) -> None:
+        assert self.profile is not None
+        seconds = time.perf_counter() - self.began
+        trace = self.folder / f"rank-{self.rank:05d}.trace.json.gz"
+        self.folder.mkdir(exist_ok=True)
+        with quiet_start(self.log_file):
+            self.profile.stop()
+            self.profile.export_chrome_trace(str(trace))
+        if self.rank == 0:
+            text = table(self.profile, self.begin + 1, done, seconds)
+            (self.folder / "steps.txt").write_text(text)
+        self.say(f"profiled steps {self.begin + 1:,} to {done:,}: {self.folder}/steps.txt")
+        self.profile = None
+
+
+def table(found: profile, first: int, last: int, seconds: float) -> str:
+    """Where the time of steps went, for people; milliseconds a step.
+
+    A phase's time is that of the thread that runs the loop; on an accelerator, which works behind
+    it, the operators' second column counts.
+
+    Args:
+        found: a profile that has ended.
+        first, last: the steps it has seen.
+        seconds: of all of them.
+    """
+    steps = last - first + 1
+    whole = 1000 * seconds / steps
+    averages = found.key_averages()
+    spent = {event.key: event.cpu_time_total / 1000 / steps for event in averages}
+    rows = [(name, spent[name]) for name in PHASES if name in spent]
+    rows.append(("other", whole - sum(time for _, time in rows)))
+    lines = [
+        f"steps {first:,} to {last:,}: {whole:,.2f} ms a step",
+        "",
+        f"{'phase':<12}{'ms':>12}{'share':>9}",
+        *(f"{name:<12}{time:>12,.2f}{time / whole:>9.1%}" for name, time in rows),
+        "",
+        f"{'operator':<44}{'calls':>10}{'host ms':>12}{'device ms':>12}",
+    ]
+    operators = [event for event in averages if event.key not in PHASES]
+    operators.sort(
+        key=lambda event: (event.self_device_time_total, event.self_cpu_time_total), reverse=True
+    )
+    for event in operators[:OPERATORS]:
+        host = event.self_cpu_time_total / 1000 / steps
+        device = event.self_device_time_total / 1000 / steps
+        calls = event.count / steps
+        lines.append(f"{event.key[:43]:<44}{calls:>10,.1f}{host:>12,.2f}{device:>12,.2f}")
+    return "\n".join(lines) + "\n"
