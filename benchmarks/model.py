@@ -29,13 +29,12 @@ from torch import Tensor
 
 from shards import Batch
 from t5vae.model.flops import training_flops
+from t5vae.training.meter import peak_flops
 
 ROOT = Path(__file__).parents[1]
 DOC = ROOT / "docs" / "benchmarks" / "model.md"
 
 WANTED_STEP, WANTED_DECODE = 1.05, 50
-PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
-"""Dense bf16 operations a second, by NVIDIA's data sheets."""
 KINDS = {True: "all rows full", False: "real lengths"}
 T5 = "T5"
 
@@ -212,7 +211,7 @@ def training(size: Size, place: Place) -> tuple[str, list[Target]]:
     rate = peak = median(rates)
     limit = CPU_LIMIT.format(rate=rate / 1e9)
     if place.on_gpu:
-        peak = next((p for name, p in PEAKS.items() if name in name_of(place)), rate)
+        peak = peak_flops(torch.device("cuda"), "bf16") or rate
         limit = GPU_LIMIT.format(peak=peak / 1e12, share=rate / peak)
     text = TRAINING.format(
         size=size.name,

@@ -63,5 +63,7 @@ def _parse(line: bytes, path: Path) -> dict[str, Any]:
     except ValueError:
         record = None
     if not isinstance(record, dict):
-        raise UserError(f"{path} is damaged: its lines are not all JSON objects; move it away")
+        raise UserError(
+            f"{path} is damaged, or no file of a run: its lines are not all JSON objects"
+        )
     return record

@@ -51,7 +51,7 @@ def test_a_section_is_one_table():
     own = text.split("\n### model\n")[1].split("\n### ")[0]
     assert "| `latent_size` | int | `128` |" in own
     assert "`d_model`" not in own
-    assert "| `on_corrupt` | error \\| skip | `\"error\"` |" in text
+    assert '| `on_corrupt` | error \\| skip | `"error"` |' in text
 
 
 def test_only_what_is_between_the_marks_is_replaced():

@@ -53,16 +53,23 @@ class Profiler:
     def _finish(self, done: int) -> None:
         assert self.profile is not None
         seconds = time.perf_counter() - self.began
+        with quiet_start(self.log_file):
+            self.profile.stop()
+        try:
+            self._write(self.profile, done, seconds)
+            self.say(f"profiled steps {self.begin + 1:,} to {done:,}: {self.folder}/steps.txt")
+        except OSError as error:
+            self.say(f"the profile could not be written: {error}")
+        self.profile = None
+
+    def _write(self, found: profile, done: int, seconds: float) -> None:
         trace = self.folder / f"rank-{self.rank:05d}.trace.json.gz"
         self.folder.mkdir(exist_ok=True)
         with quiet_start(self.log_file):
-            self.profile.stop()
-            self.profile.export_chrome_trace(str(trace))
+            found.export_chrome_trace(str(trace))
         if self.rank == 0:
-            text = table(self.profile, self.begin + 1, done, seconds)
+            text = table(found, self.begin + 1, done, seconds)
             (self.folder / "steps.txt").write_text(text)
-        self.say(f"profiled steps {self.begin + 1:,} to {done:,}: {self.folder}/steps.txt")
-        self.profile = None
 
 
 def table(found: profile, first: int, last: int, seconds: float) -> str:

@@ -71,3 +71,15 @@ def test_steps_that_never_come_and_no_profile_write_nothing(profiled, make_confi
         profiler.step(step)
     profiler.close(3)
     assert told == []
+
+
+def test_a_profile_that_cannot_be_written_stops_nothing(make_config):
+    config = make_config(train={"steps": 10, "profile": [1, 2]})
+    (config.run_dir / "logs").mkdir(parents=True)
+    (config.run_dir / "profile").write_text("in the way")
+    told: list[str] = []
+    profiler = Profiler(config, 0, told.append)
+    for step in range(4):
+        profiler.step(step)
+    assert len(told) == 1
+    assert told[0].startswith("the profile could not be written: ")
