@@ -5,7 +5,7 @@ ranks, A micro batches of a rank in a step.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -130,16 +130,7 @@ class Dealer:
 
     def _plan(self, consumed: int, steps: int) -> "Plan":
         """Bring this rank's share of several global batches into memory."""
-        positions = consumed + np.arange(steps + 1) * self.global_batch_size
-        bounds = self.mixing.taken(positions)
-        each = [source.order.ranges(bounds[:, s]) for s, source in enumerate(self.sources)]
-        ranges = Ranges(*map(np.concatenate, zip(*each, strict=True)))
-        source = np.repeat(np.arange(len(each)), [len(r.step) for r in each])
-        order = np.lexsort((ranges.across, ranges.step))
-        ranges, source = ranges.take(order), source[order]
-        if not self.sort_by_length:
-            ranges, source = self._slice(ranges, source)
-
+        ranges, source = self._ranges(consumed, steps)
         at = np.cumsum(ranges.size) - ranges.size
         parts = []
         for number, part in enumerate(self.sources):
@@ -151,6 +142,33 @@ class Dealer:
             part.settle()
         tokens = tuple(part.tokens for part in self.sources)
         return Plan(consumed, steps, tokens, self._deal(_Rows.merge(parts), steps))
+
+    def _ranges(self, consumed: int, steps: int) -> tuple[Ranges, np.ndarray]:
+        """What this rank has to find for several global batches, and the source of each range."""
+        positions = consumed + np.arange(steps + 1) * self.global_batch_size
+        bounds = self.mixing.taken(positions)
+        each = [source.order.ranges(bounds[:, s]) for s, source in enumerate(self.sources)]
+        ranges = Ranges(*map(np.concatenate, zip(*each, strict=True)))
+        source = np.repeat(np.arange(len(each)), [len(r.step) for r in each])
+        order = np.lexsort((ranges.across, ranges.step))
+        ranges, source = ranges.take(order), source[order]
+        return (ranges, source) if self.sort_by_length else self._slice(ranges, source)
+
+    def windows(self, consumed: int, steps: int, *, of_all: bool = False) -> list[set[int]]:
+        """The windows of each source that this rank opens for several global batches.
+
+        Args:
+            of_all: those that all ranks together open.
+        """
+        dealer = replace(self, world_size=1, rank=0) if of_all else self
+        opened: list[set[int]] = [set() for _ in self.sources]
+        for first in range(0, steps, PLANNED_STEPS):
+            count = min(PLANNED_STEPS, steps - first)
+            ranges, source = dealer._ranges(consumed + first * self.global_batch_size, count)
+            for number, part in enumerate(self.sources):
+                names, _, _ = part.order.cut(ranges.take(np.flatnonzero(source == number)))
+                opened[number] |= set(np.unique(names).tolist())
+        return opened
 
     def _slice(self, ranges: Ranges, source: np.ndarray) -> tuple[Ranges, np.ndarray]:
         """This rank's part of each step's ranges."""

@@ -103,6 +103,23 @@ class ShardStream:
         """How many damaged blocks were replaced so far."""
         return sum(len(source.damaged) for source in self._dealer.sources)
 
+    def bytes_read(self, steps: int) -> tuple[int, int]:
+        """Bytes of the blocks that this rank, and that all ranks together, need for some steps.
+
+        Each window that a step touches is read once, as a whole; nothing is read to find out.
+        """
+        dealer = self._dealer
+        own, every = (
+            sum(
+                source.bytes_of(names)
+                for source, names in zip(
+                    dealer.sources, dealer.windows(self.consumed, steps, of_all=of_all), strict=True
+                )
+            )
+            for of_all in (False, True)
+        )
+        return own, every
+
     @property
     def epochs(self) -> dict[str, float]:
         """How often each dataset has been gone through, by its path."""

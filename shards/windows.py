@@ -16,6 +16,7 @@ from shards.blocks import BlockReader
 from shards.errors import DamageError
 from shards.order import Order, Ranges, Window, spread
 
+LENGTH_BYTES = 2  # of a sequence in its block
 TABLED = 256  # the widest rows whose masks are looked up: twice as fast, and at most 0.3 MB each
 logger = logging.getLogger("shards")
 
@@ -104,6 +105,14 @@ class Windows:
             weights[:] = places >> 16 & 1
         lengths = places.astype(np.uint16)  # its low 16 bits
         return Found(places >> 17, lengths, weights, self._sequence.ravel()[at])
+
+    def bytes_of(self, names: set[int]) -> int:
+        """What is read to open windows: their blocks' arrays, tar headers apart."""
+        table = self.reader.table
+        blocks = [self.order.window_of(name).blocks for name in sorted(names)]
+        own = table[np.concatenate(blocks)] if blocks else table[:0]
+        item = np.dtype(self.reader.index.dtype).itemsize
+        return int(own["tokens"].sum()) * item + int(own["sequences"].sum()) * LENGTH_BYTES
 
     def settle(self) -> None:
         """Say that what was found last is in use now, and all that was found before no more."""

@@ -338,6 +338,45 @@ def show(
     typer.echo(yaml.safe_dump({"derived": derived}, sort_keys=False).rstrip())
 
 
+@app.command()
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    nodes: Annotated[int | None, typer.Option(help="Hosts.", min=1)] = None,
+    gpus_per_node: Annotated[
+        int | None, typer.Option(help="Ranks of a host; 0 for one on its CPU.", min=0)
+    ] = None,
+    gpu_memory: Annotated[
+        float | None, typer.Option(help="GiB of one device: which micro batch fits?")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Say what a run will need: memory, communication, reads. Default: as its launcher section.
+
+    Example: `t5vae plan configs/large.yaml --nodes 8 --gpus-per-node 8 --gpu-memory 80`
+    """
+    from rich.console import Console
+
+    from t5vae.config import load_config
+
+    loaded = load_config(config, overrides or [])
+    from t5vae.training.plan import plan as make_plan
+    from t5vae.training.plan import shown
+
+    _quiet_transformers()
+    launcher = loaded.launcher
+    found = make_plan(
+        loaded,
+        nodes=launcher.nodes if nodes is None else nodes,
+        gpus_per_node=launcher.gpus_per_node if gpus_per_node is None else gpus_per_node,
+        gpu_memory=gpu_memory,
+    )
+    if json:
+        _print_json(found.as_json())
+    else:
+        Console(soft_wrap=True, highlight=False).print(shown(found))
+
+
 @config_app.command()
 def schema(json: Json = False) -> None:
     """List every key with its type, default and meaning.
@@ -363,8 +402,11 @@ def _load(run: str) -> Any:
 
 def _quiet_transformers() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import warnings
+
     from transformers.utils import logging
 
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     logging.disable_progress_bar()
     logging.set_verbosity_error()
 

@@ -28,6 +28,7 @@ COMMANDS = {
     "sample": ["--json", "-n", "--check"],
     "reconstruct": ["--json"],
     "interpolate": ["--json", "--steps"],
+    "plan": ["--json", "--nodes", "--gpus-per-node", "--gpu-memory"],
     "config show": ["--json", "--world-size"],
     "config schema": ["--json"],
     "shards build": ["--tokenizer", "--max-length"],

@@ -19,6 +19,7 @@ from t5vae.model import T5VAE, check_tokenizer, flops_per_token, parameter_count
 from t5vae.training.build import is_installed, model_config
 from t5vae.training.checkpoint import FORMAT, check_identity, newest_manifest, verify
 from t5vae.training.distributed import host_name
+from t5vae.training.memory import sizes_of, state_bytes
 from t5vae.training.preemption import job_id
 
 LOCK = ".lock"
@@ -29,13 +30,13 @@ def describe(config: Config, dataset: Dataset | None, world_size: int) -> dict[s
     """What follows from a configuration: batch, epochs, parameters, operations, memory.
 
     Nothing is allocated. Operations are those of training, a token of the longest sequences;
-    memory is an estimate for weights, gradients and the optimiser's state, activations are not in
-    it. Without a dataset, what depends on the data is left out.
+    memory is that of weights, gradients and the optimiser's state, see `t5vae.training.plan` for
+    all of it. Without a dataset, what depends on the data is left out.
     """
     with torch.device("meta"):
         model = T5VAE(model_config(config, dataset))
     parts = parameter_counts(model)
-    parameters = parts.pop("total")
+    parameters, sizes = parts.pop("total"), sizes_of(model, config.optim.name)
     batch = config.data.global_batch_size
     accumulation = config.accumulation(world_size)
     facts = {
@@ -47,7 +48,7 @@ def describe(config: Config, dataset: Dataset | None, world_size: int) -> dict[s
         "parameters": parameters,
         "parameters_by_part": parts,
         "flops_per_token": round(flops_per_token(model.config, model.config.sequence_length)),
-        "state_bytes_per_rank": state_bytes(parameters, config, world_size),
+        "state_bytes_per_rank": state_bytes(config, sizes, world_size),
     }
     if dataset:
         sequences = dataset.sequences("train")
@@ -71,30 +72,18 @@ def describe_config(config: Config, world_size: int) -> dict[str, Any]:
         if not (config.model.vocab_size and config.model.sequence_length):
             raise
         dataset = None
-    _check_base(config, dataset)
+    check_base(config, dataset)
     return describe(config, dataset, world_size)
 
 
-def _check_base(config: Config, dataset: Dataset | None) -> None:
+def check_base(config: Config, dataset: Dataset | None) -> None:
+    """Refuse a base whose tokenizer is not the shards'.
+
+    Raises:
+        UserError: if it is another.
+    """
     if config.model.base is not None and dataset is not None:
         check_tokenizer(config.model.base, dataset.tokenizer(), dataset.path)
-
-
-def state_bytes(parameters: int, config: Config, world_size: int) -> int:
-    """Bytes a rank needs for weights, gradients and Adam's state.
-
-    Per parameter 4 + 4 + 8 in fp32, 2 + 2 + 12 in half precision; ZeRO stage 1 divides the state
-    by the ranks, 2 the gradients too, 3 the weights too (Rajbhandari et al., ZeRO, arXiv
-    1910.02054, section 3.1).
-    """
-    half = config.train.precision != "fp32"
-    state, gradients, weights = (12, 2, 2) if half else (8, 4, 4)
-    stage = config.deepspeed.zero_stage
-    parts = [
-        size / (world_size if stage >= divided_from else 1)
-        for size, divided_from in ((state, 1), (gradients, 2), (weights, 3))
-    ]
-    return round(parameters * sum(parts))
 
 
 def check_before_start(config: Config, world_size: int) -> Dataset:
@@ -106,7 +95,7 @@ def check_before_start(config: Config, world_size: int) -> Dataset:
     """
     dataset = config.data.open()
     facts = describe(config, dataset, world_size)
-    _check_base(config, dataset)
+    check_base(config, dataset)
     if facts["micro_batch_size"] * world_size < 2 and config.objective.mmd.estimator == "u":
         raise UserError(
             "the unbiased MMD needs at least 2 sequences in a micro step over all ranks"
