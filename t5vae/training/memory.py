@@ -11,9 +11,8 @@ from torch import nn
 
 from t5vae.config import Config
 from t5vae.training.activations import Activations
+from t5vae.training.engine import deepspeed_config
 
-BUCKET = 500_000_000  # elements that DeepSpeed reduces at once, and a buffer for them
-GATHERED = 1_000_000_000  # elements that ZeRO-3 keeps gathered, if they will be used again
 PYTHON = 520 * 2**20  # a process with torch, transformers and DeepSpeed, on a CPU: measured
 KEPT = 0.1  # of all else, that allocators keep or lose between blocks: measured on CPUs
 CUDA = 1200 * 2**20  # a context, its libraries and NCCL: an estimate, it varies by device
@@ -49,6 +48,30 @@ def sizes_of(model: nn.Module, optimizer: str) -> Sizes:
             matrices += parameter.numel()
     largest = max(parameter.numel() for parameter in model.parameters())
     return Sizes(matrices + muon + others, muon, max(matrices, others), largest)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What DeepSpeed is told to hold at most, in elements; from the user's own settings, or its
+    defaults.
+
+    Attributes:
+        bucket: reduced at once, for which there is a buffer.
+        gathered: kept gathered at stage 3, if they will be used again.
+    """
+
+    bucket: int
+    gathered: int
+
+
+def limits(config: Config, world_size: int) -> Limits:
+    """DeepSpeed's limits for a run."""
+    zero = deepspeed_config(config, world_size)["zero_optimization"]
+    gathered = ("stage3_max_live_parameters", "stage3_max_reuse_distance")
+    return Limits(
+        bucket=int(float(zero.get("reduce_bucket_size", 5e8))),
+        gathered=int(min(float(zero.get(name, 1e9)) for name in gathered)),
+    )
 
 
 @dataclass(frozen=True)
@@ -96,15 +119,16 @@ def memory(
     half = config.train.precision != "fp32"
     s = 2 if half else 4
     ranks = world_size if stage else 1
+    most = limits(config, world_size)
     states = _states(config, sizes, world_size)
     # What ZeRO reduces is copied into a buffer first; stage 0 flattens what it reduces.
-    bucket = BUCKET if accelerated and stage else min(BUCKET, n)
+    bucket = most.bucket if accelerated and stage else min(most.bucket, n)
     # Until a step is known to be one, ZeRO keeps Muon's new momentum apart.
     staged = sizes.muon * s // world_size if stage in (1, 2) else 0
     undivided = stage == 0 or (stage == 1 and accumulation > 1)
     gradients = n * s // (1 if undivided else world_size)
-    gathered = min(n, GATHERED) * s if stage == 3 and world_size > 1 else 0
-    transient = min(n, BUCKET) * s if stage == 3 and world_size > 1 else 0
+    gathered = min(n, most.gathered) * s if stage == 3 and world_size > 1 else 0
+    transient = min(n, most.bucket) * s if stage == 3 and world_size > 1 else 0
     copies = 0 if stage == 0 and not half else 4 * n // ranks
 
     activations = kept.at(micro_batch_size)

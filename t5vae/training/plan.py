@@ -15,7 +15,7 @@ from t5vae.config import Config
 from t5vae.model import T5VAE
 from t5vae.training.activations import activations
 from t5vae.training.build import is_installed, model_config
-from t5vae.training.memory import GATHERED, Memory, Sizes, memory, sizes_of
+from t5vae.training.memory import Memory, Sizes, limits, memory, sizes_of
 from t5vae.training.setup import check_base
 
 GIB = 2**30
@@ -174,7 +174,12 @@ def sent(config: Config, sizes: Sizes, world_size: int, accumulation: int) -> di
     muon = config.optim.name == "muon" and stage == 3
     reductions = accumulation if stage >= 2 else 1
     gradients = reductions * (1 if stage == 3 and not muon else 2) * n * s
-    gathers = {0: 0, 1: 1, 2: 1, 3: accumulation * (1 if n <= GATHERED else 2)}[stage]
+    gathers = {
+        0: 0,
+        1: 1,
+        2: 1,
+        3: accumulation * (1 if n <= limits(config, world_size).gathered else 2),
+    }[stage]
     micro = config.data.global_batch_size // accumulation
     codes = accumulation * micro * (config.model.latent_size + 1) * 4
     parts = {

@@ -62,7 +62,7 @@ def test_what_is_kept_is_what_a_real_pass_keeps(settings, dtype, changes):
     log_softmax = 4 * ROWS * LENGTH * VOCABULARY
     real = kept_by_a_real_pass(own, dtype, ROWS)
     # Beside that the cross-entropy keeps which tokens are real, and their labels.
-    assert planned + log_softmax == pytest.approx(real, rel=0.02)
+    assert planned + log_softmax == pytest.approx(real, rel=0.03)
 
 
 def test_checkpointed_layers_keep_their_inputs_alone(settings):
@@ -73,7 +73,7 @@ def test_checkpointed_layers_keep_their_inputs_alone(settings):
     inputs = 5 * ROWS * LENGTH * 16 * 4
     assert few.saved.at(ROWS) > inputs
     layers = 5 * few.recomputed.at(ROWS) + few.saved.at(ROWS) - inputs
-    assert layers == pytest.approx(whole.saved.at(ROWS), rel=1e-6)
+    assert layers == pytest.approx(whole.saved.at(ROWS), rel=1e-5)
 
 
 def test_a_fused_cross_entropy_has_no_logits(settings):
@@ -131,7 +131,7 @@ def needed(config, *, rows=16, accumulation=1, ranks=4, accelerated=True, saved=
 
 
 def test_more_rows_more_stages_and_more_ranks_count(make_config):
-    sizes = Sizes(total=10**9, muon=6 * 10**8, largest_group=8 * 10**8, largest=10**7)
+    sizes = Sizes(total=8 * 10**9, muon=0, largest_group=8 * 10**9, largest=10**8)
     peaks = [
         needed(make_config(deepspeed={"zero_stage": stage}, optim={"name": "adamw"}), n=sizes).peak
         for stage in (1, 2, 3)
@@ -159,6 +159,13 @@ def test_an_accelerators_buffers_take_what_was_asked_for(make_config):
     assert (device, host) == (2 * 500_000_000, 2 * 1000)
 
 
+def test_deepspeeds_own_settings_count(make_config):
+    zero = {"stage3_max_live_parameters": 100, "reduce_bucket_size": 10_000}
+    own = {"zero_stage": 3, "config": {"zero_optimization": zero}}
+    config = make_config(optim={"name": "adamw"}, deepspeed=own)
+    assert needed(config).backward["communication buffers"] == 2 * (10_000 + 100)
+
+
 def test_what_is_offloaded_is_in_the_hosts_memory(make_config):
     config = make_config(
         optim={"name": "adamw"}, deepspeed={"zero_stage": 2, "offload_optimizer": True}
@@ -175,9 +182,9 @@ def test_parameters_are_counted_as_the_optimiser_groups_them(settings):
     muon, adamw = sizes_of(model, "muon"), sizes_of(model, "adamw")
     assert muon.total == adamw.total == sum(p.numel() for p in model.parameters())
     assert adamw.muon == 0
-    embeddings = sum(
-        m.weight.numel() for m in set(model.modules()) if isinstance(m, torch.nn.Embedding)
-    )
+    embeddings = {
+        id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Embedding)
+    }
     matrices = sum(p.numel() for p in model.parameters() if p.dim() > 1)
     assert adamw.largest_group == matrices
-    assert muon.largest_group <= embeddings <= matrices - muon.muon + VOCABULARY * 16
+    assert muon.largest_group == sum(embeddings.values()) == matrices - muon.muon
