@@ -145,7 +145,8 @@ def run(config: Config, ranks: Ranks, stop: StopRequest) -> None:
         )
         due = config.checkpoint.every and step % config.checkpoint.every == 0
         findings: Findings | None = None
-        if probe and (step % config.eval.every == 0 or due or step == steps):
+        wanted = probe and (step % config.eval.every == 0 or due or step == steps)
+        if probe and wanted and not told_to_stop:
             with meter.pause(), phase("evaluation"):
                 findings = probe.look()
         if step % config.log.every == 0 or step == steps or told or findings:
