@@ -169,11 +169,13 @@ class RunLog:
     def _amend(self, end: int, record: dict[str, Any]) -> None:
         """Put the last save into the last line, which is still the last.
 
-        The new line is longer than the old one and takes its place in one write.
+        Where that has the times of the save before, they stay. So the new line is no shorter than
+        the old one, and takes its place in one write.
         """
         old = _line(record).encode()
         start = end - len(old)
-        new = _line({**record, "checkpoint": self.checkpoint, **self.saves}).encode()
+        times = {name: value for name, value in self.saves.items() if name not in record}
+        new = _line(record | times | {"checkpoint": self.checkpoint}).encode()
         with open(self.path, "r+b", buffering=0) as file:
             file.seek(start)
             try:

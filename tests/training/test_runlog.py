@@ -62,6 +62,19 @@ def test_the_last_line_has_the_last_save_though_that_came_after_it(log):
     assert now == {**was, "checkpoint": 5, "checkpoint_seconds": 2.0, "checkpoint_stall": 0.5}
 
 
+def test_a_last_line_that_has_the_times_of_the_save_before_keeps_them(log):
+    folder = log.path.parent / "checkpoints"
+    log.saved(Saved(folder / "step-00000005", 1000, 2.123456789, 0.123456789))
+    log.metrics(record(6))
+    log.saved(Saved(folder / "step-00000006", 1000, 2.0, 0.5))
+    log.close()
+    *_, fifth, last = read_metrics(log.path.parent)
+    assert last["checkpoint"] == 6
+    assert (last["checkpoint_seconds"], last["checkpoint_stall"]) == (2.123456789, 0.123456789)
+    assert fifth["step"] == 5
+    assert log.path.read_text().count("\n") == 6
+
+
 def test_a_disk_with_no_room_for_the_last_save_leaves_the_last_line(log, monkeypatch):
     before = log.path.read_text()
 
