@@ -107,7 +107,7 @@ class Bench:
 
     def settings(self, *more: str) -> list[str]:
         every = (f"data.shards={self.folder / 'shards'}", f"run.output_dir={self.run_folder}")
-        return [CONFIG, *every, "checkpoint.every=0", *self.place.settings, *more]
+        return [CONFIG, *every, "checkpoint.every=0", "eval.every=0", *self.place.settings, *more]
 
     def config(self) -> Config:
         path, *settings = self.settings()

@@ -63,12 +63,12 @@ LOOP = """\
 {config.data.global_batch_size}, ZeRO stage {config.deepspeed.zero_stage}, \
 `optim.name={config.optim.name}`) on {place.ranks} ranks{threads}: one-line statements of Python's \
 standard library, {tokens:.1f} tokens a sequence, padded to {width}. The whole loop is \
-`deepspeed train.py` with `log.every={every}` and no checkpoint but the last, which is not timed. \
-The bare loop has the same model, optimiser and DeepSpeed configuration, started in the same way: \
-forward pass, `engine.backward`, `engine.step` on random ids of {real} real batches' shapes and \
-lengths, in memory already; no data, MMD, noise, sums over ranks, schedule, log. Timed from step \
-{effort.first} to step {effort.steps}; {effort.turns} turns of both, whose order alternates; \
-medians, in brackets the least and the most, ratios turn by turn.
+`deepspeed train.py` with `log.every={every}`, no evaluation, and no checkpoint but the last, \
+which is not timed. The bare loop has the same model, optimiser and DeepSpeed configuration, \
+started in the same way: forward pass, `engine.backward`, `engine.step` on random ids of {real} \
+real batches' shapes and lengths, in memory already; no data, MMD, noise, sums over \
+ranks, schedule, log. Timed from step {effort.first} to step {effort.steps}; {effort.turns} turns \
+of both, whose order alternates; medians, in brackets the least and the most, ratios turn by turn.
 
 """
 
