@@ -15,7 +15,8 @@ from shards.errors import UserError
 from t5vae.evaluation import metrics
 from t5vae.evaluation.trigram import Trigram
 from t5vae.latent import LatentSpace, checker
-from t5vae.latent.codes import Gaussian, Normal, path
+from t5vae.latent.paths import path
+from t5vae.latent.priors import Gaussian, Normal
 from t5vae.objective import mmd, sliced_epps_pulley
 
 SCHEMA_VERSION = 1

@@ -17,7 +17,7 @@ from t5vae.config import Config
 from t5vae.evaluation import metrics
 from t5vae.evaluation.evaluate import geometry
 from t5vae.latent import LatentSpace, checker
-from t5vae.latent.codes import path
+from t5vae.latent.paths import path
 from t5vae.model import T5VAE
 from t5vae.training.randomness import undisturbed
 from t5vae.training.trackers import Tables
