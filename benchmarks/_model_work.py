@@ -286,12 +286,12 @@ def decode_original(model: T5VAE, z_1D: Tensor) -> Tensor:
     token is appended, until that is the end token.
     """
     memory = BaseModelOutput(last_hidden_state=model(latent=z_1D, mode="expand"))
-    ids_1T = torch.full((1, 1), PAD, device=z_1D.device)
-    for _ in range(LENGTH):
+    ids_1T = torch.full((1, 1), model.start, device=z_1D.device)
+    for _ in range(model.config.sequence_length):
         output = model(encoder_outputs=memory, decoder_input_ids=ids_1T, use_cache=False)
         next_1 = output.logits[:, -1].argmax(-1)
         ids_1T = torch.cat([ids_1T, next_1[:, None]], 1)
-        if next_1.item() == END:
+        if next_1.item() == model.end:
             break
     return ids_1T[:, 1:]
 

@@ -25,9 +25,19 @@ COMMANDS = {
     "track": ["--wandb", "--tensorboard"],
     "export": [],
     "eval": ["--json", "--samples"],
-    "sample": ["--json", "-n", "--check"],
-    "reconstruct": ["--json"],
-    "interpolate": ["--json", "--steps"],
+    "encode": ["--json", "--file", "--column", "--out", "--device"],
+    "decode": ["--json", "-n", "--temperature", "--seed", "--device"],
+    "reconstruct": ["--json", "--file", "--device"],
+    "interpolate": ["--json", "--steps", "--method", "--device"],
+    "grid": ["--json", "--steps", "--method", "--device"],
+    "sample": ["--json", "-n", "--prior", "--temperature", "--check", "--seed", "--device"],
+    "neighbors": ["--json", "-n", "--radius", "--device"],
+    "nearest": ["--json", "-n", "--corpus", "--file", "--device"],
+    "direction": ["--json", "--pairs", "--strength", "--file", "--device"],
+    "fit-property": ["--json", "--function", "--file", "--values", "--kind", "--device"],
+    "optimize": ["--json", "--property", "--min", "--target", "--check", "--radius", "--device"],
+    "outliers": ["--json", "-n", "--file", "--device"],
+    "dedupe": ["--json", "--radius", "--corpus", "--file", "--device"],
     "plan": ["--json", "--nodes", "--gpus-per-node", "--gpu-memory"],
     "config show": ["--json", "--world-size"],
     "config schema": ["--json"],
@@ -133,7 +143,7 @@ def test_help_of_a_command_shows_an_example_and_its_options(command):
 def test_help_loads_nothing_heavy(arguments):
     code = (
         "import atexit, sys\nfrom t5vae.cli import main\n"
-        "heavy = {'torch', 'transformers', 'deepspeed', 'pyarrow'}\n"
+        "heavy = {'torch', 'transformers', 'deepspeed', 'pyarrow', 'sklearn', 'zuko'}\n"
         "atexit.register(lambda: print('loaded', heavy & set(sys.modules), file=sys.stderr))\n"
         "main()\n"
     )
@@ -189,26 +199,35 @@ def test_a_batch_that_ranks_cannot_share_is_refused(error_line, config_file, dat
 
 @pytest.mark.parametrize(
     "command",
-    [["export"], ["eval"], ["sample"], ["reconstruct"], ["interpolate"]],
-    ids=lambda command: command[0],
+    [
+        *("export", "eval", "sample", "encode", "reconstruct", "interpolate", "grid", "neighbors"),
+        *("nearest", "fit-property", "optimize", "outliers", "dedupe"),
+    ],
 )
 class TestRunFolders:
-    texts: ClassVar = {"reconstruct": ["x = 1"], "interpolate": ["x = 1", "x = 2"]}
+    arguments: ClassVar = {
+        **dict.fromkeys(["encode", "reconstruct", "neighbors", "nearest"], ["x = 1"]),
+        "interpolate": ["x = 1", "x = 2"],
+        "grid": ["a", "b", "c", "d"],
+        "fit-property": ["length"],
+        "optimize": ["x = 1", "--property", "length"],
+        **dict.fromkeys(["outliers", "dedupe"], ["x = 1"]),
+    }
 
     def test_a_folder_that_is_not_there_is_refused(self, error_line, command, tmp_path):
-        line = error_line(*command, tmp_path / "nowhere", *self.texts.get(command[0], []))
+        line = error_line(command, tmp_path / "nowhere", *self.arguments.get(command, []))
         assert str(tmp_path / "nowhere") in line
 
     def test_a_folder_of_something_else_is_refused(self, error_line, command, tmp_path):
         (tmp_path / "letters").mkdir()
-        line = error_line(*command, tmp_path / "letters", *self.texts.get(command[0], []))
+        line = error_line(command, tmp_path / "letters", *self.arguments.get(command, []))
         assert str(tmp_path / "letters") in line
 
     def test_a_run_without_what_is_needed_is_refused_with_what_to_do(
         self, error_line, command, run_folder
     ):
-        line = error_line(*command, run_folder, *self.texts.get(command[0], []))
-        expected = "train it further" if command == ["export"] else f"t5vae export {run_folder}"
+        line = error_line(command, run_folder, *self.arguments.get(command, []))
+        expected = "train it further" if command == "export" else f"t5vae export {run_folder}"
         assert expected in line
 
 

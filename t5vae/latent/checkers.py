@@ -1,15 +1,11 @@
 """Checkers say whether a decoded string is valid: Python, JSON, a molecule, what you define."""
 
-import ast
-import importlib
 import json
-import os
 import re
-import sys
-import warnings
 from collections.abc import Callable
 
 from shards.errors import UserError
+from t5vae.latent.functions import imported, molecule_parser, python_tree
 
 Checker = Callable[[str], bool]
 
@@ -35,13 +31,15 @@ def checker(name: str | Checker) -> Checker:
     if callable(name):
         return name
     if name == "smiles":
-        return _smiles()
+        molecule = molecule_parser("the checker 'smiles'")
+        return lambda text: molecule(text) is not None
     if name in CHECKERS:
         return CHECKERS[name]
     if name.startswith("regex:"):
         return _regex(name.removeprefix("regex:"))
     if "." in name or ":" in name:
-        return _imported(name)
+        function = imported(name, "checker")
+        return lambda text: bool(function(text))
     raise UserError(
         f"unknown checker {name!r}; choose python, json, smiles, regex:PATTERN or "
         "package.module:function"
@@ -49,12 +47,8 @@ def checker(name: str | Checker) -> Checker:
 
 
 def _python(text: str) -> bool:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return bool(ast.parse(text).body)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):  # null bytes, deep nesting
-        return False
+    tree = python_tree(text)
+    return tree is not None and bool(tree.body)
 
 
 def _json(text: str) -> bool:
@@ -72,22 +66,6 @@ def _refuse_constant(name: str) -> None:
 CHECKERS: dict[str, Checker] = {"python": _python, "json": _json}
 
 
-def _smiles() -> Checker:
-    try:
-        from rdkit import Chem, rdBase
-    except ImportError:
-        raise UserError(
-            "the checker 'smiles' needs rdkit; install it with `pip install rdkit`"
-        ) from None
-
-    def is_molecule(text: str) -> bool:
-        with rdBase.BlockLogs():
-            molecule = Chem.MolFromSmiles(text)
-        return molecule is not None and molecule.GetNumAtoms() > 0
-
-    return is_molecule
-
-
 def _regex(pattern: str) -> Checker:
     try:
         compiled = re.compile(pattern)
@@ -96,20 +74,3 @@ def _regex(pattern: str) -> Checker:
             f"the checker's pattern {pattern!r} is not a regular expression: {error}"
         ) from None
     return lambda text: compiled.fullmatch(text) is not None
-
-
-def _imported(path: str) -> Checker:
-    module_name, _, function_name = path.replace(":", ".").rpartition(".")
-    sys.path.append(os.getcwd())
-    try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(
-            f"the checker {path!r} cannot be imported ({error}); give package.module:function, "
-            "importable from the working folder or the environment"
-        ) from None
-    finally:
-        sys.path.pop()
-    if not callable(function):
-        raise UserError(f"the checker {path!r} is not a function; give one that takes a string")
-    return lambda text: bool(function(text))

@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from shards.errors import UserError
+from t5vae.latent.decoding import decode, generate
 from t5vae.model import T5VAE
 
 Ids = Sequence[Sequence[int]]
@@ -60,7 +61,7 @@ class Codec:
             n: candidates per code.
             temperature: 0 takes the likeliest token at each step, and the n best of a beam search
                 where n > 1; above 0 draws every token, from the softmax of logits / temperature.
-            seed: of the draws.
+            seed: of the draws; the same one gives the same texts, whatever the batch size.
 
         Returns:
             N strings; for n > 1, N lists of n strings.
@@ -80,21 +81,29 @@ class Codec:
         Raises:
             UserError: for a text with more tokens than the model's `sequence_length`.
         """
-        if isinstance(texts, str):
-            raise TypeError("texts is one string; give a list of strings")
-        if not len(texts):
-            return []
+        rows = self.token_ids(texts)
         limit = self.model.config.sequence_length
-        # Text is data: a "</s>" spelled in it is no end token.
-        rows = self.tokenizer(list(texts), split_special_tokens=True, verbose=False)["input_ids"]
         for text, row in zip(texts, rows, strict=True):
-            if len(row) > limit:
+            if not self.fits(row):
                 short = text if len(text) <= 40 else text[:37] + "..."
                 raise UserError(
                     f"the text {short!r} has {len(row)} tokens with its end token, the model takes "
                     f"{limit} at most; shorten it, or train on shards with a longer max_length"
                 )
         return rows
+
+    def fits(self, row: Sequence[int]) -> bool:
+        """Whether a sequence has no more tokens than the model takes."""
+        return len(row) <= self.model.config.sequence_length
+
+    def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of texts of any length, each ending in the end token."""
+        if isinstance(texts, str):
+            raise TypeError("texts is one string; give a list of strings")
+        if not len(texts):
+            return []
+        # Text is data: a "</s>" spelled in it is no end token.
+        return self.tokenizer(list(texts), split_special_tokens=True, verbose=False)["input_ids"]
 
     def detokenize(self, ids: Ids) -> list[str]:
         """Texts of token ids, special tokens left out and spaces untouched."""
@@ -120,19 +129,23 @@ class Codec:
 
         A sequence that reaches the model's length before its end token is cut there.
         """
-        how: dict = {"do_sample": False, "num_beams": n, "num_return_sequences": n}
+        beams = 1 if temperature > 0 else n
+        z_ND = z_ND.repeat_interleave(n // beams, dim=0)
+        chances_NT = None
         if temperature > 0:
-            how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-            z_ND = z_ND.repeat_interleave(n, dim=0)
+            generator = torch.Generator().manual_seed(seed)
+            shape = len(z_ND), self.model.config.sequence_length
+            chances_NT = torch.rand(shape, generator=generator)
         sequences: list[list[int]] = []
-        devices = [self._device] if self._device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(seed)
-            for z_BD in z_ND.split(self.batch_size) if len(z_ND) else ():
-                ids_BT = self.model.generate(
-                    latent=z_BD.to(self._device), synced_gpus=self.synced_gpus, **how
-                )
-                sequences += [self._until_end(row) for row in ids_BT[:, 1:].tolist()]
+        for begin in range(0, len(z_ND), self.batch_size):
+            rows = slice(begin, begin + self.batch_size)
+            z_BD = z_ND[rows].to(self._device, self.model.dtype)
+            if beams > 1 or self.synced_gpus:
+                ids_BT = generate(self.model, z_BD, beams, temperature, self.synced_gpus, seed)
+            else:
+                chances_BT = None if chances_NT is None else chances_NT[rows].to(self._device)
+                ids_BT = decode(self.model, z_BD, temperature, chances_BT)
+            sequences += [self._until_end(row) for row in ids_BT.tolist()]
         return sequences
 
     @torch.no_grad()

@@ -7,15 +7,15 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from shards.errors import UserError
+from shards.files import first_line
 from shards.tokenizers import load_tokenizer
 from t5vae.model import T5VAE
 
 
 def load_model(
-    run_or_export: Path, device: str | torch.device | None = None
+    folder: Path, device: str | torch.device | None = None
 ) -> tuple[T5VAE, PreTrainedTokenizerBase]:
-    """The exported model, on a device, and its tokenizer; see `LatentSpace.load`."""
-    folder = export_folder(run_or_export)
+    """The model of an exported folder, on a device, and its tokenizer; see `LatentSpace.load`."""
     try:
         model, found = T5VAE.from_pretrained(
             folder, local_files_only=True, output_loading_info=True
@@ -29,7 +29,10 @@ def load_model(
         ) from error
     if device is None:
         device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    model.to(torch.device(device))  # type: ignore[arg-type]
+    try:
+        model.to(torch.device(device))  # type: ignore[arg-type]
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"no device {str(device)!r} here: {first_line(error)}") from None
     return model, load_tokenizer(folder)
 
 

@@ -43,3 +43,20 @@ def path(a_ND: Tensor, b_ND: Tensor, steps: int, method: str = "linear") -> Tens
         ((1 - share_S1) * angle_N11).sin() * a_N1D + (share_S1 * angle_N11).sin() * b_N1D
     ) / sine_N11
     return torch.where(sine_N11 > 1e-3, turned_NSD, straight_NSD)
+
+
+def grid(corners_4D: Tensor, steps: int, method: str = "linear") -> Tensor:
+    """Codes of a square between four: paths from a to b and from c to d, and paths across.
+
+    Args:
+        corners_4D: float [4, D]: a, b, c, d, at the upper left and right, the lower left and right.
+        steps: S, of each side.
+        method: as in `path`.
+
+    Returns:
+        float [S, S, D]; rows go down, from a to c.
+    """
+    upper_1SD, lower_1SD = (
+        path(corners_4D[i : i + 1], corners_4D[i + 1 : i + 2], steps, method) for i in (0, 2)
+    )
+    return path(upper_1SD[0], lower_1SD[0], steps, method).transpose(0, 1)

@@ -1,0 +1,10 @@
+"""The `t5vae` command. Heavy imports wait until a command needs them."""
+
+from t5vae.cli.app import app, main
+
+# isort: off
+from t5vae.cli import running, watching, configs  # noqa: F401  in the order of the help
+from t5vae.cli import space, properties  # noqa: F401
+# isort: on
+
+__all__ = ["app", "main"]

@@ -1,0 +1,76 @@
+"""What the commands share: the application, arguments, tables, and how mistakes end."""
+
+import json
+import os
+import sys
+import traceback
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from shards.cli import app as shards_app
+from shards.errors import DISK_FULL, UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Learn smooth latent spaces of sequences, and use them.\n\n"
+    "build shards -> train -> export -> eval; then reconstruct, interpolate, sample, optimise.",
+)
+config_app = typer.Typer(no_args_is_help=True, help="Look at run configurations.")
+app.add_typer(shards_app, name="shards")
+app.add_typer(config_app, name="config")
+
+Run = Annotated[str, typer.Argument(help="A run folder, for example runs/quickstart.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+ConfigFile = Annotated[
+    str, typer.Argument(help="A YAML file, for example configs/quickstart.yaml.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Settings in place of the file's: section.key=value ...")
+]
+
+
+def print_json(document: Any) -> None:
+    typer.echo(json.dumps(document, ensure_ascii=False, indent=1))
+
+
+def console(width: int = 120) -> "Console":
+    """For tables; of that width where they go into a file or a pipe."""
+    from rich.console import Console
+
+    found = Console(highlight=False, markup=False, emoji=False)
+    if not found.is_terminal:
+        found.width = width
+    return found
+
+
+def quiet_transformers() -> None:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import warnings
+
+    from transformers.utils import logging
+
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def main() -> None:
+    """Run a command; a user's mistake is one line and exit code 2 (--debug shows where)."""
+    debug = "--debug" in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    try:
+        app(obj={"debug": debug})
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in DISK_FULL:
+            raise
+        if debug:
+            traceback.print_exc()
+        else:
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,127 @@
+"""Commands that make and keep a run: train, checkpoints, export, eval."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from shards.errors import UserError
+from t5vae.cli.app import (
+    ConfigFile,
+    Json,
+    Overrides,
+    Run,
+    app,
+    console,
+    print_json,
+    quiet_transformers,
+)
+
+
+@app.command()
+def train(
+    context: typer.Context,
+    config: ConfigFile = "configs/quickstart.yaml",
+    overrides: Overrides = None,
+) -> None:
+    """Train in this one process. For several: `deepspeed train.py CONFIG`.
+
+    Example: `t5vae train configs/quickstart.yaml train.steps=100 run.output_dir=runs/short`
+    """
+    from t5vae.training.main import main as train_main
+
+    debug = ["--debug"] if context.obj and context.obj["debug"] else []
+    raise typer.Exit(train_main([config, *(overrides or []), *debug]))
+
+
+@app.command()
+def checkpoints(
+    run: Run,
+    verify: Annotated[bool, typer.Option(help="Compare every file's hash, not its size.")] = False,
+    remove: Annotated[
+        list[str] | None, typer.Option(help="A step to delete, or a folder's name; repeatable.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """List a run's checkpoints, verify them, remove some; with --verify exit with 1 on damage.
+
+    Example: `t5vae checkpoints runs/quickstart --verify`
+    """
+    from t5vae.training import checkpoint
+
+    folder = Path(run) / "checkpoints"
+    if not folder.is_dir():
+        raise UserError(f"{run} is not a run folder: it has no checkpoints/")
+    for name in remove or []:
+        typer.echo(f"removed {checkpoint.remove(folder, name)}", err=True)
+    found = checkpoint.describe(folder, hashes=verify)
+    if json:
+        print_json({"checkpoints": found})
+    else:
+        _print_checkpoints(found, verify)
+    if verify and any(entry["problem"] not in (None, "unfinished") for entry in found):
+        raise typer.Exit(1)
+
+
+def _print_checkpoints(found: list[dict[str, Any]], verified: bool) -> None:
+    from datetime import datetime
+
+    from rich.table import Table
+
+    table = Table("checkpoint", "saved", "MB", "ranks", "ZeRO", "precision", "held-out", "state")
+    for entry in found:
+        row = [entry["name"], "", f"{entry['bytes'] / 1e6:,.1f}", "", "", "", "", entry["problem"]]
+        if not entry["problem"]:
+            row[1] = datetime.fromtimestamp(entry["saved_at"]).strftime("%Y-%m-%d %H:%M")
+            row[3:6] = [str(entry[key]) for key in ("world_size", "zero_stage", "precision")]
+            row[6] = "" if entry["held_out"] is None else f"{entry['held_out']:.3f}"
+            row[7] = "whole" if verified else "sizes right"
+        table.add_row(*row)
+    console().print(table)
+
+
+@app.command()
+def export(
+    run: Run,
+    step: Annotated[int | None, typer.Option(help="Of the checkpoint; default the newest.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the weights: fp32, bf16 or fp16.")] = "fp32",
+) -> None:
+    """Turn a run's checkpoint into a transformers model: RUN/export.
+
+    Example: `t5vae export runs/quickstart --dtype bf16`
+    """
+    from t5vae.training.export import export as export_run
+
+    quiet_transformers()
+    folder, checkpoint, known = export_run(run, step=step, dtype=dtype)
+    typer.echo(f"{'already exported' if known else 'exported'}: {checkpoint} as {folder}")
+
+
+@app.command(name="eval")
+def evaluate(
+    run: Run,
+    sequences: Annotated[int | None, typer.Option(help="Held-out sequences.", min=2)] = None,
+    samples: Annotated[int | None, typer.Option(help="Draws from the prior.", min=1)] = None,
+    interpolations: Annotated[int | None, typer.Option(help="Paths.", min=1)] = None,
+    check: Annotated[
+        str | None, typer.Option(help="What is valid: python, json, smiles, regex:..., pkg.func.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Measure a run on held-out data, beside its controls; write RUN/eval.json and the model card.
+
+    Example: `t5vae eval runs/quickstart --samples 10000`
+    """
+    from t5vae.evaluation import evaluate_run, table
+    from t5vae.training.card import write_card
+
+    quiet_transformers()
+    report, known = evaluate_run(
+        run, sequences=sequences, samples=samples, interpolations=interpolations, check=check
+    )
+    write_card(Path(run), Path(run) / "export")
+    if json:
+        print_json(report)
+        return
+    console().print(table(report))
+    typer.echo(f"{'already evaluated' if known else 'report'}: {Path(run) / 'eval.json'}")

@@ -1,0 +1,327 @@
+"""Corpora: texts and their codes, encoded once and kept on disk.
+
+Shapes: N texts, D latent size.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shards import Dataset
+from shards.corpora import SUFFIXES, WITH_COLUMN, Reading
+from shards.corpora import Corpus as Source
+from shards.errors import UserError
+from shards.progress import say, stage
+from shards.records import write_whole
+from shards.workfolder import work_folder
+from t5vae.latent.codec import Codec
+
+FORMAT_VERSION = 1
+CHUNK = 16_384  # sequences between two notes of what is done
+
+MANIFEST, CODES, TEXTS, ENDS = "corpus.json", "codes.npy", "texts.jsonl", "ends.npy"
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A folder of texts with their codes; both are read from the disk as they are needed.
+
+    `codes.npy` is float32 [N, D], `texts.jsonl` has a JSON string a line, `ends.npy`, int64 [N],
+    says where each line ends, and `corpus.json` what they were made from.
+
+    Attributes:
+        folder: where they lie.
+        codes_ND: the codes, float32 [N, D], mapped into memory.
+        left_out: how many texts of the source have too many tokens for the model.
+    """
+
+    folder: Path
+    codes_ND: Tensor
+    ends_N: np.ndarray
+    left_out: int
+
+    def __len__(self) -> int:
+        return len(self.codes_ND)
+
+    def texts(self, rows: Sequence[int] | np.ndarray) -> list[str]:
+        """Texts by row."""
+        found = []
+        with open(self.folder / TEXTS, "rb") as file:
+            for row in map(int, rows):
+                begin = int(self.ends_N[row - 1]) if row else 0
+                file.seek(begin)
+                found.append(json.loads(file.read(int(self.ends_N[row]) - begin)))
+        return found
+
+    @classmethod
+    def open(cls, folder: Path, model_sha256: str) -> "Corpus":
+        """Open an encoded corpus.
+
+        Raises:
+            UserError: there is none, it is damaged, or another model encoded it.
+        """
+        manifest = read_manifest(folder)
+        if manifest is None:
+            raise UserError(f"{folder} is no encoded corpus: make one with `t5vae encode`")
+        if manifest["model_sha256"] != model_sha256:
+            raise UserError(f"{folder} was encoded by another model: encode its texts again")
+        try:
+            codes_ND = np.load(folder / CODES, mmap_mode="r")
+            ends_N = np.load(folder / ENDS, mmap_mode="r")
+            whole = len(codes_ND) == len(ends_N) == manifest["sequences"]
+            whole &= (folder / TEXTS).stat().st_size == (ends_N[-1] if len(ends_N) else 0)
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f"{folder} is damaged ({error}): remove it") from None
+        if not whole:
+            raise UserError(f"{folder} is damaged (its files differ in length): remove it")
+        return cls(folder, _mapped(codes_ND), ends_N, manifest["left_out"])
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """What an encoded corpus was made from; None where there is none."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        return manifest if manifest["format_version"] == FORMAT_VERSION else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def encode_corpus(codec: Codec, source: "Texts", out: Path, model_sha256: str) -> Corpus:
+    """Encode all texts of a source into a folder, some thousands at a time.
+
+    What a halted encoding has done is kept beside the folder, and the same call goes on with it.
+    Texts with more tokens than the model takes are left out and counted.
+
+    Args:
+        codec: the model.
+        source: where texts come from.
+        out: the folder; what is there is replaced once the new corpus is whole.
+        model_sha256: of the model's weights.
+
+    Raises:
+        UserError: no text fits, no space is left, or another process writes there.
+    """
+    made_from = {"model_sha256": model_sha256, "source": source.describe()}
+    limit = codec.model.config.sequence_length
+    with work_folder(out) as work, _Writer(work, codec.latent_size, made_from) as writer:
+        if writer.read:
+            say(f"going on after {writer.read:,} texts")
+        with stage(f"encoded {source.name}", source.total, done=writer.read) as advance:
+            for texts in source.chunks(writer.read):
+                ids = codec.token_ids(texts)
+                fitting = [row for row, tokens in enumerate(ids) if len(tokens) <= limit]
+                codes_ND = codec.encode_ids([ids[row] for row in fitting])
+                writer.append([texts[row] for row in fitting], codes_ND, len(texts))
+                advance(len(texts))
+        if not writer.rows:
+            raise UserError(f"{source.name} holds no text of up to {limit} tokens")
+        if writer.read > writer.rows:
+            say(f"{writer.read - writer.rows:,} texts have too many tokens and were left out")
+        writer.finish(out)
+    return Corpus.open(out, model_sha256)
+
+
+def _mapped(codes_ND: np.ndarray) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that torch could write into it
+        return torch.from_numpy(codes_ND)
+
+
+class Texts(ABC):
+    """Where a corpus's texts come from.
+
+    Attributes:
+        name: for people.
+        total: how many there are.
+    """
+
+    name: str
+    total: int
+
+    @abstractmethod
+    def chunks(self, begin: int) -> Iterator[list[str]]:
+        """Yield the texts from number `begin` on, some thousands at a time."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """What tells these texts from all others, fit for JSON."""
+
+
+class GivenTexts(Texts):
+    """Texts in memory."""
+
+    def __init__(self, texts: Sequence[str], name: str = "texts"):
+        self.texts, self.name, self.total = texts, name, len(texts)
+
+    def chunks(self, begin: int) -> Iterator[list[str]]:
+        for at in range(begin, self.total, CHUNK):
+            yield list(self.texts[at : at + CHUNK])
+
+    def describe(self) -> dict[str, Any]:
+        digest = hashlib.sha256(json.dumps(list(self.texts)).encode())
+        return {"texts": self.total, "sha256": digest.hexdigest()}
+
+
+class FileTexts(Texts):
+    """The texts of files, in any format that shards are built from.
+
+    Args:
+        path: a file, folder, glob or URL; the format follows from the name's ending.
+        column: the field that holds the text, for formats that have fields.
+
+    Raises:
+        UserError: nothing is there, or the column is missing or superfluous.
+    """
+
+    def __init__(self, path: str, column: str | None = None):
+        self.source = Source(path, format_of(path), column)
+        self.name = self.source.name
+        self.total = sum(map(len, self._read()))
+
+    def chunks(self, begin: int) -> Iterator[list[str]]:
+        held: list[str] = []
+        for texts in self._read():
+            skipped = min(begin, len(texts))
+            begin -= skipped
+            held += texts[skipped:]
+            while len(held) >= CHUNK:
+                yield held[:CHUNK]
+                held = held[CHUNK:]
+        if held:
+            yield held
+
+    def describe(self) -> dict[str, Any]:
+        files = [[file.path, file.stamp] for file in self.source.files]
+        return {**self.source.describe(), "files": files}
+
+    def _read(self) -> Iterator[list[str]]:
+        return iter(Reading(self.source.files, self.source.format, self.source.column))
+
+
+class SplitTexts(Texts):
+    """The texts of a dataset's split, or some of them, which the build's shuffle chose.
+
+    Args:
+        dataset: of one or several sources, each of which gives its share.
+        split: "train" or "valid".
+        limit: how many at most.
+    """
+
+    def __init__(self, dataset: Dataset, split: str, limit: int | None = None):
+        self.dataset, self.split = dataset, split
+        self.name = f"{dataset.path}, split {split}"
+        everything = dataset.sequences(split)
+        if limit is None or limit >= everything:
+            self.numbers = np.arange(everything)
+        else:
+            self.numbers = dataset.first(split, limit)
+        self.total = len(self.numbers)
+
+    def chunks(self, begin: int) -> Iterator[list[str]]:
+        for at in range(begin, self.total, CHUNK):
+            yield self.dataset.texts(self.split, self.numbers[at : at + CHUNK])
+
+    def describe(self) -> dict[str, Any]:
+        return {"shards_sha256": self.dataset.sha256, "split": self.split, "texts": self.total}
+
+
+def format_of(path: str) -> str:
+    """The format of a file of texts, by its name's ending; "text" for any other."""
+    named = (name for name in (*WITH_COLUMN, "webdataset") if path.endswith(SUFFIXES[name]))
+    return next(named, "text")
+
+
+class _Writer:
+    """The files of a corpus, while they grow, and how far they are."""
+
+    def __init__(self, work: Path, latent_size: int, made_from: dict[str, Any]):
+        self.folder, self.note = work / "corpus", work / "done.json"
+        self.latent_size, self.made_from = latent_size, made_from
+        self.read = self.rows = self.bytes = 0
+        self._take_up()
+        self.folder.mkdir(exist_ok=True)
+        self.texts = open(self.folder / TEXTS, "ab")  # noqa: SIM115
+        self.texts.truncate(self.bytes)
+        self.codes = _Array(self.folder / CODES, np.float32, (latent_size,), self.rows)
+        self.ends = _Array(self.folder / ENDS, np.int64, (), self.rows)
+
+    def __enter__(self) -> "_Writer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in (self.texts, self.codes.file, self.ends.file):
+            file.close()
+
+    def append(self, texts: list[str], codes_ND: Tensor, read: int) -> None:
+        """Add texts and their codes; `read` texts of the source are done with them."""
+        lines = [json.dumps(text, ensure_ascii=False).encode() + b"\n" for text in texts]
+        sizes = np.array([len(line) for line in lines], dtype=np.int64)
+        self.texts.write(b"".join(lines))
+        self.texts.flush()
+        self.ends.append(self.bytes + sizes.cumsum())
+        self.codes.append(codes_ND.numpy())
+        self.read += read
+        self.rows += len(texts)
+        self.bytes += int(sizes.sum())
+        done = {"read": self.read, "rows": self.rows, "bytes": self.bytes}
+        write_whole(self.note, json.dumps({**done, "made_from": self.made_from}))
+
+    def finish(self, out: Path) -> None:
+        """Put the folder where it belongs, in place of an older one."""
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "sequences": self.rows,
+            "left_out": self.read - self.rows,
+            "latent_size": self.latent_size,
+            **self.made_from,
+        }
+        write_whole(self.folder / MANIFEST, json.dumps(manifest, indent=1))
+        if out.exists():
+            shutil.rmtree(out)
+        os.replace(self.folder, out)
+
+    def _take_up(self) -> None:
+        """Go on with what a halted encoding of the same left, or remove it."""
+        try:
+            done = json.loads(self.note.read_text())
+            if done["made_from"] == self.made_from:
+                self.read, self.rows, self.bytes = done["read"], done["rows"], done["bytes"]
+                return
+        except (OSError, ValueError, KeyError):
+            pass
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class _Array:
+    """An array in a .npy file to which rows are added: numpy leaves room for that in the header."""
+
+    def __init__(self, path: Path, dtype: type, shape: tuple[int, ...], rows: int):
+        self.dtype, self.shape, self.rows = np.dtype(dtype), shape, rows
+        self.file = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115
+        self._write_header()
+        self.file.truncate(self.file.tell() + rows * self.dtype.itemsize * math.prod(shape))
+
+    def append(self, rows: np.ndarray) -> None:
+        self.file.seek(0, os.SEEK_END)
+        self.file.write(rows.astype(self.dtype).tobytes())
+        self.rows += len(rows)
+        self._write_header()
+        self.file.flush()
+
+    def _write_header(self) -> None:
+        shape = (self.rows, *self.shape)
+        header = {"descr": self.dtype.str, "fortran_order": False, "shape": shape}
+        self.file.seek(0)
+        np.lib.format.write_array_header_1_0(self.file, header)

@@ -1,0 +1,100 @@
+"""Workspace: what is found out about a space once and kept with its run."""
+
+import hashlib
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from shards import Dataset
+from shards.errors import UserError
+from t5vae.config import load_config
+from t5vae.latent.codec import Codec
+from t5vae.latent.corpus import Corpus, SplitTexts, encode_corpus, read_manifest
+from t5vae.latent.folders import export_folder
+from t5vae.latent.priors import Prior, fit_prior, load_prior, save_prior
+from t5vae.latent.properties import Property, load_property, save_property
+
+TRAINING = 1_000_000  # training sequences that are encoded
+FIT = 50_000  # of them, those that priors and properties are fitted on
+
+
+class Workspace:
+    """The folder `latent` of a run, or of an export that lies alone.
+
+    `train/` is the encoded training split, `priors/` and `properties/` hold what was fitted. What
+    another model's codes made is made anew.
+
+    Args:
+        run_or_export: a run folder, or an export.
+    """
+
+    def __init__(self, run_or_export: Path):
+        self.export = export_folder(run_or_export)
+        above = self.export.resolve().parent
+        in_run = self.export.name == "export" and (above / "config.yaml").is_file()
+        self.home = above if in_run else self.export
+        self.folder = self.home / "latent"
+
+    @cached_property
+    def model_sha256(self) -> str:
+        """Of the model's weights."""
+        digest = hashlib.sha256()
+        for path in sorted(self.export.glob("*.safetensors")):
+            with open(path, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        """The run's shards.
+
+        Raises:
+            UserError: an export that lies alone, or no shards where the run had them.
+        """
+        config = self.home / "config.yaml"
+        if not config.is_file():
+            raise UserError(
+                f"{self.home} has no run beside it, so its training sequences are unknown: give "
+                "a run folder, or your own texts"
+            )
+        return load_config(config).data.open()
+
+    def training(self, codec: Codec) -> Corpus:
+        """Training sequences with their codes, a million at most, encoded if they are not yet."""
+        folder = self.folder / "train"
+        source = SplitTexts(self.dataset, "train", TRAINING)
+        made_from = {"model_sha256": self.model_sha256, "source": source.describe()}
+        manifest = read_manifest(folder)
+        if manifest is None or any(manifest[key] != made_from[key] for key in made_from):
+            return encode_corpus(codec, source, folder, self.model_sha256)
+        return Corpus.open(folder, self.model_sha256)
+
+    @staticmethod
+    def fitting_rows(corpus: Corpus) -> np.ndarray:
+        """Rows of the training sequences that are fitted on, the same ones each time."""
+        return np.sort(np.random.default_rng(0).permutation(len(corpus))[:FIT])
+
+    def prior(self, codec: Codec, name: str) -> Prior:
+        """A prior fitted on training sequences, fitted if it is not yet."""
+        path = self.folder / "priors" / f"{name}.safetensors"
+        made_from = {"model_sha256": self.model_sha256, "shards_sha256": self.dataset.sha256}
+        prior = load_prior(path, made_from)
+        if prior is None:
+            corpus = self.training(codec)
+            prior = fit_prior(name, corpus.codes_ND[self.fitting_rows(corpus)])
+            save_prior(prior, path, made_from)
+        return prior
+
+    def property(self, name: str) -> Property | None:
+        """The kept property of that name; None where there is none, or of another model."""
+        return load_property(self._property_path(name), {"model_sha256": self.model_sha256})
+
+    def keep(self, fitted: Property) -> Path:
+        """Keep a property under its name; returns its file."""
+        path = self._property_path(fitted.name)
+        save_property(fitted, path, {"model_sha256": self.model_sha256})
+        return path
+
+    def _property_path(self, name: str) -> Path:
+        return self.folder / "properties" / f"{name}.safetensors"
