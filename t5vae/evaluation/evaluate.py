@@ -16,7 +16,7 @@ from t5vae.evaluation import metrics
 from t5vae.evaluation.trigram import Trigram
 from t5vae.latent import LatentSpace, checker
 from t5vae.latent.paths import path
-from t5vae.latent.priors import Gaussian, Normal
+from t5vae.latent.priors import Normal, fit_prior
 from t5vae.objective import mmd, sliced_epps_pulley
 
 SCHEMA_VERSION = 1
@@ -113,7 +113,7 @@ def evaluate(
         return metrics.quality(space.detokenize(ids), known, is_valid)
 
     rows = rng.choice(len(train_ids), min(FIT, len(train_ids)), replace=False)
-    gaussian = Gaussian(space.encode_ids([train_ids[row] for row in rows]))
+    gaussian = fit_prior("gaussian", space.encode_ids([train_ids[row] for row in rows]))
     normal = Normal(space.latent_size)
 
     first = rng.integers(len(valid_ids), size=interpolations)

@@ -101,31 +101,38 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 def encode_corpus(codec: Codec, source: "Texts", out: Path, model_sha256: str) -> Corpus:
     """Encode all texts of a source into a folder, some thousands at a time.
 
-    What a halted encoding has done is kept beside the folder, and the same call goes on with it.
-    Texts with more tokens than the model takes are left out and counted.
+    What a halted encoding has done is kept beside the folder, and the same call goes on with it;
+    one that is done is opened. Texts with more tokens than the model takes are left out and
+    counted.
 
     Args:
         codec: the model.
         source: where texts come from.
-        out: the folder; what is there is replaced once the new corpus is whole.
+        out: the folder; another corpus there is replaced once the new one is whole.
         model_sha256: of the model's weights.
 
     Raises:
-        UserError: no text fits, no space is left, or another process writes there.
+        UserError: no text fits, no space is left, another process writes there, or something else
+            than an encoded corpus is there.
     """
     made_from = {"model_sha256": model_sha256, "source": source.describe()}
-    limit = codec.model.config.sequence_length
+    there = read_manifest(out)
+    if there is not None and all(there.get(key) == value for key, value in made_from.items()):
+        return Corpus.open(out, model_sha256)
+    if out.exists() and not (out / MANIFEST).is_file():
+        raise UserError(f"{out} is there, and is no encoded corpus: name another folder")
     with work_folder(out) as work, _Writer(work, codec.latent_size, made_from) as writer:
         if writer.read:
             say(f"going on after {writer.read:,} texts")
         with stage(f"encoded {source.name}", source.total, done=writer.read) as advance:
             for texts in source.chunks(writer.read):
                 ids = codec.token_ids(texts)
-                fitting = [row for row, tokens in enumerate(ids) if len(tokens) <= limit]
+                fitting = [row for row, tokens in enumerate(ids) if codec.fits(tokens)]
                 codes_ND = codec.encode_ids([ids[row] for row in fitting])
                 writer.append([texts[row] for row in fitting], codes_ND, len(texts))
                 advance(len(texts))
         if not writer.rows:
+            limit = codec.model.config.sequence_length
             raise UserError(f"{source.name} holds no text of up to {limit} tokens")
         if writer.read > writer.rows:
             say(f"{writer.read - writer.rows:,} texts have too many tokens and were left out")

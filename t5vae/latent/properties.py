@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from shards.errors import UserError
-from t5vae.latent.kept import read_tensors, write_tensors
+from t5vae.latent.kept import damaged, read_tensors, write_tensors
 
 KINDS = ("ridge", "mlp")
 FEWEST = 10
@@ -106,24 +106,25 @@ def save_property(property: Property, path: Path, made_from: dict[str, Any]) -> 
     tensors: dict[str, Tensor] = {}
     for i, (weight_OI, bias_O) in enumerate(property.layers):
         tensors |= {f"{i}.weight": weight_OI, f"{i}.bias": bias_O}
-    about = {
-        "format_version": FORMAT_VERSION,
-        "made_from": made_from,
-        **{key: getattr(property, key) for key in ("name", "kind", "r2", "n", "scale")},
-    }
-    write_tensors(path, tensors, about)
+    about = {key: getattr(property, key) for key in ("name", "kind", "r2", "n", "scale")}
+    write_tensors(path, tensors, about, FORMAT_VERSION, made_from)
 
 
 def load_property(path: Path, made_from: dict[str, Any]) -> Property | None:
-    """The property kept in a file; None if there is none, or it was made from something else."""
-    kept = read_tensors(path)
+    """The property kept in a file; None if there is none, or it was made from something else.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    kept = read_tensors(path, FORMAT_VERSION, made_from)
     if kept is None:
         return None
     tensors, about = kept
-    if about.pop("format_version", None) != FORMAT_VERSION or about.pop("made_from") != made_from:
-        return None
-    layers = [(tensors[f"{i}.weight"], tensors[f"{i}.bias"]) for i in range(len(tensors) // 2)]
-    return Property(**about, layers=tuple(layers))
+    try:
+        layers = [(tensors[f"{i}.weight"], tensors[f"{i}.bias"]) for i in range(len(tensors) // 2)]
+        return Property(**about, layers=tuple(layers))
+    except (KeyError, TypeError) as error:
+        raise damaged(path, error) from None
 
 
 def _fit(kind: str, z_ND: np.ndarray, values_N: np.ndarray, seed: int) -> Any:

@@ -1,6 +1,7 @@
 """Workspace: what is found out about a space once and kept with its run."""
 
 import hashlib
+import re
 from functools import cached_property
 from pathlib import Path
 
@@ -45,7 +46,6 @@ class Workspace:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()
 
-    @cached_property
     def dataset(self) -> Dataset:
         """The run's shards.
 
@@ -61,14 +61,17 @@ class Workspace:
         return load_config(config).data.open()
 
     def training(self, codec: Codec) -> Corpus:
-        """Training sequences with their codes, a million at most, encoded if they are not yet."""
+        """Training sequences with their codes, a million at most, encoded if they are not yet.
+
+        Raises:
+            UserError: they are not, and there are no shards to encode them from.
+        """
         folder = self.folder / "train"
-        source = SplitTexts(self.dataset, "train", TRAINING)
-        made_from = {"model_sha256": self.model_sha256, "source": source.describe()}
         manifest = read_manifest(folder)
-        if manifest is None or any(manifest[key] != made_from[key] for key in made_from):
-            return encode_corpus(codec, source, folder, self.model_sha256)
-        return Corpus.open(folder, self.model_sha256)
+        if manifest is not None and manifest["model_sha256"] == self.model_sha256:
+            return Corpus.open(folder, self.model_sha256)
+        source = SplitTexts(self.dataset(), "train", TRAINING)
+        return encode_corpus(codec, source, folder, self.model_sha256)
 
     @staticmethod
     def fitting_rows(corpus: Corpus) -> np.ndarray:
@@ -78,7 +81,7 @@ class Workspace:
     def prior(self, codec: Codec, name: str) -> Prior:
         """A prior fitted on training sequences, fitted if it is not yet."""
         path = self.folder / "priors" / f"{name}.safetensors"
-        made_from = {"model_sha256": self.model_sha256, "shards_sha256": self.dataset.sha256}
+        made_from = {"model_sha256": self.model_sha256}
         prior = load_prior(path, made_from)
         if prior is None:
             corpus = self.training(codec)
@@ -87,14 +90,26 @@ class Workspace:
         return prior
 
     def property(self, name: str) -> Property | None:
-        """The kept property of that name; None where there is none, or of another model."""
+        """The kept property of that name; None where there is none, or of another model.
+
+        Raises:
+            UserError: the name cannot be a file's, or the file is damaged.
+        """
         return load_property(self._property_path(name), {"model_sha256": self.model_sha256})
 
     def keep(self, fitted: Property) -> Path:
-        """Keep a property under its name; returns its file."""
+        """Keep a property under its name; returns its file.
+
+        Raises:
+            UserError: the name cannot be a file's.
+        """
         path = self._property_path(fitted.name)
         save_property(fitted, path, {"model_sha256": self.model_sha256})
         return path
 
     def _property_path(self, name: str) -> Path:
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            raise UserError(
+                f"a property cannot be kept as {name!r}: name it with letters, digits, _, - and ."
+            )
         return self.folder / "properties" / f"{name}.safetensors"

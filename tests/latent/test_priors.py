@@ -1,33 +1,145 @@
+import math
+
 import pytest
 import torch
+from torch import Generator
 
 from shards.errors import UserError
-from t5vae.latent.priors import Gaussian, Normal
+from t5vae.latent.priors import PRIORS, Flow, fit_prior, load_prior, save_prior
+
+MADE_FROM = {"model_sha256": "abc"}
+
+
+def generator() -> Generator:
+    return Generator().manual_seed(0)
+
+
+def ring(n: int) -> torch.Tensor:
+    """Codes on a noisy circle of radius 4 around (10, -3), which no normal distribution fits."""
+    angles_N = 2 * math.pi * torch.rand(n, generator=generator())
+    circle_N2 = 4 * torch.stack([angles_N.cos(), angles_N.sin()], 1)
+    return circle_N2 + 0.3 * torch.randn(n, 2, generator=generator()) + torch.tensor([10.0, -3.0])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_flow():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Flow, "STEPS", 500)
+        patch.setattr(Flow, "HIDDEN", (32, 32))
+        yield
+
+
+@pytest.fixture(scope="module", params=PRIORS)
+def prior(request, small_flow):
+    """Each of them, fitted on a ring."""
+    return fit_prior(request.param, ring(4000))
+
+
+def test_draws_repeat_by_seed(prior):
+    drawn_ND = prior.draw(5, generator())
+    assert (drawn_ND.shape, drawn_ND.dtype) == ((5, 2), torch.float32)
+    assert torch.equal(prior.draw(5, generator()), drawn_ND)
+    assert not torch.equal(prior.draw(5, Generator().manual_seed(1)), drawn_ND)
+
+
+def test_the_density_adds_up_to_one_and_is_that_of_the_draws(prior):
+    grid_N2 = torch.cartesian_prod(torch.arange(-12, 28, 0.1), torch.arange(-20, 14, 0.1))
+    share_N = prior.log_density(grid_N2).exp() * 0.1**2
+    assert share_N.dtype == torch.float64
+    assert share_N.sum().item() == pytest.approx(1, abs=0.01)
+    drawn_N2 = prior.draw(20_000, generator())
+    for column, edge in ((0, 10.5), (1, -1.0)):
+        drawn = (drawn_N2[:, column] > edge).double().mean().item()
+        assert share_N[grid_N2[:, column] > edge].sum().item() == pytest.approx(drawn, abs=0.02)
+
+
+def test_a_kept_prior_draws_the_same(prior, tmp_path):
+    path = tmp_path / "deep" / "prior.safetensors"
+    assert load_prior(path, MADE_FROM) is None
+    save_prior(prior, path, MADE_FROM)
+    kept = load_prior(path, MADE_FROM)
+    assert type(kept) is type(prior)
+    assert torch.equal(kept.draw(9, generator()), prior.draw(9, generator()))
+    assert torch.equal(kept.log_density(ring(9)), prior.log_density(ring(9)))
+    assert load_prior(path, {"model_sha256": "abd"}) is None
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_a_kept_prior_that_lacks_tensors_is_damaged(prior, tmp_path, monkeypatch):
+    path = tmp_path / "prior.safetensors"
+    tensors = prior.tensors()
+    tensors.pop(next(reversed(tensors)))
+    monkeypatch.setattr(prior, "tensors", lambda: tensors)
+    save_prior(prior, path, MADE_FROM)
+    with pytest.raises(UserError, match=r"prior.safetensors is damaged .*: remove it"):
+        load_prior(path, MADE_FROM)
+
+
+def test_mixture_and_flow_find_the_hole_that_a_gaussian_fills():
+    centre_N2 = torch.tensor([10.0, -3.0])
+    inside = {}
+    for name in ("gaussian", "gmm", "flow"):
+        drawn_N2 = fit_prior(name, ring(4000)).draw(4000, generator())
+        inside[name] = ((drawn_N2 - centre_N2).norm(dim=1) < 2.5).double().mean().item()
+    assert inside["gaussian"] > 0.25
+    assert inside["gmm"] < 0.02
+    assert inside["flow"] < 0.1
 
 
 def test_gaussian_draws_have_the_mean_and_covariance_of_the_codes():
-    generator = torch.Generator().manual_seed(0)
     mix_DD = torch.tensor([[1.0, 0.0, 0.0], [2.0, 0.5, 0.0], [0.0, 0.0, 0.0]])  # the third is dead
-    codes_ND = torch.randn(500, 3, generator=generator) @ mix_DD.T + 3
-    drawn_ND = Gaussian(codes_ND).draw(200_000, generator)
-    assert drawn_ND.dtype == torch.float32
+    codes_ND = torch.randn(500, 3, generator=generator()) @ mix_DD.T + 3
+    drawn_ND = fit_prior("gaussian", codes_ND).draw(200_000, generator())
     torch.testing.assert_close(drawn_ND.mean(0), codes_ND.mean(0), atol=0.03, rtol=0)
     torch.testing.assert_close(drawn_ND.T.cov(), codes_ND.T.cov(), atol=0.05, rtol=0)
 
 
-@pytest.mark.parametrize("n", [2, 3])
-def test_gaussian_needs_fewer_codes_than_dimensions(n):
-    drawn_ND = Gaussian(torch.randn(n, 8)).draw(4, torch.Generator())
-    assert drawn_ND.shape == (4, 8)
+def test_a_mixture_of_one_is_the_gaussian():
+    codes_ND = torch.randn(30, 6, generator=generator()) * 3  # too few for two components
+    one, two = (fit_prior(name, codes_ND).log_density(codes_ND) for name in ("gaussian", "gmm"))
+    torch.testing.assert_close(one, two, atol=0.2, rtol=0)  # covariances over 29 and 30
+
+
+@pytest.mark.parametrize("name", PRIORS)
+@pytest.mark.parametrize("shape", [(20, 32), (40, 1), (30, 2)])
+def test_few_codes_wide_codes_and_those_of_one_number(name, shape, monkeypatch):
+    monkeypatch.setattr(Flow, "STEPS", 100)
+    codes_ND = torch.randn(shape, generator=generator()).bfloat16()
+    prior = fit_prior(name, codes_ND)
+    drawn_ND = prior.draw(7, generator())
+    assert drawn_ND.shape == (7, shape[1])
     assert drawn_ND.isfinite().all()
+    assert prior.log_density(drawn_ND).isfinite().all()
 
 
-def test_gaussian_of_one_dimension_and_of_one_code():
-    assert Gaussian(torch.randn(9, 1)).draw(2, torch.Generator()).shape == (2, 1)
-    with pytest.raises(UserError, match="at least 2"):
-        Gaussian(torch.zeros(1, 4))
+@pytest.mark.parametrize("name", ["gaussian", "gmm", "flow"])
+def test_codes_that_are_all_the_same_are_drawn_again(name, monkeypatch):
+    monkeypatch.setattr(Flow, "STEPS", 100)
+    drawn_ND = fit_prior(name, torch.full((30, 3), 2.0)).draw(5, generator())
+    torch.testing.assert_close(drawn_ND, torch.full((5, 3), 2.0), atol=0.1, rtol=0)
 
 
-def test_the_same_seed_draws_the_same_codes():
-    one, two = (Normal(4).draw(3, torch.Generator().manual_seed(5)) for _ in range(2))
+@pytest.mark.parametrize("name", ["gmm", "flow"])
+def test_a_fit_repeats_and_leaves_the_global_generator_alone(name, monkeypatch):
+    monkeypatch.setattr(Flow, "STEPS", 100)
+    before = torch.get_rng_state()
+    one, two = (fit_prior(name, ring(500), seed=3).draw(4, generator()) for _ in range(2))
     assert torch.equal(one, two)
+    assert not torch.equal(fit_prior(name, ring(500), seed=4).draw(4, generator()), one)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("name", "codes_ND", "message"),
+    [
+        ("vampprior", torch.zeros(50, 4), "unknown prior 'vampprior'; choose one of normal, "),
+        ("gaussian", torch.zeros(1, 4), "'gaussian' is fitted on codes; 1 given, at least 2"),
+        ("gmm", torch.zeros(0, 4), "'gmm' is fitted on codes; 0 given, at least 2"),
+        ("flow", torch.zeros(19, 4), "'flow' is fitted on codes; 19 given, at least 20"),
+        ("gmm", torch.full((50, 4), math.nan), "'gmm' .* some given are not finite"),
+    ],
+)
+def test_what_cannot_be_fitted_is_one_line(name, codes_ND, message):
+    with pytest.raises(UserError, match=message) as caught:
+        fit_prior(name, codes_ND)
+    assert "\n" not in str(caught.value)
