@@ -1,5 +1,6 @@
-"""What all tests share: one thread a process, no network, a launcher of ranks."""
+"""What all tests share: one thread a process, no network, a launcher of ranks, the command."""
 
+import io
 import os
 import subprocess
 import sys
@@ -36,5 +37,38 @@ def run_ranks():
             for rank in ranks:
                 rank.kill()
         assert all(rank.returncode == 0 for rank in ranks), "\n".join(errors)[-3000:]
+
+    return run
+
+
+@pytest.fixture
+def t5vae(monkeypatch, capsys):
+    """Runs `t5vae ...` through its main(); returns exit code, standard output and error."""
+
+    def run(*arguments, stdin: bytes = b"", errors: str = "strict") -> tuple[int, str, str]:
+        from t5vae import cli
+
+        monkeypatch.setattr(sys, "argv", ["t5vae", *map(str, arguments)])
+        stream = io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8", errors=errors)
+        monkeypatch.setattr(sys, "stdin", stream)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        return (caught.value.code or 0, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def error_line(t5vae):
+    """Runs `t5vae ...` that must be refused; returns the one line that says why."""
+
+    def run(*arguments, **how) -> str:
+        code, out, err = t5vae(*arguments, **how)
+        assert code == 2, out + err
+        assert out == ""
+        assert len(err.splitlines()) == 1, err
+        assert err.startswith("error: ")
+        return err
 
     return run

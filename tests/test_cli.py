@@ -1,6 +1,5 @@
 """The `t5vae` command: help, what it refuses, and how. Real models are in training/test_runs.py."""
 
-import io
 import json
 import signal
 import subprocess
@@ -60,37 +59,6 @@ def _own_signals():
 def _alone(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_LOCALID"):
         monkeypatch.delenv(name, raising=False)
-
-
-@pytest.fixture
-def t5vae(monkeypatch, capsys):
-    """Runs `t5vae ...` through its main(); returns exit code, standard output and error."""
-
-    def run(*arguments, stdin: bytes = b"", errors: str = "strict"):
-        monkeypatch.setattr(sys, "argv", ["t5vae", *map(str, arguments)])
-        stream = io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8", errors=errors)
-        monkeypatch.setattr(sys, "stdin", stream)
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        return (caught.value.code or 0, *capsys.readouterr())
-
-    return run
-
-
-@pytest.fixture
-def error_line(t5vae):
-    """Runs `t5vae ...` that must be refused; returns the one line that says why."""
-
-    def run(*arguments, **how) -> str:
-        code, out, err = t5vae(*arguments, **how)
-        assert code == 2, out + err
-        assert out == ""
-        assert len(err.splitlines()) == 1, err
-        assert err.startswith("error: ")
-        return err
-
-    return run
 
 
 @pytest.fixture
@@ -206,12 +174,12 @@ def test_a_batch_that_ranks_cannot_share_is_refused(error_line, config_file, dat
 )
 class TestRunFolders:
     arguments: ClassVar = {
-        **dict.fromkeys(["encode", "reconstruct", "neighbors", "nearest"], ["x = 1"]),
+        **{name: ["x = 1"] for name in ("encode", "reconstruct", "neighbors", "nearest")},
         "interpolate": ["x = 1", "x = 2"],
         "grid": ["a", "b", "c", "d"],
         "fit-property": ["length"],
         "optimize": ["x = 1", "--property", "length"],
-        **dict.fromkeys(["outliers", "dedupe"], ["x = 1"]),
+        **{name: ["x = 1"] for name in ("outliers", "dedupe")},
     }
 
     def test_a_folder_that_is_not_there_is_refused(self, error_line, command, tmp_path):

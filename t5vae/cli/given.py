@@ -40,7 +40,10 @@ def given_texts(texts: list[str] | None, file: str | None, column: str | None) -
             raise UserError("texts and --file: give one of them")
         from t5vae.latent.corpus import FileTexts
 
-        return list(chain.from_iterable(FileTexts(file, column).chunks(0)))
+        found = list(chain.from_iterable(FileTexts(file, column).chunks(0)))
+        if not found:
+            raise UserError(f"{file} holds no texts")
+        return found
     if column is not None:
         raise UserError("--column names a field of --file, which is not given")
     if texts and texts != ["-"]:

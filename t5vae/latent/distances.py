@@ -11,6 +11,7 @@ from torch import Tensor
 
 BLOCK = 2**24  # distances in memory at a time
 ROWS = 1024
+FINEST = 1e-3
 
 
 def distance(a_ND: Tensor, b_ND: Tensor) -> Tensor:
@@ -22,8 +23,7 @@ def nearest(queries_QD: Tensor, codes_ND: Tensor, n: int) -> tuple[Tensor, Tenso
     """The n nearest codes of each query, by exhaustive search.
 
     Returns:
-        Distances, float32 [Q, K], rising, and rows, int64 [Q, K], with K = min(n, N); of equal
-        distances the lower row first.
+        Distances, float32 [Q, K], rising, and rows, int64 [Q, K], with K = min(n, N).
     """
     count = min(n, len(codes_ND))
     found_QK = torch.full((len(queries_QD), 0), torch.inf)
@@ -34,23 +34,23 @@ def nearest(queries_QD: Tensor, codes_ND: Tensor, n: int) -> tuple[Tensor, Tenso
         candidates = _squares(queries_QD, block_RD).topk(min(count, len(block_RD)), largest=False)
         # The products above are off by rounding where two codes nearly coincide.
         exact_QK = distance(queries_QD[:, None], block_RD[candidates.indices])
-        found_QK = torch.cat([found_QK, exact_QK], 1)
-        rows_QK = torch.cat([rows_QK, candidates.indices + begin], 1)
-        rows_QK, order_QK = rows_QK.sort(dim=1, stable=True)
-        found_QK, best_QK = found_QK.gather(1, order_QK).sort(dim=1, stable=True)
-        found_QK, rows_QK = found_QK[:, :count], rows_QK.gather(1, best_QK)[:, :count]
+        found_QK, best_QK = torch.cat([found_QK, exact_QK], 1).sort(dim=1)
+        rows_QK = torch.cat([rows_QK, candidates.indices + begin], 1).gather(1, best_QK)
+        found_QK, rows_QK = found_QK[:, :count], rows_QK[:, :count]
     return found_QK, rows_QK
 
 
 def originals(codes_ND: Tensor, radius: float) -> Tensor:
     """Go through codes in order; one within `radius` of an earlier one that was kept is a copy.
 
+    Codes nearer than 1e-3 are not told apart, whatever the radius: rounding moves them as far.
+
     Returns:
         int64 [N]: a copy's original, the nearest one of an earlier block or the first of its own;
         a kept code's own row.
     """
     original_N = torch.arange(len(codes_ND))
-    limit = radius**2 * codes_ND.shape[1]
+    limit = max(radius, FINEST) ** 2 * codes_ND.shape[1]
     for begin in range(0, len(codes_ND), ROWS):
         rows_R = torch.arange(begin, min(begin + ROWS, len(codes_ND)))
         block_RD, original_R = codes_ND[rows_R], original_N[rows_R]

@@ -42,7 +42,7 @@ def read_values(path: str, column: str, values: str) -> tuple[list[str], list[fl
     except (OSError, KeyError, pyarrow.ArrowException) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} cannot be read as a table: {reason}") from None
-    rows = [row for row in table.to_pylist() if row[column] is not None]
+    rows = [row for row in table.to_pylist() if row[column]]
     if not any(row[values] is not None for row in rows):
         raise UserError(f"{path} has no rows with both {column!r} and {values!r}")
     numbers = [float("nan") if row[values] is None else row[values] for row in rows]

@@ -2,14 +2,11 @@
 
 import json
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-from t5vae import cli
 
 NOW = 2_000_000_000.0  # Unix seconds
 
@@ -55,16 +52,3 @@ def write(tmp_path) -> Callable[..., Path]:
         return run
 
     return make
-
-
-@pytest.fixture
-def t5vae(monkeypatch, capsys):
-    """Runs `t5vae ...`; returns exit code, standard output and error."""
-
-    def run(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["t5vae", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        return (caught.value.code or 0, *capsys.readouterr())
-
-    return run

@@ -6,7 +6,8 @@ import torch
 from shards.tokenizers import load_tokenizer
 from t5vae.latent.codec import Codec
 from t5vae.latent.decoding import _drawn
-from t5vae.model import T5VAE, T5VAEConfig
+from t5vae.model import T5VAE
+from tests.latent.tiny import random_model
 
 LENGTH, LATENT = 12, 6
 
@@ -15,17 +16,8 @@ LENGTH, LATENT = 12, 6
 def model(request) -> T5VAE:
     """A random model whose rows end at different steps."""
     bottleneck, tied = request.param
-    torch.manual_seed(0)
-    t5 = {"vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
-    config = T5VAEConfig(
-        t5={**t5, "decoder_start_token_id": 0},
-        latent_size=LATENT,
-        sequence_length=LENGTH,
-        bottleneck=bottleneck,
-        memory_length=3,
-        tie_word_embeddings=tied,
-    )
-    model = T5VAE(config).eval()
+    how = {"bottleneck": bottleneck, "tie_word_embeddings": tied, "t5": {"num_layers": 2}}
+    model = random_model(40, latent_size=LATENT, sequence_length=LENGTH, **how)
     with torch.no_grad():
         for name, parameter in model.bottleneck.named_parameters():
             if "from_latent" in name:

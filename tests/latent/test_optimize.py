@@ -9,7 +9,8 @@ from t5vae.latent.codec import Codec
 from t5vae.latent.distances import distance
 from t5vae.latent.optimize import _nats_per_token, optimize
 from t5vae.latent.properties import Property
-from t5vae.model import T5VAE, T5VAEConfig
+from t5vae.model import T5VAE
+from tests.latent.tiny import random_model
 
 D = 6
 DIRECTION = torch.nn.functional.normalize(torch.tensor([1.0, -2.0, 0.0, 3.0, 1.0, 1.0]), dim=0)
@@ -30,19 +31,8 @@ class Recording(Codec):
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
     tokenizer = load_tokenizer("byte")
-    t5 = {
-        "vocab_size": len(tokenizer),
-        "d_model": 16,
-        "d_kv": 8,
-        "d_ff": 32,
-        "num_layers": 1,
-        "num_heads": 2,
-        "decoder_start_token_id": 0,
-    }
-    config = T5VAEConfig(t5=t5, latent_size=D, sequence_length=12, memory_length=3)
-    model = T5VAE(config)
+    model = random_model(len(tokenizer), sequence_length=12)
     with torch.no_grad():  # as drawn, it says much the same whatever the code
         for name, parameter in model.t5.decoder.named_parameters():
             if "EncDecAttention" in name:

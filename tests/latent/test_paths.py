@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from shards.errors import UserError
-from t5vae.latent.paths import path
+from t5vae.latent.paths import grid, path
 
 
 def test_linear_path_is_even_and_its_ends_are_exact():
@@ -33,3 +33,21 @@ def test_slerp_between_parallel_opposite_or_zero_codes_is_the_straight_line():
 def test_a_wrong_path_is_refused(steps, method):
     with pytest.raises(UserError):
         path(torch.zeros(1, 2), torch.ones(1, 2), steps, method)
+
+
+@pytest.mark.parametrize("method", ["linear", "slerp"])
+def test_a_grid_has_its_corners_and_paths_for_sides(method):
+    corners_4D = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
+    a_1D, b_1D, c_1D, d_1D = corners_4D.split(1)
+    z_SSD = grid(corners_4D, 3, method)
+    assert z_SSD.shape == (3, 3, 5)
+    torch.testing.assert_close(z_SSD[[0, 0, 2, 2], [0, 2, 0, 2]], corners_4D)
+    for side_SD, ends in [
+        (z_SSD[0], (a_1D, b_1D)),
+        (z_SSD[2], (c_1D, d_1D)),
+        (z_SSD[:, 0], (a_1D, c_1D)),
+        (z_SSD[:, 2], (b_1D, d_1D)),
+    ]:
+        torch.testing.assert_close(side_SD, path(*ends, 3, method)[0])
+    if method == "linear":
+        torch.testing.assert_close(z_SSD[1, 1], corners_4D.mean(0))

@@ -5,7 +5,11 @@ import pytest
 import torch
 
 from shards.errors import UserError
-from t5vae.latent.properties import fit_property, load_property, save_property
+from t5vae.latent.kept import write_tensors
+from t5vae.latent.properties import FORMAT_VERSION, fit_property, load_property, save_property
+
+ABOUT = {"name": "p", "kind": "ridge", "r2": 0.5, "n": 10, "scale": 1.0}
+BIAS = {"1.bias": torch.ones(1)}
 
 
 def codes(n: int) -> torch.Tensor:
@@ -90,3 +94,11 @@ def test_a_property_is_kept_with_what_it_was_made_from(tmp_path, kind):
     assert repr(kept) == repr(found)
     assert torch.equal(kept.predict(z_ND), found.predict(z_ND))
     assert load_property(path, {**made_from, "model_sha256": "abd"}) is None
+
+
+def test_a_kept_property_that_lacks_something_is_damaged(tmp_path):
+    path = tmp_path / "p.safetensors"
+    for tensors, about in (({}, {"name": "p"}), ({"1.weight": torch.ones(1, 4)} | BIAS, ABOUT)):
+        write_tensors(path, tensors, about, FORMAT_VERSION, {})
+        with pytest.raises(UserError, match=r"p.safetensors is damaged .*: remove it"):
+            load_property(path, {})

@@ -7,24 +7,9 @@ from safetensors.torch import load_file, save_file
 from shards.errors import UserError
 from shards.tokenizers import load_tokenizer, train_tokenizer
 from t5vae.latent import LatentSpace
-from t5vae.model import T5VAE, T5VAEConfig
+from tests.latent.tiny import random_model
 
 LINES = ["x = a + 1", "y = b - 2", "print(x)", "return None", "import  os", "s = 'é → ü'"]
-
-
-def tiny_model(vocab_size: int) -> T5VAE:
-    torch.manual_seed(0)
-    t5 = {
-        "vocab_size": vocab_size,
-        "d_model": 16,
-        "d_kv": 8,
-        "d_ff": 32,
-        "num_layers": 1,
-        "num_heads": 2,
-        "decoder_start_token_id": 0,
-    }
-    config = T5VAEConfig(t5=t5, latent_size=6, sequence_length=24, memory_length=3)
-    return T5VAE(config).eval()
 
 
 @pytest.fixture(scope="module", params=["bpe", "byte"])
@@ -32,7 +17,7 @@ def run_folder(request, tmp_path_factory):
     """A run folder whose export is a tiny random model."""
     folder = tmp_path_factory.mktemp(request.param)
     tokenizer = train_tokenizer(LINES, 300) if request.param == "bpe" else load_tokenizer("byte")
-    tiny_model(len(tokenizer)).save_pretrained(folder / "export")
+    random_model(len(tokenizer), sequence_length=24).save_pretrained(folder / "export")
     tokenizer.save_pretrained(folder / "export")
     return folder
 
@@ -149,8 +134,9 @@ def test_one_string_is_not_taken_for_a_list(space):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"prior": "gmm"}, "unknown prior 'gmm'"),
-        ({"prior": "gaussian"}, "fitted on texts"),
+        ({"prior": "vampprior"}, "unknown prior 'vampprior'"),
+        ({"prior": "gaussian"}, "no run beside it, so its training sequences are unknown"),
+        ({"prior": "gaussian", "fit": ["x"]}, "1 given, at least 2 needed"),
         ({"check": "pyhton"}, "unknown checker"),
     ],
 )

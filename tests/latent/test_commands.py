@@ -1,0 +1,278 @@
+"""The commands on a latent space, on a tiny random model: what they print, keep and refuse."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from t5vae.latent import LatentSpace
+from t5vae.latent.priors import Flow
+from tests.latent import tiny
+
+TEXTS = ["x = 1", "print(é)", "", "[b]return[/b]"]
+LONG = "long " * 20
+
+
+@pytest.fixture(scope="module")
+def made_run(tmp_path_factory):
+    run = tiny.run_folder(tmp_path_factory.mktemp("made"))
+    LatentSpace.load(run, device="cpu").get_property("length")
+    return run
+
+
+@pytest.fixture
+def run(made_run, tmp_path):
+    return shutil.copytree(made_run, tmp_path / "run")
+
+
+@pytest.fixture
+def space(run):
+    return LatentSpace.load(run, device="cpu")
+
+
+@pytest.fixture
+def lines(tmp_path):
+    path = tmp_path / "lines.txt"
+    path.write_text("".join(text + "\n" for text in TEXTS))
+    return path
+
+
+@pytest.fixture
+def ok(t5vae):
+    """Runs `t5vae ...` that must succeed; returns standard output and error."""
+
+    def run(*arguments, **how) -> tuple[str, str]:
+        code, out, err = t5vae(*arguments, "--device", "cpu", **how)
+        assert code == 0, out + err
+        return out, err
+
+    return run
+
+
+@pytest.fixture
+def document(ok):
+    """Runs `t5vae ... --json`; returns the document."""
+
+    def run(*arguments, **how):
+        return json.loads(ok(*arguments, "--json", **how)[0])
+
+    return run
+
+
+def test_texts_come_from_arguments_a_file_or_standard_input(ok, run, lines, tmp_path):
+    full = [text for text in TEXTS if text]
+    expected, _ = ok("encode", run, *full)
+    assert len(expected.splitlines()) == 3
+    assert ok("encode", run, "--file", lines)[0] == expected
+    stdin = "\n".join(full).encode()
+    assert ok("encode", run, stdin=stdin)[0] == expected
+    assert ok("encode", run, "-", stdin=stdin)[0] == expected
+    table = tmp_path / "table.jsonl"
+    table.write_text("".join(json.dumps({"n": 1, "code": text}) + "\n" for text in full))
+    assert ok("encode", run, "--file", table, "--column", "code")[0] == expected
+    assert ok("encode", run / "export", *full)[0] == expected
+
+
+def test_codes_go_out_and_come_back_in_every_form(ok, document, run, space, lines, tmp_path):
+    reconstructed = space.reconstruct(TEXTS)
+    encoded, _ = ok("encode", run, *TEXTS, "--json")
+    assert json.loads(encoded)["latent_size"] == 6
+    assert [row["text"] for row in json.loads(encoded)["texts"]] == TEXTS
+    assert document("decode", run, stdin=encoded.encode())["texts"] == reconstructed
+    (tmp_path / "codes.json").write_text(encoded)
+    assert document("decode", run, tmp_path / "codes.json")["texts"] == reconstructed
+    rows = [row["code"] for row in json.loads(encoded)["texts"]]
+    assert document("decode", run, "-", stdin=json.dumps(rows).encode())["texts"] == reconstructed
+    np.save(tmp_path / "codes.npy", np.array(rows))
+    out, _ = ok("decode", run, tmp_path / "codes.npy")
+    assert out == "".join(text + "\n" for text in reconstructed)
+    three = document("decode", run, tmp_path / "codes.npy", "-n", 3, "--temperature", 1)["texts"]
+    assert [len(candidates) for candidates in three] == [3] * 4
+
+
+def test_a_file_is_encoded_into_a_folder_that_other_commands_take(ok, document, run, tmp_path):
+    lines, out = tmp_path / "many.txt", tmp_path / "codes"
+    lines.write_text("\n".join([*tiny.LINES, LONG, tiny.LINES[3]]) + "\n")
+    printed, err = ok("encode", run, "--file", lines, "--out", out)
+    assert printed == f"121 codes: {out}\n"
+    assert "1 texts have too many tokens and were left out" in err
+    found = document("encode", run, "--file", lines, "--out", out)
+    assert found == {"folder": str(out), "sequences": 121, "left_out": 1}
+    near = document("nearest", run, tiny.LINES[7], "-n", 2, "--corpus", out)["texts"][0]["nearest"]
+    assert near[0]["text"] == tiny.LINES[7]
+    decoded = document("decode", run, out)["texts"]
+    assert len(decoded) == 121
+    repeats = document("dedupe", run, "--corpus", out, "--radius", 0)["repeats"]
+    assert {"text": tiny.LINES[3], "repeats": tiny.LINES[3]} in repeats
+
+
+def test_reconstructions_show_what_changed(ok, document, run, space):
+    rows = document("reconstruct", run, *TEXTS)["texts"]
+    assert [row["reconstruction"] for row in rows] == space.reconstruct(TEXTS)
+    for row in rows:
+        assert "".join(part["old"] for part in row["parts"]) == row["text"]
+        assert "".join(part["new"] for part in row["parts"]) == row["reconstruction"]
+    out, err = ok("reconstruct", run, *TEXTS)
+    assert "[-x = 1-]" in out
+    assert "[-[b]return[/b]-]" in out
+    assert "0 of 4 came back exactly" in err
+
+
+def test_a_path_and_a_square(ok, document, run, space):
+    out, _ = ok("interpolate", run, "x = 1", "y", "--steps", 3)
+    texts = space.interpolate("x = 1", "y", 3)
+    assert out == "".join(
+        f"{at}  {text}\n" for at, text in zip(("0.00", "0.50", "1.00"), texts, strict=True)
+    )
+    found = document("grid", run, *TEXTS, "--steps", 3, "--method", "slerp")
+    assert found["texts"] == space.grid(*TEXTS, steps=3, method="slerp")
+    assert len(ok("grid", run, *TEXTS, "--steps", 2)[0].splitlines()) == 5
+
+
+@pytest.mark.parametrize("prior", ["normal", "gaussian", "gmm", "flow"])
+def test_samples_are_counted(ok, document, run, prior, monkeypatch):
+    monkeypatch.setattr(Flow, "STEPS", 20)
+    how = ("-n", 6, "--prior", prior, "--temperature", 1, "--check", "regex:.*[a-m].*")
+    found = document("sample", run, *how)
+    assert len(found["texts"]) == 6
+    assert all(set(text) & set("abcdefghijklm") for text in found["texts"])
+    out, err = ok("sample", run, *how)
+    assert out == "".join(text + "\n" for text in found["texts"])
+    assert f"6 of {found['drawn']} drawn passed regex:" in err
+
+
+def test_neighbours_are_counted(document, ok, run, space):
+    found = document("neighbors", run, "x = 1", "-n", 8, "--radius", 0)
+    assert found["texts"] == [{"text": space.reconstruct(["x = 1"])[0], "points": 8}]
+    assert "8" in ok("neighbors", run, "x = 1", "-n", 8, "--radius", 0)[0]
+
+
+def test_a_direction_from_a_file_of_pairs(document, ok, run, space, tmp_path):
+    pairs = tmp_path / "pairs.tsv"
+    pairs.write_text("x = 1\tx = 2\na = 1\ta = 2\n")
+    strengths = ("--strength", 0, "--strength", 2.5)
+    found = document("direction", run, "--pairs", pairs, "y = 1", *strengths)
+    direction = space.direction([("x = 1", "x = 2"), ("a = 1", "a = 2")])
+    moved = [direction.apply(["y = 1"], strength)[0] for strength in (0, 2.5)]
+    assert found["texts"] == [{"text": "y = 1", "moved": moved}]
+    assert found["consistency"] == pytest.approx(direction.consistency, abs=1e-6)
+    assert "2 pairs" in ok("direction", run, "--pairs", pairs, "y = 1", *strengths)[1]
+
+
+def test_a_property_is_fitted_kept_and_optimised(document, ok, run, tmp_path):
+    table = tmp_path / "table.csv"
+    table.write_text(
+        "text,value\n" + "".join(f'"{text}",{i}\n' for i, text in enumerate(tiny.LINES))
+    )
+    how = ("--file", table, "--column", "text", "--values", "value")
+    fitted = document("fit-property", run, "number", *how)
+    assert (fitted["name"], fitted["n"]) == ("number", 120)
+    assert fitted["file"] == str(run / "latent" / "properties" / "number.safetensors")
+    found = document("optimize", run, "x = 1", "--property", "number", "--target", 60, "-n", 3)
+    assert found["goal"] == 60
+    assert found["start"]["text"] == "x = 1"
+    assert all(each["value"] is None for each in found["candidates"])
+    out, err = ok("optimize", run, "x = 1", "--property", "length", "--min")
+    assert out.count("x = 1") == 1
+    assert "length is predicted with R²" in err
+    out, _ = ok("fit-property", run, "letters", "--function", "length", "--kind", "mlp")
+    assert out.startswith("letters, by mlp on ")
+
+
+def test_outliers_come_first(document, ok, run, space):
+    texts = [*tiny.LINES[:5], LONG, "", "zzzz"]
+    found = document("outliers", run, *texts)
+    scores = [row["score"] for row in found["texts"]]
+    assert scores == sorted(scores, reverse=True)
+    assert (len(scores), found["left_out"]) == (7, 1)
+    out, err = ok("outliers", run, *texts, "-n", 2)
+    assert [line.split("  ", 1)[1] for line in out.splitlines()] == [
+        row["text"] for row in found["texts"][:2]
+    ]
+    assert "1 texts have too many tokens, left out" in err
+
+
+def test_repeats_are_left_out(document, ok, run):
+    texts = ["x = 1", "print(y)", "x = 1", LONG]
+    out, err = ok("dedupe", run, *texts, "--radius", 0)
+    assert out == "x = 1\nprint(y)\n"
+    assert "2 of 3 texts kept" in err
+    found = document("dedupe", run, *texts, "--radius", 0)
+    assert found["repeats"] == [{"text": "x = 1", "repeats": "x = 1"}]
+
+
+MISTAKES = {
+    "two sources of texts": (["encode", "RUN", "x", "--file", "LINES"], "give one of them"),
+    "a column of nothing": (["encode", "RUN", "x", "--column", "c"], "--column names a field"),
+    "no file": (["outliers", "RUN", "--file", "DIR/none.txt"], "none.txt"),
+    "a binary file": (["reconstruct", "RUN", "--file", "DIR/binary.txt"], "binary.txt"),
+    "an empty file": (["dedupe", "RUN", "--file", "DIR/empty.txt"], "empty.txt"),
+    "a long text": (["interpolate", "RUN", "x", LONG], "40 at most"),
+    "only long texts": (["outliers", "RUN", LONG], "no text has up to 40 tokens"),
+    "a device": (["encode", "RUN", "x", "--device", "cuda:77"], "no device 'cuda:77'"),
+    "codes of words": (["decode", "RUN", "DIR/words.json"], "words.json holds no codes"),
+    "codes of another size": (["decode", "RUN", "DIR/short.json"], "have 2 numbers each, the mo"),
+    "one code": (["decode", "RUN", "DIR/flat.json"], "rows of finite numbers"),
+    "an infinite code": (["decode", "RUN", "DIR/infinite.json"], "rows of finite numbers"),
+    "pickled codes": (["decode", "RUN", "DIR/pickled.npy"], "pickled.npy holds no codes"),
+    "a folder that is no corpus": (["decode", "RUN", "DIR"], "holds no codes"),
+    "a corpus that is none": (["nearest", "RUN", "x", "--corpus", "DIR"], "is no encoded corpus"),
+    "out of letters": (["encode", "RUN", "x", "--out", "DIR"], "is no encoded corpus"),
+    "no pairs": (["direction", "RUN", "x", "--pairs", "DIR/none.tsv"], "none.tsv cannot be read"),
+    "empty pairs": (["direction", "RUN", "x", "--pairs", "DIR/empty.txt"], "at least one pair"),
+    "pairs without tabs": (["direction", "RUN", "x", "--pairs", "LINES"], "line 1: a pair is two"),
+    "a checker": (["sample", "RUN", "--check", "pyhton"], "unknown checker 'pyhton'"),
+    "nothing valid": (["sample", "RUN", "-n", "1", "--check", "regex:@@@@"], "only 0 of 2000 sam"),
+    "no property": (["optimize", "RUN", "x", "--property", "taste"], "no property 'taste' is kept"),
+    "two goals": (
+        ["optimize", "RUN", "x", "--property", "length", "--min", "--target", "3"],
+        "--min and --target: give one of them",
+    ),
+    "radius 0": (
+        ["optimize", "RUN", "x", "--property", "length", "--radius", "0"],
+        "the radius of the search is 0.0",
+    ),
+    "no such measure": (["fit-property", "RUN", "taste"], "unknown measure 'taste'"),
+    "values of nothing": (
+        ["fit-property", "RUN", "p", "--values", "v"],
+        "--values needs the texts",
+    ),
+    "values twice": (
+        ["fit-property", "RUN", "p", "--values", "v", "--function", "length"],
+        "--values and --function: give one of them",
+    ),
+    "a name with a path": (
+        ["fit-property", "RUN", "../p", "--function", "length"],
+        "a property cannot be kept as '../p'",
+    ),
+    "two corpora": (["dedupe", "RUN", "x", "--corpus", "DIR"], "texts and --corpus: give one"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_nothing_is_changed(t5vae, made_run, lines, tmp_path, mistake):
+    arguments, message = MISTAKES[mistake]
+    given = tmp_path / "given"
+    given.mkdir()
+    (given / "binary.txt").write_bytes(b"a\n\xff\xfe\x00\n")
+    (given / "empty.txt").write_text("")
+    (given / "words.json").write_text('["a", "b"]')
+    (given / "short.json").write_text("[[1, 2]]")
+    (given / "flat.json").write_text("[1, 2, 3, 4, 5, 6]")
+    (given / "infinite.json").write_text("[[1, 2, 3, 4, 5, Infinity]]")
+    np.save(given / "pickled.npy", np.array([{"a": 1}]), allow_pickle=True)
+    before = {path: path.stat().st_mtime_ns for path in (*made_run.rglob("*"), *given.iterdir())}
+    places = {"RUN": str(made_run), "LINES": str(lines), "DIR": str(given)}
+    arguments = [places.get(word, word.replace("DIR/", f"{given}/")) for word in arguments]
+    if "--device" not in arguments:
+        arguments += ["--device", "cpu"]
+    code, out, err = t5vae(*arguments)
+    lines_of_error = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert code == 2, err
+    assert len(lines_of_error) == 1
+    assert message in lines_of_error[0]
+    assert "Traceback" not in err
+    assert out == ""
+    after = {path: path.stat().st_mtime_ns for path in (*made_run.rglob("*"), *given.iterdir())}
+    assert after == before

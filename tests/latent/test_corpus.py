@@ -1,0 +1,237 @@
+"""Encoded corpora: whole or not there, taken up after a halt, never mistaken for another."""
+
+import gzip
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+
+import shards
+from shards.errors import UserError
+from shards.tokenizers import load_tokenizer
+from t5vae.latent import corpus
+from t5vae.latent.codec import Codec
+from t5vae.latent.corpus import Corpus, FileTexts, GivenTexts, SplitTexts, encode_corpus
+from tests.latent.tiny import LINES, random_model
+
+TEXTS = [*LINES[:40], "é → ü", 'say "hi"\\n', " a  b ", "line\u2028separator"]
+LONG = "long " * 20
+SHA = "abc"
+
+
+@pytest.fixture(scope="module")
+def codec():
+    tokenizer = load_tokenizer("byte")
+    return Codec(random_model(len(tokenizer)), tokenizer)
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(corpus, "CHUNK", 16)
+
+
+@pytest.fixture
+def calls(codec, monkeypatch):
+    """How many texts each call has encoded."""
+    sizes: list[int] = []
+
+    def counted(ids):
+        sizes.append(len(ids))
+        return Codec.encode_ids(codec, ids)
+
+    monkeypatch.setattr(codec, "encode_ids", counted)
+    return sizes
+
+
+def files_of(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_texts_and_codes_lie_side_by_side(codec, tmp_path):
+    made = encode_corpus(codec, GivenTexts([*TEXTS[:5], LONG, *TEXTS[5:]]), tmp_path / "c", SHA)
+    assert (len(made), made.left_out) == (len(TEXTS), 1)
+    assert made.texts(range(len(TEXTS))) == TEXTS
+    assert made.texts([41, 0, 41]) == [TEXTS[41], TEXTS[0], TEXTS[41]]
+    torch.testing.assert_close(made.codes_ND, codec.encode(TEXTS))
+    again = Corpus.open(tmp_path / "c", SHA)
+    assert torch.equal(again.codes_ND, made.codes_ND)
+    assert again.texts(np.array([3])) == [TEXTS[3]]
+    assert np.load(tmp_path / "c" / "codes.npy").dtype == np.float32
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+def test_what_is_encoded_is_opened_and_what_changed_is_encoded_anew(codec, tmp_path, calls):
+    out = tmp_path / "c"
+    encode_corpus(codec, GivenTexts(TEXTS), out, SHA)
+    calls.clear()
+    encode_corpus(codec, GivenTexts(TEXTS), out, SHA)
+    assert calls == []
+    encode_corpus(codec, GivenTexts(TEXTS), out, "abd")
+    assert sum(calls) == len(TEXTS)
+    shorter = encode_corpus(codec, GivenTexts(TEXTS[:3]), out, "abd")
+    assert len(shorter) == len(Corpus.open(out, "abd")) == 3
+
+
+def test_a_changed_file_is_encoded_anew(codec, tmp_path, calls):
+    lines = tmp_path / "lines.txt"
+    lines.write_text("a\nb\n")
+    encode_corpus(codec, FileTexts(str(lines)), tmp_path / "c", SHA)
+    lines.write_text("a\nc\n")
+    calls.clear()
+    made = encode_corpus(codec, FileTexts(str(lines)), tmp_path / "c", SHA)
+    assert calls == [2]
+    assert made.texts([0, 1]) == ["a", "c"]
+
+
+@pytest.mark.parametrize("halt", [KeyboardInterrupt, MemoryError])
+def test_a_halted_encoding_goes_on_where_it_was(codec, tmp_path, calls, monkeypatch, halt, capsys):
+    out, source = tmp_path / "c", GivenTexts([*TEXTS[:20], LONG, *TEXTS[20:]])
+    whole = files_of(encode_corpus(codec, source, tmp_path / "whole", SHA).folder)
+    counted = codec.encode_ids
+
+    def halted(ids):
+        if len(calls) == 2:
+            raise halt
+        return counted(ids)
+
+    calls.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(codec, "encode_ids", halted)
+        with pytest.raises(halt):
+            encode_corpus(codec, source, out, SHA)
+    assert not out.exists()
+    # What a kill in the middle of a write leaves is cut off.
+    for name in ("codes.npy", "ends.npy", "texts.jsonl"):
+        with open(tmp_path / ".c.build" / "corpus" / name, "ab") as file:
+            file.write(b"torn")
+    calls.clear()
+    encode_corpus(codec, source, out, SHA)
+    assert "going on after 32 texts" in capsys.readouterr().err
+    assert sum(calls) == len(TEXTS) + 1 - 32
+    assert files_of(out) == whole
+    assert not (tmp_path / ".c.build").exists()
+
+
+def test_what_a_halted_encoding_of_other_texts_left_is_dropped(codec, tmp_path, monkeypatch):
+    def halted(_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(codec, "encode_ids", halted)
+        with pytest.raises(KeyboardInterrupt):
+            encode_corpus(codec, GivenTexts(TEXTS), tmp_path / "c", SHA)
+    made = encode_corpus(codec, GivenTexts(LINES[50:53]), tmp_path / "c", SHA)
+    assert made.texts([0, 1, 2]) == LINES[50:53]
+
+
+def test_what_lies_there_and_is_no_corpus_is_left_alone(codec, tmp_path, calls):
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "to_anna.txt").write_text("dear")
+    (tmp_path / "file").write_text("x")
+    for name in ("letters", "file"):
+        with pytest.raises(UserError, match=f"{name} is there, and is no encoded corpus"):
+            encode_corpus(codec, GivenTexts(TEXTS), tmp_path / name, SHA)
+    assert calls == []
+    assert (tmp_path / "letters" / "to_anna.txt").read_text() == "dear"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "letters"]
+
+
+def test_no_text_that_fits_leaves_nothing(codec, tmp_path):
+    for texts in ([], [LONG]):
+        with pytest.raises(UserError, match="texts holds no text of up to 40 tokens"):
+            encode_corpus(codec, GivenTexts(texts), tmp_path / "c", SHA)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_keeps_what_is_done(codec, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus, "write_whole", full)
+        with pytest.raises(UserError, match=r"no space left for .*c: make room and run the same"):
+            encode_corpus(codec, GivenTexts(TEXTS), tmp_path / "c", SHA)
+    assert (tmp_path / ".c.build").is_dir()
+    assert len(encode_corpus(codec, GivenTexts(TEXTS), tmp_path / "c", SHA)) == len(TEXTS)
+
+
+@pytest.mark.parametrize("name", ["codes.npy", "ends.npy", "texts.jsonl"])
+@pytest.mark.parametrize("damage", ["cut", "gone", "empty"])
+def test_a_damaged_corpus_says_what_to_do(codec, tmp_path, name, damage):
+    encode_corpus(codec, GivenTexts(TEXTS), tmp_path / "c", SHA)
+    path = tmp_path / "c" / name
+    path.unlink() if damage == "gone" else os.truncate(path, 100 if damage == "cut" else 0)
+    with pytest.raises(UserError, match=r"c is damaged .*: remove it"):
+        Corpus.open(tmp_path / "c", SHA)
+
+
+def test_other_folders_and_other_models_are_refused(codec, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "corpus.json").write_text('{"format_ver')
+    (tmp_path / "list").mkdir()
+    (tmp_path / "list" / "corpus.json").write_text("[]")
+    for name in ("nowhere", "empty", "torn", "list"):
+        with pytest.raises(UserError, match=f"{name} is no encoded corpus"):
+            Corpus.open(tmp_path / name, SHA)
+    encode_corpus(codec, GivenTexts(TEXTS), tmp_path / "c", SHA)
+    with pytest.raises(UserError, match="encoded by another model"):
+        Corpus.open(tmp_path / "c", "abd")
+
+
+@pytest.mark.parametrize(
+    ("name", "column", "content"),
+    [
+        ("t.txt", None, "a\nb\n\nc"),
+        ("t.txt.gz", None, "a\nb\nc\n"),
+        ("t.jsonl", "s", "".join(json.dumps({"n": 1, "s": s}) + "\n" for s in "abc")),
+        ("t.csv", "s", "n,s\n1,a\n2,b\n3,c\n"),
+    ],
+)
+def test_files_of_every_format_are_read(tmp_path, name, column, content):
+    path = tmp_path / name
+    data = content.encode()
+    path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    source = FileTexts(str(path), column)
+    assert source.total == 3
+    assert list(source.chunks(0)) == [["a", "b", "c"]]
+    assert list(source.chunks(2)) == [["c"]]
+
+
+@pytest.mark.parametrize(
+    ("name", "column", "content", "message"),
+    [
+        ("none.txt", None, None, "none.txt"),
+        ("t.jsonl", None, b'{"s": "a"}\n', "column"),
+        ("t.jsonl", "text", b'{"s": "a"}\n', "text"),
+        ("t.txt", "s", b"a\n", "column"),
+        ("t.txt", None, b"a\n\xff\xfe\n", "t.txt"),
+        ("t.csv", "s", b"\x00\x01\x02", "t.csv"),
+    ],
+)
+def test_what_cannot_be_read_is_one_line(tmp_path, name, column, content, message):
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        list(FileTexts(str(path), column).chunks(0))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_split_or_a_share_of_it(tmp_path):
+    (tmp_path / "lines.txt").write_text("\n".join(LINES) + "\n")
+    shards.build(tmp_path / "lines.txt", tmp_path / "data", tokenizer="byte", max_length=40)
+    dataset = shards.open_dataset(str(tmp_path / "data"))
+    fitting = {text for text in LINES if len(text.encode()) < 40}
+    whole = [text for chunk in SplitTexts(dataset, "train").chunks(0) for text in chunk]
+    valid = [text for chunk in SplitTexts(dataset, "valid").chunks(0) for text in chunk]
+    assert len(whole) + len(valid) == len(fitting)
+    assert {*whole, *valid} == fitting
+    some = SplitTexts(dataset, "train", 20)
+    texts = [text for chunk in some.chunks(0) for text in chunk]
+    assert some.total == len(texts) == 20
+    assert set(texts) < set(whole)
+    assert [text for chunk in some.chunks(7) for text in chunk] == texts[7:]
+    assert some.describe() != SplitTexts(dataset, "train", 19).describe()
