@@ -138,6 +138,8 @@ def optimize(
         print_json({**settings, **asdict(found)})
         return
     _print_optimized(found, truth)
+    if not found.candidates:
+        typer.echo("no other text was found: raise --radius, or ask for no --check", err=True)
     typer.echo(
         f"{found.decoded:,} codes decoded; {property} is predicted with R² {fitted.r2:.2f}",
         err=True,

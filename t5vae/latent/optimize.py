@@ -9,7 +9,6 @@ Shapes: N codes or texts, B starts, T tokens, D latent size.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,7 +106,8 @@ def optimize(
     if not radius > 0:
         raise UserError(f"the radius of the search is {radius}; it must be above 0")
     begin_1D = codec.encode([text])
-    visited = _ascend(codec, begin_1D, property, goal, radius, steps, starts, penalty, seed)
+    sign = _sign(goal, property.predict(begin_1D).item(), function(text) if function else None)
+    visited = _ascend(codec, begin_1D, property, sign, radius, steps, starts, penalty, seed)
     texts = [found for found in dict.fromkeys(codec.detokenize(visited)) if found != text]
     if check is not None:
         texts = [found for found in texts if check(found)]
@@ -115,7 +115,9 @@ def optimize(
 
     def merit(candidate: Candidate) -> float:
         value = candidate.predicted if candidate.value is None else candidate.value
-        return -math.inf if math.isnan(value) else _merit(value, goal)
+        if math.isnan(value):
+            return -math.inf
+        return sign * value if isinstance(goal, str) else -abs(value - goal)
 
     candidates.sort(key=merit, reverse=True)
     return Optimized(start, candidates[:n], len(visited))
@@ -125,14 +127,14 @@ def _ascend(
     codec: Codec,
     begin_1D: Tensor,
     property: Property,
-    goal: str | float,
+    sign: int,
     radius: float,
     steps: int,
     starts: int,
     penalty: float,
     seed: int,
 ) -> list[list[int]]:
-    """What is decoded on the way of several starts: token sequences."""
+    """What is decoded on the way of several starts to more (sign 1) or less: token sequences."""
     begin_1D = begin_1D.to(codec.model.device)
     furthest = radius * math.sqrt(codec.latent_size)
 
@@ -152,8 +154,7 @@ def _ascend(
         if step == steps:
             return visited
         z_BD.requires_grad_()
-        merit_B = _merit(property.predict(z_BD), goal, property.scale)
-        gain = merit_B.sum()
+        gain = sign * property.predict(z_BD).sum() / property.scale
         if penalty:
             gain = gain - penalty * _nats_per_token(codec, ids, z_BD).sum()
         (slope_BD,) = torch.autograd.grad(gain, z_BD)
@@ -162,13 +163,15 @@ def _ascend(
     return visited
 
 
-def _merit(value: Any, goal: str | float, scale: float = 1.0) -> Any:
-    """How well a property's values, numbers or a tensor, meet the goal: the more the better."""
-    if goal == "max":
-        return value / scale
-    if goal == "min":
-        return -value / scale
-    return -(((value - goal) / scale) ** 2)
+def _sign(goal: str | float, predicted: float, value: float | None) -> int:
+    """Whether the goal asks for more (1) or less (-1) than the start has.
+
+    Not where the predicted value would be the goal's, but beyond: texts change later than codes.
+    """
+    if isinstance(goal, str):
+        return 1 if goal == "max" else -1
+    known = predicted if value is None or math.isnan(value) else value
+    return 1 if goal >= known else -1
 
 
 def _nats_per_token(codec: Codec, ids: Ids, z_BD: Tensor) -> Tensor:

@@ -79,12 +79,23 @@ def test_codes_of_a_normalised_model_stay_near_its_sphere(codec, monkeypatch):
     assert lowest - 1e-4 <= norms_N.min() <= norms_N.max() <= D**0.5 + 1e-4
 
 
-def test_a_number_as_goal_is_approached_from_both_sides(codec):
+def test_a_number_as_goal_is_approached_from_its_side_and_passed(codec):
     here = PROPERTY.predict(codec.encode(["ab"])).item()
-    for goal in (here - 0.5, here + 0.5):
-        optimize(codec, "ab", PROPERTY, goal=goal, radius=2.0, penalty=0)
-        reached_B = PROPERTY.predict(codec.decoded[-1])
-        torch.testing.assert_close(reached_B, torch.full_like(reached_B, goal), atol=0.1, rtol=0)
+    sides = [
+        (here + 0.5, None, 1),
+        (here - 0.5, None, -1),
+        (50.0, lambda text: 100.0, -1),  # what the function says counts
+        (-50.0, lambda text: -100.0, 1),
+        (here + 0.5, lambda text: math.nan, 1),  # unless it says nothing
+    ]
+    for goal, function, sign in sides:
+        codec.decoded.clear()
+        found = optimize(codec, "ab", PROPERTY, goal=goal, function=function, radius=2.0, n=99)
+        assert (sign * (PROPERTY.predict(codec.decoded[-1]) - here)).min() > 0.5
+    found = optimize(codec, "ab", PROPERTY, goal=here + 0.5, radius=2.0, n=99)
+    close = [abs(candidate.predicted - here - 0.5) for candidate in found.candidates]
+    assert close == sorted(close)
+    assert len(close) > 3
 
 
 def test_the_penalty_moves_codes_to_where_the_decoder_is_sure(codec):
