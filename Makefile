@@ -42,11 +42,12 @@ train: setup
 	@echo 'model        $(RUN)/export      (AutoModel.from_pretrained after "import t5vae")'
 	@echo 'evaluation   $(RUN)/eval.json'
 
-test: setup
-	$(BIN)/python -m pytest -m 'not soak and not cluster'
+test: test-fast
+	$(BIN)/python -m pytest -m '(distributed or slow) and not soak and not cluster'
 
 test-fast: setup
-	$(BIN)/python -m pytest -m 'not soak and not cluster and not distributed and not slow'
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 \
+	  -m 'not soak and not cluster and not distributed and not slow'
 
 # On a real SLURM of three hosts on this machine; as root.
 test-cluster: setup

@@ -71,9 +71,10 @@ MEASURES: dict[str, Measure] = {"length": _length, "calls": _calls, "names": _na
 
 def _molecular(name: str) -> Measure:
     molecule = molecule_parser(f"the measure {name!r}")
-    from rdkit.Chem import QED, Crippen
+    from rdkit.Chem import QED
+    from rdkit.Chem.rdMolDescriptors import CalcCrippenDescriptors
 
-    of_molecule = {"logp": Crippen.MolLogP, "qed": QED.qed}[name]
+    of_molecule = QED.qed if name == "qed" else lambda found: CalcCrippenDescriptors(found)[0]
 
     def value(text: str) -> float:
         found = molecule(text)

@@ -335,7 +335,7 @@ class LatentSpace(Codec):
         """How badly the space knows texts: the cross-entropy of each under its own code.
 
         Of what was tried it told sequences that are unlike the training data best: better than
-        the density of codes or the distance to training codes (docs/outliers.md).
+        the density of codes or the distance to training codes (docs/use/search.md).
 
         Returns:
             float32 [N], nats a token, higher for outliers.

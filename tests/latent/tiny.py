@@ -10,7 +10,10 @@ from shards.tokenizers import load_tokenizer
 from t5vae.model import T5VAE, T5VAEConfig
 
 T5 = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
-LINES = [f"value_{i} = f{i % 7}({', '.join('abcdef'[: i % 6])})" for i in range(120)]
+LINES = [
+    f"value_{i} = f{i % 7}({', '.join('abcdef'[: i % 6])})" if i % 4 else f"value_{i} = {i}"
+    for i in range(120)
+]
 
 
 def random_model(vocab_size: int, seed: int = 0, **options) -> T5VAE:
