@@ -366,8 +366,6 @@ def test_reconstruct_takes_arguments_or_lines(golden, exported, t5vae_command):
     assert document(t5vae_command("reconstruct", golden.run, "--json", stdin=stdin)[0]) == given
     piped, _ = t5vae_command("reconstruct", golden.run, "-", "--json", stdin=stdin)
     assert document(piped) == given
-    out, _ = t5vae_command("reconstruct", golden.run, texts[0])
-    assert out.splitlines()[0][2:] == texts[0]
 
 
 def test_interpolate_gives_the_steps_asked_for(golden, exported, t5vae_command):
