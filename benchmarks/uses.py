@@ -23,6 +23,7 @@ from _report import installed, machine, table
 from sklearn.metrics import roc_auc_score
 from torch import Generator, Tensor
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # `shards` is the package, not the script
 from shards.corpora import Corpus as Source
 from shards.errors import UserError
 from t5vae.evaluation.metrics import exact_match, quality
