@@ -334,8 +334,8 @@ class LatentSpace(Codec):
     def outlier_scores(self, texts: Sequence[str]) -> Tensor:
         """How badly the space knows texts: the cross-entropy of each under its own code.
 
-        Of what was tried it told sequences that are unlike the training data best: better than
-        the density of codes or the distance to training codes (docs/use/search.md).
+        It tells what is unlike the training data better than the density of its code does, and
+        about as well as the distance to the nearest training codes (docs/benchmarks/uses.md).
 
         Returns:
             float32 [N], nats a token, higher for outliers.
