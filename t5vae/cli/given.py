@@ -75,5 +75,5 @@ def fitting_texts(space: "LatentSpace", texts: list[str]) -> list[str]:
             "model takes"
         )
     if len(fitting) < len(texts):
-        typer.echo(f"{len(texts) - len(fitting):,} texts have too many tokens, left out", err=True)
+        typer.echo(f"left out, with too many tokens: {len(texts) - len(fitting):,}", err=True)
     return fitting

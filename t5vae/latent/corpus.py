@@ -135,7 +135,7 @@ def encode_corpus(codec: Codec, source: "Texts", out: Path, model_sha256: str) -
             limit = codec.model.config.sequence_length
             raise UserError(f"{source.name} holds no text of up to {limit} tokens")
         if writer.read > writer.rows:
-            say(f"{writer.read - writer.rows:,} texts have too many tokens and were left out")
+            say(f"left out, with too many tokens: {writer.read - writer.rows:,}")
         writer.finish(out)
     return Corpus.open(out, model_sha256)
 

@@ -96,7 +96,7 @@ def test_a_file_is_encoded_into_a_folder_that_other_commands_take(ok, document, 
     lines.write_text("\n".join([*tiny.LINES, LONG, tiny.LINES[3]]) + "\n")
     printed, err = ok("encode", run, "--file", lines, "--out", out)
     assert printed == f"121 codes: {out}\n"
-    assert "1 texts have too many tokens and were left out" in err
+    assert "left out, with too many tokens: 1" in err
     found = document("encode", run, "--file", lines, "--out", out)
     assert found == {"folder": str(out), "sequences": 121, "left_out": 1}
     near = document("nearest", run, tiny.LINES[7], "-n", 2, "--corpus", out)["texts"][0]["nearest"]
@@ -190,7 +190,7 @@ def test_outliers_come_first(document, ok, run, space):
     assert [line.split("  ", 1)[1] for line in out.splitlines()] == [
         row["text"] for row in found["texts"][:2]
     ]
-    assert "1 texts have too many tokens, left out" in err
+    assert "left out, with too many tokens: 1" in err
 
 
 def test_repeats_are_left_out(document, ok, run):
