@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +31,19 @@ def figure(value: float) -> str:
 def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     rule = ("---", *("---:" for _ in header[1:]))
     return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rows)) + "\n"
+
+
+def publish(
+    head: str, sections: Iterable[tuple[str, Sequence[Target]]], doc: Path | None = None
+) -> None:
+    """Print a page, its targets first, and save it where `doc` says."""
+    texts, targets = zip(*sections, strict=True)
+    rows = [target.row() for target in chain(*targets)]
+    page = "\n".join((head, table(("target", "wanted", "measured", ""), rows), *texts))
+    print(page)
+    if doc:
+        doc.parent.mkdir(exist_ok=True)
+        doc.write_text(page)
 
 
 def output(command: list[str]) -> str:

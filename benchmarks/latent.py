@@ -5,32 +5,34 @@
 
 On the CPU; where there is a CUDA device, on it too. Lines are those of the run's shards.
 
-Shapes: N lines, B lines of a batch, T tokens, D latent size.
+Shapes: N lines, T tokens, D latent size.
 """
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from itertools import chain
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import _model_work as work
-import numpy as np
 import torch
+from _latent_work import (
+    Operations,
+    count_operations,
+    decode_original,
+    decode_plain,
+    encode_original,
+    encode_plain,
+    shapes_of,
+)
 from _model_work import Place, Size
-from _report import Target, installed, machine, table
-from torch import Tensor, nn
+from _report import Target, installed, machine, publish, table
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
-from transformers.modeling_outputs import BaseModelOutput
 
 from shards.errors import UserError
 from t5vae.config import load_config
 from t5vae.latent import LatentSpace
-from t5vae.model import T5VAE, T5VAEConfig
 
 ROOT = Path(__file__).parents[1]
 DOC = ROOT / "docs" / "benchmarks" / "latent.md"
@@ -105,101 +107,6 @@ NO_DEVICE = """\
 
 There was none on this machine.
 """
-
-
-# The ways
-
-
-def encode_plain(space: LatentSpace, texts: list[str], place: Place) -> Tensor:
-    codes = []
-    for at in range(0, len(texts), space.batch_size):
-        rows = texts[at : at + space.batch_size]
-        batch = space.tokenizer(rows, padding=True, return_tensors="pt").to(place.device)
-        codes.append(space.model(batch["input_ids"], batch["attention_mask"], mode="encode").cpu())
-    return torch.cat(codes)
-
-
-def encode_original(space: LatentSpace, texts: list[str], place: Place) -> Tensor:
-    how = {"padding": "max_length", "max_length": space.model.config.sequence_length}
-    codes = []
-    for text in texts:
-        row = space.tokenizer(text, return_tensors="pt", **how).to(place.device)
-        codes.append(space.model(row["input_ids"], row["attention_mask"], mode="encode").cpu())
-    return torch.cat(codes)
-
-
-def decode_plain(space: LatentSpace, z_ND: Tensor, place: Place) -> list[str]:
-    texts = []
-    for z_BD in z_ND.split(space.batch_size):
-        ids_BT = space.model.generate(latent=z_BD.to(place.device), do_sample=False)
-        texts += space.tokenizer.batch_decode(ids_BT, skip_special_tokens=True)
-    return texts
-
-
-def decode_original(space: LatentSpace, z_ND: Tensor, place: Place) -> list[str]:
-    rows = [work.decode_original(space.model, z_1D.to(place.device))[0] for z_1D in z_ND.split(1)]
-    return [space.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
-
-
-# Operations
-
-
-class Operations(NamedTuple):
-    """Those of matrix products, by tokens."""
-
-    encode_T: np.ndarray
-    """To encode a line of 1, 2, ... tokens without pads."""
-    expand: int
-    """Of a code."""
-    step_T: np.ndarray
-    """To decode the first, second, ... token with a cache."""
-
-
-@torch.no_grad()
-def count_operations(config: T5VAEConfig) -> Operations:
-    """As torch counts them; not in the model that is timed, as its fused attention is not counted
-    everywhere."""
-    model = T5VAE(config).eval()
-    model.t5.set_attn_implementation("eager")
-    ids_1T = torch.full((1, config.sequence_length), model.end)
-
-    def counted(run: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[int, Any]:
-        with FlopCounterMode(display=False) as counter:
-            found = run(*args, **kwargs)
-        return counter.get_total_flops(), found
-
-    lengths = range(1, config.sequence_length + 1)
-    encode = [counted(model, ids_1T[:, :length], mode="encode")[0] for length in lengths]
-    z_1D = torch.zeros(1, config.latent_size)
-    expand, memory_1MC = counted(model, latent=z_1D, mode="expand")
-    memory, cache, steps = BaseModelOutput(last_hidden_state=memory_1MC), None, []
-    for _ in lengths:
-        step, output = counted(
-            model,
-            encoder_outputs=memory,
-            decoder_input_ids=ids_1T[:, :1],
-            past_key_values=cache,
-            use_cache=True,
-        )
-        cache = output.past_key_values
-        steps.append(step)
-    return Operations(np.array(encode), expand, np.array(steps))
-
-
-@contextmanager
-def shapes_of(stack: nn.Module) -> Iterator[list[tuple[int, int, int]]]:
-    """Rows, tokens and tokens in the cache of each call of an encoder or a decoder."""
-    shapes: list[tuple[int, int, int]] = []
-
-    def note(_: nn.Module, __: tuple, kwargs: dict) -> None:
-        cache = kwargs.get("past_key_values")
-        shapes.append((*kwargs["input_ids"].shape, cache.get_seq_length() if cache else 0))
-
-    hook = stack.register_forward_pre_hook(note, with_kwargs=True)
-    try:
-        yield shapes
-    finally:
-        hook.remove()
 
 
 # Measurements
@@ -460,15 +367,10 @@ def main() -> None:
         parser.exit(2, f"{error}\n")
     if not torch.cuda.is_available():
         sections.append((NO_DEVICE, []))
-    texts, targets = zip(*sections, strict=True)
 
     versions = installed(sys.executable, ("torch", "transformers", "tokenizers"))
     head = HEAD.format(machine=machine(versions), threads=torch.get_num_threads())
-    rows = [target.row() for target in chain(*targets)]
-    page = "\n".join((head, table(("target", "wanted", "measured", ""), rows), *texts))
-    print(page)
-    if args.write:
-        DOC.write_text(page)
+    publish(head, sections, DOC if args.write else None)
 
 
 if __name__ == "__main__":

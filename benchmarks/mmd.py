@@ -19,7 +19,7 @@ from statistics import median
 
 import torch
 from _mmd_peers import CHECKED_ROWS, COMPILED_ROWS, CONTENDERS, RANKS, Contender
-from _report import Target, figure, installed, machine, table
+from _report import Target, figure, installed, machine, publish, table
 
 ROOT = Path(__file__).parents[1]
 WORKER = ROOT / "benchmarks" / "_mmd_peers.py"
@@ -315,18 +315,14 @@ def main() -> None:
         parts.append(growth)
     if not args.only:
         parts.append(on_device)
-    texts, targets = zip(*(part(bench) for part in parts), strict=True)
+    sections = [part(bench) for part in parts]
 
     versions = installed(sys.executable, ("torch",)) | theirs
     head = HEAD.format(install=" ".join(packages), machine=machine(versions))
     if lacking:
         titles = ", ".join(CONTENDERS[name].title for name in lacking)
         head += f"\nNot measured, since their packages are not installed: {titles}.\n"
-    rows = [target.row() for target in chain(*targets)]
-    page = "\n".join((head, table(("target", "wanted", "measured", ""), rows), *texts))
-    print(page)
-    if args.write:
-        DOC.write_text(page)
+    publish(head, sections, DOC if args.write else None)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import _model_work as work
 import torch
 import torch.distributed as dist
 from _model_work import LATENT, LENGTH, SHORTEST, Place, Size, TrainingStep
-from _report import Target, figure, installed, machine, table
+from _report import Target, figure, installed, machine, publish, table
 from torch import Tensor
 
 from shards import Batch
@@ -389,15 +389,10 @@ def main() -> None:
     if not torch.cuda.is_available():
         sections.append((NO_DEVICE, []))
     dist.destroy_process_group()
-    texts, targets = zip(*sections, strict=True)
 
     versions = installed(sys.executable, ("torch", "transformers", "liger-kernel"))
     head = HEAD.format(machine=machine(versions), threads=torch.get_num_threads())
-    rows = [target.row() for target in chain(*targets)]
-    page = "\n".join((head, table(("target", "wanted", "measured", ""), rows), *texts))
-    print(page)
-    if args.write:
-        DOC.write_text(page)
+    publish(head, sections, DOC if args.write else None)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -34,7 +33,7 @@ from _data import (
     stored_bytes,
     write_lines,
 )
-from _report import Target, figure, installed, machine, output, table
+from _report import Target, figure, installed, machine, output, publish, table
 from tokenizers import Encoding, Tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -398,7 +397,7 @@ def main() -> None:
         lengths = np.load(bench.data / "limit" / "lengths.npy")
         parts = [loading, storage]
         parts += [part for name, part in (("start", start), ("build", build)) if name in only]
-        texts, targets = zip(*(part(bench) for part in parts), strict=True)
+        sections = [part(bench) for part in parts]
     head = HEAD.format(
         install=" ".join(PEERS.values()),
         machine=machine(versions),
@@ -408,13 +407,7 @@ def main() -> None:
         longest=lengths.max(),
         pieces=PIECES,
     )
-    rows = [target.row() for target in chain(*targets)]
-    summary = table(("target", "wanted", "measured", ""), rows)
-    page = "\n".join((head, summary, *texts))
-    print(page)
-    if args.write:
-        DOC.parent.mkdir(exist_ok=True)
-        DOC.write_text(page)
+    publish(head, sections, DOC if args.write else None)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from _launches import (
     on_cuda,
     prepare,
 )
-from _report import Target, figure, installed, machine, table
+from _report import Target, figure, installed, machine, publish, table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # `shards` is the package, not the script
 from t5vae.training.checkpoint import list_checkpoints, read_manifest
@@ -365,15 +365,11 @@ def main() -> None:
         place = on_cuda() if args.device == "cuda" else on_cpu()
         bench = Bench(place, QUICK if args.quick else FULL, folder.resolve())
         prepare(bench)
-        texts, targets = zip(*(parts[name](bench) for name in names), strict=True)
+        sections = [parts[name](bench) for name in names]
 
     versions = installed(sys.executable, ("torch", "transformers", "deepspeed"))
     head = HEAD.format(machine=machine(versions))
-    rows = [target.row() for target in chain(*targets)]
-    page = "\n".join((head, table(("target", "wanted", "measured", ""), rows), *texts))
-    print(page)
-    if args.write:
-        DOC.write_text(page)
+    publish(head, sections, DOC if args.write else None)
 
 
 if __name__ == "__main__":
