@@ -58,6 +58,14 @@ def given_texts(texts: list[str] | None, file: str | None, column: str | None) -
     return lines
 
 
+def exactly(count: int, texts: list[str] | None, file: str | None, column: str | None) -> list[str]:
+    """As many texts as a command needs."""
+    found = given_texts(texts, file, column)
+    if len(found) != count:
+        raise UserError(f"texts needed: {count}, given: {len(found)}")
+    return found
+
+
 def load(run: str, device: str | None) -> "LatentSpace":
     from t5vae.latent import LatentSpace
 

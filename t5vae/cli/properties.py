@@ -17,6 +17,7 @@ from t5vae.cli.given import (
     Seed,
     Space,
     Texts,
+    exactly,
     fitting_texts,
     given_texts,
     load,
@@ -84,13 +85,13 @@ def fit_property(
 @app.command(rich_help_panel=PANEL)
 def optimize(
     run: Space,
-    text: Annotated[str, typer.Argument(help="The text to start from.")],
     property: Annotated[
         str,
         typer.Option(
             help="One that fit-property kept; or length, calls, names, logp or qed, fitted at need."
         ),
     ],
+    texts: Texts = None,
     minimize: Annotated[bool, typer.Option("--min", help="Less of it, not more.")] = False,
     target: Annotated[
         float | None, typer.Option(help="Close to this value, neither more nor less.")
@@ -112,15 +113,18 @@ def optimize(
     ] = 0.0,
     n: Annotated[int, typer.Option("-n", help="How many, the best first.", min=1)] = 10,
     seed: Seed = 0,
+    file: File = None,
+    column: Column = None,
     device: Device = None,
     json: Json = False,
 ) -> None:
-    """Search near a text for texts with more of a property: gradient steps, decoded and ranked.
+    """Search near one text for texts with more of a property: gradient steps, decoded and ranked.
 
     Example: `t5vae optimize runs/quickstart "x = f(a)" --property calls --check python`
     """
     if minimize and target is not None:
         raise UserError("--min and --target: give one of them")
+    (text,) = exactly(1, texts, file, column)
     from t5vae.latent.checkers import checker
     from t5vae.latent.measures import NAMES, measure
 

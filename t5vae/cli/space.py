@@ -11,7 +11,18 @@ import typer
 
 from shards.errors import UserError
 from t5vae.cli.app import Json, app, console, print_json
-from t5vae.cli.given import PANEL, Column, Device, File, Seed, Space, Texts, given_texts, load
+from t5vae.cli.given import (
+    PANEL,
+    Column,
+    Device,
+    File,
+    Seed,
+    Space,
+    Texts,
+    exactly,
+    given_texts,
+    load,
+)
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -182,44 +193,46 @@ def _shown(parts: "list[Part]", coloured: bool) -> "Text":
 @app.command(rich_help_panel=PANEL)
 def interpolate(
     run: Space,
-    a: Annotated[str, typer.Argument(help="The text to start from.")],
-    b: Annotated[str, typer.Argument(help="The text to end at.")],
+    texts: Texts = None,
     steps: Annotated[int, typer.Option(help="Texts on the way, both ends included.", min=2)] = 11,
     method: Method = "linear",
+    file: File = None,
+    column: Column = None,
     device: Device = None,
     json: Json = False,
 ) -> None:
-    """Walk from one text to another.
+    """Walk from one text to another: two texts.
 
     Example: `t5vae interpolate runs/quickstart "x = a - 1" "x = a + 10 * 2"`
     """
-    texts = load(run, device).interpolate(a, b, steps=steps, method=method)
+    a, b = exactly(2, texts, file, column)
+    walked = load(run, device).interpolate(a, b, steps=steps, method=method)
     if json:
-        print_json({"a": a, "b": b, "method": method, "texts": texts})
+        print_json({"a": a, "b": b, "method": method, "texts": walked})
         return
-    for number, text in enumerate(texts):
+    for number, text in enumerate(walked):
         typer.echo(f"{number / (steps - 1):4.2f}  {text}")
 
 
 @app.command(rich_help_panel=PANEL)
 def grid(
     run: Space,
-    a: Annotated[str, typer.Argument(help="The upper left text.")],
-    b: Annotated[str, typer.Argument(help="The upper right text.")],
-    c: Annotated[str, typer.Argument(help="The lower left text.")],
-    d: Annotated[str, typer.Argument(help="The lower right text.")],
+    texts: Texts = None,
     steps: Annotated[int, typer.Option(help="Rows and columns, the corners included.", min=2)] = 5,
     method: Method = "linear",
+    file: File = None,
+    column: Column = None,
     device: Device = None,
     json: Json = False,
 ) -> None:
-    """Fill a square between four texts.
+    """Fill a square between four texts: its upper corners, then its lower ones.
 
     Example: `t5vae grid runs/quickstart "x = a" "x = a + 1" "return a" "return a + 1"`
     """
+    a, b, c, d = corners = exactly(4, texts, file, column)
     rows = load(run, device).grid(a, b, c, d, steps=steps, method=method)
     if json:
-        print_json({"corners": [a, b, c, d], "method": method, "texts": rows})
+        print_json({"corners": corners, "method": method, "texts": rows})
         return
     from rich.table import Table
 
@@ -264,20 +277,23 @@ def sample(
 @app.command(rich_help_panel=PANEL)
 def neighbors(
     run: Space,
-    text: Annotated[str, typer.Argument(help="The text in the middle.")],
+    texts: Texts = None,
     radius: Annotated[
         float,
         typer.Option(help="How far from it, in standard deviations of the prior.", min=0),
     ] = 0.5,
     n: Annotated[int, typer.Option("-n", help="How many points.", min=1)] = 50,
     seed: Seed = 0,
+    file: File = None,
+    column: Column = None,
     device: Device = None,
     json: Json = False,
 ) -> None:
-    """Decode points around a text, the commonest decodings first.
+    """Decode points around one text, the commonest decodings first.
 
     Example: `t5vae neighbors runs/quickstart "x = a + 1" --radius 0.7`
     """
+    (text,) = exactly(1, texts, file, column)
     found = Counter(load(run, device).neighbors(text, radius, n, seed)).most_common()
     if json:
         rows = [{"text": other, "points": points} for other, points in found]

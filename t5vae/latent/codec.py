@@ -3,6 +3,7 @@
 Shapes: N texts, B texts of one batch, T tokens, D latent size.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -16,6 +17,8 @@ from t5vae.latent.decoding import decode, generate
 from t5vae.model import T5VAE
 
 Ids = Sequence[Sequence[int]]
+
+COLDEST = 1e-6  # temperature; below it, logits overflow
 
 
 class Codec:
@@ -65,6 +68,10 @@ class Codec:
 
         Returns:
             N strings; for n > 1, N lists of n strings.
+
+        Raises:
+            UserError: for codes that are not finite, or a temperature that is neither 0 nor a
+                finite number from 1e-6 up.
         """
         texts = self.detokenize(self.decode_ids(z_ND, n, temperature, seed))
         return texts if n == 1 else [texts[i : i + n] for i in range(0, len(texts), n)]
@@ -129,6 +136,10 @@ class Codec:
 
         A sequence that reaches the model's length before its end token is cut there.
         """
+        if not (temperature == 0 or COLDEST <= temperature < math.inf):
+            raise UserError(f"the temperature is {temperature}; give 0, or {COLDEST:g} and more")
+        if not z_ND.isfinite().all():
+            raise UserError("codes are finite numbers; some of these are not")
         beams = 1 if temperature > 0 else n
         z_ND = z_ND.repeat_interleave(n // beams, dim=0)
         chances_NT = None

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from shards.errors import UserError
+from shards.files import first_line
 
 
 def python_tree(text: str) -> ast.Module | None:
@@ -43,7 +44,7 @@ def molecule_parser(needed_by: str) -> Callable[[str], Any]:
 def imported(path: str, what: str) -> Callable[[str], Any]:
     """The function at "package.module:function" or "package.module.function".
 
-    Looked for in the working folder too.
+    Looked for in the working folder too. What it raises becomes a UserError.
 
     Args:
         path: where the function is.
@@ -56,13 +57,23 @@ def imported(path: str, what: str) -> Callable[[str], Any]:
     sys.path.append(os.getcwd())
     try:
         function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # whatever the module does
         raise UserError(
-            f"the {what} {path!r} cannot be imported ({error}); give package.module:function, "
-            "importable from the working folder or the environment"
+            f"the {what} {path!r} cannot be imported ({first_line(error)}); give "
+            "package.module:function, importable from the working folder or the environment"
         ) from None
     finally:
         sys.path.pop()
     if not callable(function):
         raise UserError(f"the {what} {path!r} is not a function; give one that takes a string")
-    return function
+
+    def guarded(text: str) -> Any:
+        try:
+            return function(text)
+        except Exception as error:
+            kind = type(error).__name__
+            raise UserError(
+                f"the {what} {path!r} fails on {text!r} ({kind}: {first_line(error)}); mend it"
+            ) from error
+
+    return guarded

@@ -99,19 +99,23 @@ def optimize(
         else by the property at the code of the decoded text. May be none.
 
     Raises:
-        UserError: for an unknown goal, a radius that is not positive, or a text that is too long.
+        UserError: for an unknown goal, one or a radius that is not finite, a radius that is not
+            positive, or a text that is too long.
     """
     if isinstance(goal, str) and goal not in ("max", "min"):
         raise UserError(f"unknown goal {goal!r}; choose max, min or a number")
-    if not radius > 0:
-        raise UserError(f"the radius of the search is {radius}; it must be above 0")
+    if not (isinstance(goal, str) or math.isfinite(goal)):
+        raise UserError(f"the goal of the search is {goal}; it must be finite")
+    if not 0 < radius < math.inf:
+        raise UserError(f"the radius of the search is {radius}; it must be above 0, and finite")
     begin_1D = codec.encode([text])
-    sign = _sign(goal, property.predict(begin_1D).item(), function(text) if function else None)
+    (start,) = _candidates(codec, [text], begin_1D, property, function)
+    sign = _sign(goal, start)
     visited = _ascend(codec, begin_1D, property, sign, radius, steps, starts, penalty, seed)
     texts = [found for found in dict.fromkeys(codec.detokenize(visited)) if found != text]
     if check is not None:
         texts = [found for found in texts if check(found)]
-    start, *candidates = _candidates(codec, [text, *texts], property, function)
+    candidates = _candidates(codec, texts, begin_1D, property, function)
 
     def merit(candidate: Candidate) -> float:
         value = candidate.predicted if candidate.value is None else candidate.value
@@ -163,14 +167,16 @@ def _ascend(
     return visited
 
 
-def _sign(goal: str | float, predicted: float, value: float | None) -> int:
+def _sign(goal: str | float, start: Candidate) -> int:
     """Whether the goal asks for more (1) or less (-1) than the start has.
 
     Not where the predicted value would be the goal's, but beyond: texts change later than codes.
     """
     if isinstance(goal, str):
         return 1 if goal == "max" else -1
-    known = predicted if value is None or math.isnan(value) else value
+    known = start.predicted
+    if start.value is not None and not math.isnan(start.value):
+        known = start.value
     return 1 if goal >= known else -1
 
 
@@ -186,22 +192,22 @@ def _nats_per_token(codec: Codec, ids: Ids, z_BD: Tensor) -> Tensor:
 def _candidates(
     codec: Codec,
     texts: Sequence[str],
+    begin_1D: Tensor,
     property: Property,
     function: Callable[[str], float] | None,
 ) -> list[Candidate]:
-    """Candidates of texts, in order; distances are from the first. Those too long are left out."""
-    limit = codec.model.config.sequence_length
+    """Candidates of texts, in order; distances are from the start. Those too long are left out."""
     # A decoded text may be split into other, and more, tokens than it was decoded from.
     fitting = [
         (text, row)
         for text, row in zip(texts, codec.token_ids(texts), strict=True)
-        if len(row) <= limit
+        if codec.fits(row)
     ]
     ids = [row for _, row in fitting]
     z_ND = codec.encode_ids(ids)
     lengths_N = torch.tensor([len(row) for row in ids])
     nats_N = codec.score_ids(ids, z_ND) / lengths_N
-    columns = (property.predict(z_ND), nats_N, distance(z_ND, z_ND[:1]))
+    columns = (property.predict(z_ND), nats_N, distance(z_ND, begin_1D))
     return [
         Candidate(text, predicted, function(text) if function else None, nats, away)
         for (text, _), predicted, nats, away in zip(

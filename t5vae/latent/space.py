@@ -174,7 +174,11 @@ class LatentSpace(Codec):
         return Samples(texts, drawn)
 
     def prior(self, name: str, fit: Sequence[str] | Tensor | None = None) -> Prior:
-        """A prior by name, fitted as `sample` says: `draw(n, generator)`, `log_density(z_ND)`."""
+        """A prior by name, fitted as `sample` says: `draw(n, generator)`, `log_density(z_ND)`.
+
+        Raises:
+            UserError: for an unknown prior, or nothing to fit on.
+        """
         if name == "normal":
             return Normal(self.latent_size)
         if fit is not None or name not in PRIORS:
@@ -186,9 +190,15 @@ class LatentSpace(Codec):
         """What lies around a text: codes at a distance from its own in random directions, decoded.
 
         Args:
-            radius: the distance, 0.5 of the prior's standard deviation in each coordinate.
-            n: how many; equal ones are not left out.
+            radius: the distance, in standard deviations of the prior.
+            n: how many.
             seed: of the directions.
+
+        Returns:
+            n strings, some of them the same.
+
+        Raises:
+            UserError: for a radius that is not finite, or a text that is too long.
         """
         noise_ND = torch.randn(n, self.latent_size, generator=Generator().manual_seed(seed))
         steps_ND = torch.nn.functional.normalize(noise_ND) * radius * self.latent_size**0.5
@@ -253,7 +263,11 @@ class LatentSpace(Codec):
         ]
 
     def training(self) -> Corpus:
-        """The run's training sequences with their codes; see `nearest`."""
+        """The run's training sequences with their codes; see `nearest`.
+
+        Raises:
+            UserError: they are not encoded yet, and there is no run with its shards.
+        """
         return self._workspace.training(self)
 
     def direction(self, pairs: Sequence[tuple[str, str]]) -> directions.Direction:

@@ -14,16 +14,9 @@ TEXTS = ["x = 1", "print(é)", "", "[b]return[/b]"]
 LONG = "long " * 20
 
 
-@pytest.fixture(scope="module")
-def made_run(tmp_path_factory):
-    run = tiny.run_folder(tmp_path_factory.mktemp("made"))
-    LatentSpace.load(run, device="cpu").get_property("length")
-    return run
-
-
 @pytest.fixture
-def run(made_run, tmp_path):
-    return shutil.copytree(made_run, tmp_path / "run")
+def run(used_run, tmp_path):
+    return shutil.copytree(used_run, tmp_path / "run")
 
 
 @pytest.fixture
@@ -142,6 +135,21 @@ def test_samples_are_counted(ok, document, run, prior, monkeypatch):
     assert f"6 of {found['drawn']} drawn passed regex:" in err
 
 
+def test_commands_of_so_many_texts_read_them_from_a_file_or_standard_input(ok, run, lines):
+    lines.write_text("".join(text + "\n" for text in tiny.LINES[:4]))
+    for command, count, options in (
+        ("interpolate", 2, ["--steps", 3]),
+        ("grid", 4, ["--steps", 2]),
+        ("neighbors", 1, ["-n", 5]),
+        ("optimize", 1, ["--property", "length"]),
+    ):
+        texts = tiny.LINES[:count]
+        expected, _ = ok(command, run, *texts, *options)
+        assert ok(command, run, *options, stdin="\n".join(texts).encode())[0] == expected
+        if count == 4:
+            assert ok(command, run, *options, "--file", lines)[0] == expected
+
+
 def test_neighbours_are_counted(document, ok, run, space):
     found = document("neighbors", run, "x = 1", "-n", 8, "--radius", 0)
     assert found["texts"] == [{"text": space.reconstruct(["x = 1"])[0], "points": 8}]
@@ -233,6 +241,15 @@ MISTAKES = {
         ["optimize", "RUN", "x", "--property", "length", "--radius", "0"],
         "the radius of the search is 0.0",
     ),
+    "three ends": (["interpolate", "RUN", "a", "b", "c"], "texts needed: 2, given: 3"),
+    "a file of two for one": (["neighbors", "RUN", "--file", "LINES"], "texts needed: 1, given: 3"),
+    "an endless step": (["neighbors", "RUN", "x", "--radius", "inf"], "codes are finite numbers"),
+    "an endless heat": (["sample", "RUN", "--temperature", "inf"], "the temperature is inf"),
+    "too little heat": (["sample", "RUN", "--temperature", "1e-9"], "give 0, or 1e-06 and more"),
+    "no goal": (
+        ["optimize", "RUN", "x", "--property", "length", "--target", "nan"],
+        "the goal of the search is nan",
+    ),
     "no such measure": (["fit-property", "RUN", "taste"], "unknown measure 'taste'"),
     "values of nothing": (
         ["fit-property", "RUN", "p", "--values", "v"],
@@ -251,7 +268,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_line_and_nothing_is_changed(t5vae, made_run, lines, tmp_path, mistake):
+def test_a_mistake_is_one_line_and_nothing_is_changed(t5vae, used_run, lines, tmp_path, mistake):
     arguments, message = MISTAKES[mistake]
     given = tmp_path / "given"
     given.mkdir()
@@ -262,8 +279,8 @@ def test_a_mistake_is_one_line_and_nothing_is_changed(t5vae, made_run, lines, tm
     (given / "flat.json").write_text("[1, 2, 3, 4, 5, 6]")
     (given / "infinite.json").write_text("[[1, 2, 3, 4, 5, Infinity]]")
     np.save(given / "pickled.npy", np.array([{"a": 1}]), allow_pickle=True)
-    before = {path: path.stat().st_mtime_ns for path in (*made_run.rglob("*"), *given.iterdir())}
-    places = {"RUN": str(made_run), "LINES": str(lines), "DIR": str(given)}
+    before = {path: path.stat().st_mtime_ns for path in (*used_run.rglob("*"), *given.iterdir())}
+    places = {"RUN": str(used_run), "LINES": str(lines), "DIR": str(given)}
     arguments = [places.get(word, word.replace("DIR/", f"{given}/")) for word in arguments]
     if "--device" not in arguments:
         arguments += ["--device", "cpu"]
@@ -274,5 +291,5 @@ def test_a_mistake_is_one_line_and_nothing_is_changed(t5vae, made_run, lines, tm
     assert message in lines_of_error[0]
     assert "Traceback" not in err
     assert out == ""
-    after = {path: path.stat().st_mtime_ns for path in (*made_run.rglob("*"), *given.iterdir())}
+    after = {path: path.stat().st_mtime_ns for path in (*used_run.rglob("*"), *given.iterdir())}
     assert after == before

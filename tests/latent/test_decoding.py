@@ -1,8 +1,11 @@
 """Decoding that leaves out ended rows, beside transformers' `generate`."""
 
+import math
+
 import pytest
 import torch
 
+from shards.errors import UserError
 from shards.tokenizers import load_tokenizer
 from t5vae.latent.codec import Codec
 from t5vae.latent.decoding import _drawn
@@ -123,6 +126,20 @@ def test_the_global_generator_stays_where_it_is(codec):
     for temperature in (0.0, 1.0):
         codec.decode_ids(codes(4), temperature=temperature)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("temperature", [-1.0, 1e-9, math.inf, math.nan])
+def test_a_temperature_that_is_none_is_refused(codec, temperature):
+    with pytest.raises(UserError, match=r"the temperature is .*; give 0, or 1e-06 and more"):
+        codec.decode(codes(2), temperature=temperature)
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_codes_that_are_not_finite_are_refused(codec, value):
+    z_ND = codes(3)
+    z_ND[1, 2] = value
+    with pytest.raises(UserError, match="codes are finite numbers; some of these are not"):
+        codec.decode(z_ND)
 
 
 def test_no_codes_decode_to_nothing(codec):

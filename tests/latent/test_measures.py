@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from shards.errors import UserError
+from t5vae.latent.checkers import checker
 from t5vae.latent.measures import measure
 
 
@@ -54,6 +55,20 @@ def test_a_function_of_one_s_own_answers_with_a_number():
     for function in (words, str.upper):
         with pytest.raises(UserError, match=rf"'{function.__name__}' answers .* for 'a b'"):
             measure(function)("a b")
+
+
+@pytest.mark.parametrize("make", [measure, checker])
+def test_a_function_or_module_that_fails_is_one_line(tmp_path, monkeypatch, make):
+    (tmp_path / "failing.py").write_text("def divide(text): return 1 / len(text)\n")
+    (tmp_path / "unclosed.py").write_text("def divide(text:\n")
+    monkeypatch.chdir(tmp_path)
+    divide = make("failing:divide")
+    assert divide("a") == 1
+    with pytest.raises(UserError, match=r"'failing:divide' fails on '' .ZeroDivisionError: div"):
+        divide("")
+    with pytest.raises(UserError, match="'unclosed:divide' cannot be imported") as caught:
+        make("unclosed:divide")
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -201,6 +201,8 @@ def test_a_model_in_bfloat16_is_searched_too(model):
     ("arguments", "message"),
     [
         ({"goal": "most"}, "unknown goal 'most'; choose max, min or a number"),
+        ({"goal": math.inf}, "goal of the search is inf; it must be finite"),
+        ({"radius": math.inf}, "radius of the search is inf"),
         ({"radius": 0.0}, "radius of the search is 0.0; it must be above 0"),
         ({"text": "x" * 50}, "has 51 tokens"),
     ],
