@@ -9,25 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from t5vae.latent import LatentSpace
 from t5vae.latent.priors import Flow
-from tests.latent import tiny
 
-PAGES = sorted((Path(__file__).parents[1] / "docs" / "use").glob("*.md"))
+PAGES = sorted((Path(__file__).parents[2] / "docs" / "use").glob("*.md"))
 DOWNLOADS = "molecules.md"
-
-
-@pytest.fixture(scope="module")
-def made_run(tmp_path_factory):
-    run = tiny.run_folder(tmp_path_factory.mktemp("made"))
-    LatentSpace.load(run, device="cpu").training()
-    return run
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [p for p in PAGES if p.name != DOWNLOADS], ids=lambda p: p.stem)
-def test_a_page_runs_as_written(page, made_run, tmp_path, monkeypatch):
-    shutil.copytree(made_run, tmp_path / "runs" / "quickstart")
+def test_a_page_runs_as_written(page, used_run, tmp_path, monkeypatch):
+    shutil.copytree(used_run, tmp_path / "runs" / "quickstart")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Flow, "STEPS", 20)
     bin = Path(sys.executable).parent

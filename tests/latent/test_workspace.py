@@ -12,11 +12,6 @@ from t5vae.latent.workspace import Workspace
 from tests.latent import tiny
 
 
-@pytest.fixture(scope="module")
-def made_run(tmp_path_factory):
-    return tiny.run_folder(tmp_path_factory.mktemp("made"))
-
-
 @pytest.fixture
 def run(made_run, tmp_path):
     """A copy to write into."""
