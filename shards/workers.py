@@ -6,13 +6,14 @@ import signal
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from contextlib import closing, contextmanager
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any, ClassVar
 
 from shards.progress import Advance, Unit, stage
@@ -99,16 +100,19 @@ def _in_processes(job: Job, tasks: list[int], workers: int, advance: Advance) ->
     theirs, mine = context.Pipe(duplex=False)
     pool = ProcessPoolExecutor(workers, context, _begin, (job, progress, theirs))
     with pool, closing(mine):  # closed first: the workers end at once, busy or not
+        # A queue: Ctrl-C inside futures.wait() may leave their locks taken, and the pool stuck.
+        ended: SimpleQueue[Future] = SimpleQueue()
         with _interrupts_held():
-            waiting = {pool.submit(_work, task) for task in tasks}
-        seen = 0
-        while waiting:
-            done, waiting = wait(waiting, TICK, FIRST_COMPLETED)
+            for task in tasks:
+                pool.submit(_work, task).add_done_callback(ended.put)
+        seen, missing = 0, len(tasks)
+        while missing:
+            with suppress(Empty):
+                ended.get(timeout=TICK).result()
+                missing -= 1
             now = progress.value
             advance(now - seen)
             seen = now
-            for future in done:
-                future.result()
 
 
 @contextmanager
