@@ -40,7 +40,7 @@ train: setup
 	@echo 'run          $(RUN)             (config.yaml, metrics.jsonl, logs/)'
 	@echo 'checkpoints  $(RUN)/checkpoints'
 	@echo 'model        $(RUN)/export      (AutoModel.from_pretrained after "import t5vae")'
-	@echo 'evaluation   $(RUN)/eval.json'
+	@echo 'evaluation   $(RUN)/eval.html   (eval.json)'
 
 test: test-fast
 	$(BIN)/python -m pytest -m '(distributed or slow) and not soak and not cluster'

@@ -23,7 +23,8 @@ COMMANDS = {
     "plot": ["--key", "--x", "--out"],
     "track": ["--wandb", "--tensorboard"],
     "export": [],
-    "eval": ["--json", "--samples"],
+    "eval": ["--json", "--samples", "--measure", "--shards"],
+    "compare": ["--json"],
     "encode": ["--json", "--file", "--column", "--out", "--device"],
     "decode": ["--json", "-n", "--temperature", "--seed", "--device"],
     "reconstruct": ["--json", "--file", "--device"],
@@ -168,7 +169,17 @@ def test_a_batch_that_ranks_cannot_share_is_refused(error_line, config_file, dat
 @pytest.mark.parametrize(
     "command",
     [
-        *("export", "eval", "sample", "encode", "reconstruct", "interpolate", "grid", "neighbors"),
+        *(
+            "export",
+            "eval",
+            "compare",
+            "sample",
+            "encode",
+            "reconstruct",
+            "interpolate",
+            "grid",
+            "neighbors",
+        ),
         *("nearest", "fit-property", "optimize", "outliers", "dedupe"),
     ],
 )

@@ -16,6 +16,7 @@ from t5vae.cli.app import (
     print_json,
     quiet_transformers,
 )
+from t5vae.cli.given import Space
 
 
 @app.command()
@@ -99,16 +100,22 @@ def export(
 
 @app.command(name="eval")
 def evaluate(
-    run: Run,
-    sequences: Annotated[int | None, typer.Option(help="Held-out sequences.", min=2)] = None,
-    samples: Annotated[int | None, typer.Option(help="Draws from the prior.", min=1)] = None,
+    run: Space,
+    sequences: Annotated[int | None, typer.Option(help="Held-out sequences.", min=4)] = None,
+    samples: Annotated[int | None, typer.Option(help="Draws from each prior.", min=1)] = None,
     interpolations: Annotated[int | None, typer.Option(help="Paths.", min=1)] = None,
     check: Annotated[
         str | None, typer.Option(help="What is valid: python, json, smiles, regex:..., pkg.func.")
     ] = None,
+    measure: Annotated[
+        str | None, typer.Option(help="What is probed: length, calls, names, logp, qed, pkg.func.")
+    ] = None,
+    shards: Annotated[
+        str | None, typer.Option(help="Evaluate on these; an export without its run needs them.")
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Measure a run on held-out data, beside its controls; write RUN/eval.json and the model card.
+    """Measure a space on held-out data, beside its controls; write eval.json and eval.html.
 
     Example: `t5vae eval runs/quickstart --samples 10000`
     """
@@ -116,12 +123,44 @@ def evaluate(
     from t5vae.training.card import write_card
 
     quiet_transformers()
-    report, known = evaluate_run(
-        run, sequences=sequences, samples=samples, interpolations=interpolations, check=check
+    report, home, known = evaluate_run(
+        run,
+        shards=shards,
+        sequences=sequences,
+        samples=samples,
+        interpolations=interpolations,
+        check=check,
+        measure=measure,
     )
-    write_card(Path(run), Path(run) / "export")
+    if (home / "export" / "SOURCE").is_file():
+        write_card(home, home / "export")
     if json:
         print_json(report)
         return
     console().print(table(report))
-    typer.echo(f"{'already evaluated' if known else 'report'}: {Path(run) / 'eval.json'}")
+    for sentence in report["alarms"].values():
+        typer.secho(f"alarm: {sentence}", fg="red")
+    typer.echo(f"{'already evaluated' if known else 'report'}: {home / 'eval.html'}")
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(help="Evaluated run folders, or exports.")],
+    json: Json = False,
+) -> None:
+    """Put what `t5vae eval` found of several runs side by side.
+
+    Example: `t5vae compare runs/quickstart runs/wide`
+    """
+    from t5vae.evaluation import comparison, differences, read_report
+
+    reports = [read_report(run) for run in runs]
+    if json:
+        print_json(dict(zip(runs, reports, strict=True)))
+        return
+    console(60 + 20 * len(runs)).print(comparison(runs, reports))
+    if differ := differences(reports):
+        typer.echo(f"not evaluated alike, they differ in: {', '.join(differ)}", err=True)
+    for run, report in zip(runs, reports, strict=True):
+        for sentence in report["alarms"].values():
+            typer.secho(f"alarm: {run}: {sentence}", fg="red")

@@ -128,12 +128,15 @@ class Eval(Section):
     decoded: int = Field(default=64, ge=1)
     """Of these, how many are decoded in an evaluation during training; as many samples are drawn,
     and as many texts made on paths."""
-    samples: int = Field(default=10_000, ge=1)
-    """Draws from the prior in `t5vae eval`."""
+    samples: int | None = Field(default=None, ge=1)
+    """Draws from each prior in `t5vae eval`; null for 10,000 on an accelerator, else 2,000."""
     interpolations: int = Field(default=100, ge=1)
     """Paths between held-out sequences in `t5vae eval`."""
     check: str | None = None
     """What makes a decoded text valid: python, json, smiles, regex:..., or a dotted path."""
+    measure: str = "length"
+    """What the linear probe of `t5vae eval` predicts and its map shows: length, calls, names, logp,
+    qed, or a dotted path."""
 
 
 class Log(Section):

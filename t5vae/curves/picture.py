@@ -64,14 +64,19 @@ def write_picture(drawing: Drawing, out: Path) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    content = io.BytesIO()
-    with mpl.rc_context(STYLE):
-        figure = _figure(drawing)
-        figure.savefig(content, format=out.suffix[1:].lower(), dpi=150)
+    content = picture(drawing, out.suffix[1:].lower())
     try:
-        out.write_bytes(content.getvalue())
+        out.write_bytes(content)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}") from None
+
+
+def picture(drawing: Drawing, format: str) -> bytes:
+    """All panels as one picture: png, svg or pdf."""
+    content = io.BytesIO()
+    with mpl.rc_context(STYLE):
+        _figure(drawing).savefig(content, format=format, dpi=150)
+    return content.getvalue()
 
 
 def _figure(drawing: Drawing) -> Figure:

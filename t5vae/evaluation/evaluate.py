@@ -3,26 +3,37 @@
 Shapes: N held-out sequences, P paths, S steps of a path, D latent size.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import numpy as np
 import torch
-from rich.table import Table
 from torch import Generator, Tensor
 
 from shards.errors import UserError
 from t5vae.evaluation import metrics
+from t5vae.evaluation.alarms import alarms
+from t5vae.evaluation.bootstrap import Ratio, half_sampled, intervals
+from t5vae.evaluation.geometry import geometry, portrait
 from t5vae.evaluation.trigram import Trigram
 from t5vae.latent import LatentSpace, checker
+from t5vae.latent.checkers import Checker
+from t5vae.latent.measures import Measure
+from t5vae.latent.measures import measure as named_measure
 from t5vae.latent.paths import path
 from t5vae.latent.priors import Normal, fit_prior
-from t5vae.objective import mmd, sliced_epps_pulley
+from t5vae.latent.properties import fit_property
 
-SCHEMA_VERSION = 1
-FIT = 10_000  # training sequences the Gaussian prior is fitted on
+SCHEMA_VERSION = 2
+FIT = 10_000  # training sequences the Gaussian prior and the probe are fitted on
+STEP_SIZES = {"quarter": 0.25, "half": 0.5, "one": 1.0}  # of smoothness
+SHOWN, SHOWN_PATHS = 50, 10  # examples
 
 Ids = Sequence[Sequence[int]]
+Figures = dict[str, Any]
 
 
 @torch.no_grad()
@@ -33,6 +44,7 @@ def evaluate(
     train_texts: Sequence[str],
     train_ids: Ids,
     check: str | None = None,
+    measure: str = "length",
     samples: int = 2000,
     seed: int = 0,
     interpolations: int = 100,
@@ -44,12 +56,15 @@ def evaluate(
 
     Args:
         space: the trained model.
-        valid_ids: N >= 2 held-out sequences, token ids, each ending in the end token; none of
+        valid_ids: N >= 4 held-out sequences, token ids, each ending in the end token; none of
             them in the training set.
         train_texts: the training set, against which novelty is judged.
-        train_ids: training sequences as token ids, for the fitted prior and the trigram model.
+        train_ids: training sequences as token ids, for the fitted prior, the probe and the trigram
+            model.
         check: a checker's name (see :func:`t5vae.latent.checker`), or None: then what needs one
             is None, and every sample counts as valid.
+        measure: what the linear probe predicts and the map shows (see
+            :func:`t5vae.latent.measures.measure`).
         samples: draws from each prior, and from the trigram model.
         seed: of every draw.
         interpolations: P, straight paths between random pairs of held-out sequences.
@@ -64,181 +79,254 @@ def evaluate(
           posterior collapse;
         - valid, unique, novel, valid_unique_novel: of the draws from N(0, I), and under
           `gaussian` from a normal distribution fitted on training codes;
-        - interpolation: validity, directness, distinct;
-        - mmd (the unbiased estimate of MMD^2 to N(0, I), kernel imq), epps_pulley_slices,
-          epps_pulley_axes, mean_square_norm, participation_ratio, active_dimensions, latent_size:
-          of the held-out codes;
-        - n: how many of everything; schema_version, check, seed;
+        - interpolation: validity, directness, largest_step, distinct, exact_ends;
+        - smoothness: same, similarity and valid of the texts decoded at z + s eps, z a held-out
+          code, eps a draw of N(0, I), s a `quarter`, a `half` and `one`;
+        - mmd (the unbiased estimate of MMD^2 to N(0, I), kernel imq), sliced_wasserstein,
+          epps_pulley_slices, epps_pulley_axes, mean_square_norm, participation_ratio,
+          active_dimensions, latent_size: of the held-out codes;
+        - probe: `r2` on the held-out sequences of a linear regression of `measure` on training
+          codes; None where all have the same value;
+        - alarms: what is wrong with the space, by name (see :func:`alarms`);
+        - intervals: [low, high] of 95 % under the same names, controls included: of shares and
+          means by bootstrap over sequences, samples or paths, of what describes a cloud of codes
+          by half samples (see :mod:`t5vae.evaluation.bootstrap`). They say what other data would
+          have changed, not another training run;
+        - n: how many of everything; schema_version, check, measure, seed;
         - controls: the same names, where they are defined, for `trigram` (a token trigram model),
           `shuffled` (each held-out sequence given another one's code), `endpoints` (paths that
           repeat the two true ends), `held_out` (the held-out texts as if they were samples),
-          `prior` (as many true draws of N(0, I) as there are codes).
+          `prior` (as many true draws of N(0, I) as there are codes);
+        - pictures: what the page's plots show: `by_length`, exact match by tokens; the codes'
+          `eigenvalues`, `histogram`, `quantiles` and `map` (see
+          :func:`t5vae.evaluation.geometry.portrait`), the latter with the `values` of `measure`;
+        - examples: `reconstructions`, `samples` and `interpolations`, as texts with their marks.
 
         The metrics' definitions and sources are in :mod:`t5vae.evaluation.metrics`.
 
     Raises:
-        UserError: for an unknown checker, too few sequences, samples, interpolations or steps.
+        UserError: for an unknown checker or measure, too few sequences, samples, interpolations or
+            steps.
     """
-    if len(valid_ids) < 2 or len(train_ids) < 2:
+    if len(valid_ids) < 4 or len(train_ids) < 2:
         raise UserError(
-            f"evaluation needs at least 2 held-out and 2 training sequences; "
+            f"evaluation needs at least 4 held-out and 2 training sequences; "
             f"{len(valid_ids)} and {len(train_ids)} given: build larger shards"
         )
     if samples < 1 or interpolations < 1:
         raise UserError(
             f"samples is {samples} and interpolations {interpolations}; each is at least 1"
         )
-    is_valid = None if check is None else checker(check)
-    known = frozenset(train_texts)
     rng = np.random.default_rng(seed)
-    generator = Generator().manual_seed(seed)
-
-    z_ND = space.encode_ids(valid_ids)
-    others = metrics.partners(len(valid_ids), rng)
-    shuffled_ND = z_ND[torch.from_numpy(others)]
-    references = space.detokenize(valid_ids)
-    decoded_ids = space.decode_ids(z_ND)
-    nats = metrics.nats_per_token(space.score_ids(valid_ids, z_ND), valid_ids)
-    shuffled_nats = metrics.nats_per_token(space.score_ids(valid_ids, shuffled_ND), valid_ids)
-
-    def reconstruction(ids: Ids) -> dict[str, float]:
-        texts = space.detokenize(ids)
-        return {
-            "exact_match": metrics.exact_match(texts, references),
-            "token_accuracy": metrics.token_accuracy(ids, valid_ids),
-            "edit_similarity": metrics.edit_similarity(texts, references),
-        }
-
-    def generation(ids: Ids) -> dict[str, float | None]:
-        return metrics.quality(space.detokenize(ids), known, is_valid)
-
-    rows = rng.choice(len(train_ids), min(FIT, len(train_ids)), replace=False)
-    gaussian = fit_prior("gaussian", space.encode_ids([train_ids[row] for row in rows]))
-    normal = Normal(space.latent_size)
-
-    first = rng.integers(len(valid_ids), size=interpolations)
-    last = others[first]
-    z_PSD = path(z_ND[torch.from_numpy(first)], z_ND[torch.from_numpy(last)], steps)
-    between = space.detokenize(space.decode_ids(z_PSD.flatten(0, 1)))
-    paths = [between[i : i + steps] for i in range(0, len(between), steps)]
-    copied = [
-        [references[a]] * (steps - steps // 2) + [references[b]] * (steps // 2)
-        for a, b in zip(first, last, strict=True)
+    held_out = _HeldOut(
+        space,
+        valid_ids,
+        others=metrics.partners(len(valid_ids), rng),
+        is_valid=None if check is None else checker(check),
+        rng=rng,
+        generator=Generator().manual_seed(seed),
+    )
+    value_of = named_measure(measure)
+    known = frozenset(train_texts)
+    fitted_on = [train_ids[i] for i in rng.permutation(len(train_ids))[:FIT]]
+    fitted_ND = space.encode_ids(fitted_on)
+    prior_ND = Normal(space.latent_size).draw(len(valid_ids), held_out.generator)
+    parts = [
+        _reconstruction(held_out),
+        _generation(held_out, known, train_ids, fitted_ND, samples),
+        _interpolation(held_out, interpolations, steps),
+        _smoothness(held_out),
+        _Part(geometry(held_out.z_ND), {"prior": geometry(prior_ND)}, portrait(held_out.z_ND)),
+        _probe(held_out, value_of, fitted_ND, space.detokenize(fitted_on)),
     ]
-
-    trigram = Trigram(train_ids, eos=valid_ids[0][-1])
-    longest = max(map(len, train_ids))
-
+    controls: dict[str, Figures] = defaultdict(dict)
+    for name, figures in (item for part in parts for item in part.controls.items()):
+        controls[name] |= figures
+    figures = _union([part.figures for part in parts]) | {"controls": dict(controls)}
+    found = intervals(figures, rng) | half_sampled(geometry, held_out.z_ND, rng)
+    found["controls"]["prior"] = half_sampled(geometry, prior_ND, rng)
     return {
         "schema_version": SCHEMA_VERSION,
         "check": check,
+        "measure": measure,
         "seed": seed,
-        **reconstruction(decoded_ids),
-        "nats_per_token": nats,
-        "shuffled_gap": shuffled_nats - nats,
-        **generation(space.decode_ids(normal.draw(samples, generator))),
-        "gaussian": generation(space.decode_ids(gaussian.draw(samples, generator))),
-        "interpolation": metrics.interpolation(paths, is_valid),
-        **geometry(z_ND),
         "latent_size": space.latent_size,
+        **figures,
+        "alarms": alarms(figures, found),
+        "intervals": found,
         "n": {
             "held_out": len(valid_ids),
             "held_out_tokens": sum(map(len, valid_ids)),
             "samples": samples,
             "interpolations": interpolations,
             "interpolation_steps": steps,
-            "gaussian_fit": len(rows),
+            "fitted_on": len(fitted_on),
             "train": len(train_ids),
         },
-        "controls": {
-            "trigram": {
-                **generation(trigram.sample(samples, longest, rng)),
-                "nats_per_token": trigram.nats_per_token(valid_ids),
-            },
-            "shuffled": {
-                **reconstruction([decoded_ids[row] for row in others]),
-                "nats_per_token": shuffled_nats,
-            },
-            "endpoints": {"interpolation": metrics.interpolation(copied, is_valid)},
-            "held_out": metrics.quality(references, known, is_valid),
-            "prior": geometry(normal.draw(len(z_ND), generator)),
-        },
+        "pictures": _union([part.pictures for part in parts]),
+        "examples": _union([part.examples for part in parts]),
     }
 
 
-def geometry(z_ND: Tensor) -> dict[str, float]:
-    """How codes [N, D] lie, beside N(0, I); see `evaluate`."""
-    return {
-        "mmd": mmd(z_ND, kernel="imq", prior="normal", estimator="u").item(),
-        "epps_pulley_slices": sliced_epps_pulley(z_ND, axes=False).item(),
-        "epps_pulley_axes": sliced_epps_pulley(z_ND, slices=0).item(),
-        "mean_square_norm": metrics.mean_square_norm(z_ND),
-        "participation_ratio": metrics.participation_ratio(z_ND),
-        "active_dimensions": metrics.active_dimensions(z_ND),
-    }
+@dataclass(frozen=True)
+class _Part:
+    """What a part of the evaluation found."""
+
+    figures: Figures
+    controls: dict[str, Figures]
+    pictures: dict[str, Any] = field(default_factory=dict)
+    examples: dict[str, Any] = field(default_factory=dict)
 
 
-# Name in the report, the control beside it, what it says.
-ROWS = [
-    ("exact_match", "shuffled", "held-out sequences that come back exactly"),
-    ("token_accuracy", "shuffled", "tokens that come back at their place"),
-    ("edit_similarity", "shuffled", "1 - edit distance / length"),
-    ("nats_per_token", "trigram", "teacher-forced cross-entropy; lower is better"),
-    ("shuffled_gap", None, "what a wrong code costs, nats a token; near 0: the code is ignored"),
-    ("valid", "trigram", "draws from N(0, I) that pass the check"),
-    ("unique", "trigram", "distinct ones among the valid"),
-    ("novel", "trigram", "of these, not in the training set"),
-    ("valid_unique_novel", "trigram", "the three multiplied"),
-    ("gaussian.valid", "trigram", "draws from a fitted Gaussian that pass the check"),
-    ("gaussian.valid_unique_novel", "trigram", "the same, distinct and new"),
-    ("interpolation.validity", "endpoints", "steps between two held-out texts that pass"),
-    ("interpolation.directness", "endpoints", "1: no detour from one end to the other"),
-    ("interpolation.distinct", "endpoints", "distinct texts on a path"),
-    ("mmd", "prior", "MMD^2 between codes and N(0, I)"),
-    ("epps_pulley_slices", "prior", "distance from N(0, 1) on random directions"),
-    ("epps_pulley_axes", "prior", "the same on each coordinate"),
-    ("mean_square_norm", "prior", "|z|^2 / D"),
-    ("participation_ratio", "prior", "directions that carry the variance"),
-    ("active_dimensions", "prior", "coordinates that vary at all"),
-]
+class _HeldOut:
+    """The held-out sequences, and what all parts need of them.
 
-
-def table(report: dict[str, Any]) -> Table:
-    """The report for people: metric, model, the control beside it, what it means.
-
-    Args:
-        report: what `evaluate` returned, or `eval.json` read back.
+    Attributes:
+        others: int64 [N], for each sequence another one.
+        texts: the sequences as strings, `decoded` what became of them.
     """
-    n = report["n"]
-    grid = Table(
-        title=f"{n['held_out']:,} held-out sequences, {n['samples']:,} samples, "
-        f"{n['interpolations']:,} interpolations; check: {report['check'] or 'none'}",
-        title_justify="left",
+
+    def __init__(
+        self,
+        space: LatentSpace,
+        ids: Ids,
+        *,
+        others: np.ndarray,
+        is_valid: Checker | None,
+        rng: np.random.Generator,
+        generator: Generator,
+    ):
+        self.space, self.ids, self.others = space, ids, others
+        self.is_valid, self.rng, self.generator = is_valid, rng, generator
+        self.z_ND = space.encode_ids(ids)
+        self.shuffled_ND = self.z_ND[torch.from_numpy(others)]
+        self.texts = space.detokenize(ids)
+        self.decoded_ids = space.decode_ids(self.z_ND)
+        self.decoded = space.detokenize(self.decoded_ids)
+
+    def decode(self, z_ND: Tensor) -> list[str]:
+        return self.space.detokenize(self.space.decode_ids(z_ND))
+
+    def marks(self, text: str) -> dict[str, Any]:
+        """A text as an example, and whether it is valid; None where that is not known."""
+        return {"text": text, "valid": self.is_valid and bool(self.is_valid(text))}
+
+
+def _reconstruction(held_out: _HeldOut) -> _Part:
+    ids, texts, decoded = held_out.ids, held_out.texts, held_out.decoded
+    nll_N = held_out.space.score_ids(ids, held_out.z_ND)
+    shuffled_nll_N = held_out.space.score_ids(ids, held_out.shuffled_ND)
+
+    def figures(rows: Sequence[int]) -> Figures:
+        others = [decoded[row] for row in rows]
+        return {
+            "exact_match": metrics.exact_match(others, texts),
+            "token_accuracy": metrics.token_accuracy(
+                [held_out.decoded_ids[row] for row in rows], ids
+            ),
+            "edit_similarity": metrics.edit_similarity(others, texts),
+        }
+
+    by_length: dict[int, list[bool]] = defaultdict(list)
+    for row, text, back in zip(ids, texts, decoded, strict=True):
+        by_length[len(row)].append(text == back)
+    lengths = [
+        {
+            "tokens": tokens,
+            "n": len(by_length[tokens]),
+            "exact_match": Ratio(by_length[tokens]),
+            "interval": Ratio(by_length[tokens]).interval(held_out.rng),
+        }
+        for tokens in sorted(by_length)
+    ]
+    shown = [
+        {"text": text, "decoded": back, "exact": text == back}
+        for text, back in zip(texts[:SHOWN], decoded, strict=False)
+    ]
+    return _Part(
+        figures(range(len(ids)))
+        | {
+            "nats_per_token": metrics.nats_per_token(nll_N, ids),
+            "shuffled_gap": metrics.nats_per_token(shuffled_nll_N - nll_N, ids),
+        },
+        {
+            "shuffled": figures(held_out.others.tolist())
+            | {"nats_per_token": metrics.nats_per_token(shuffled_nll_N, ids)}
+        },
+        {"by_length": lengths},
+        {"reconstructions": shown},
     )
-    grid.add_column("metric", no_wrap=True)
-    grid.add_column("model", justify="right", no_wrap=True)
-    grid.add_column("control", justify="right", no_wrap=True)
-    grid.add_column("meaning")
-    for name, control, meaning in ROWS:
-        beside = ""
-        if control is not None:
-            # A draw is a draw: the trigram model's figures stand beside every prior's.
-            counterpart = name.removeprefix("gaussian.")
-            beside = f"{control} {_figure(_look_up(report['controls'][control], counterpart))}"
-        grid.add_row(name.replace("_", " "), _figure(_look_up(report, name)), beside, meaning)
-    return grid
 
 
-def _look_up(report: dict[str, Any], name: str) -> float | int | None:
-    value: Any = report
-    for key in name.split("."):
-        value = value[key]
-    return value
+def _generation(
+    held_out: _HeldOut, known: frozenset[str], train_ids: Ids, fitted_ND: Tensor, samples: int
+) -> _Part:
+    generator = held_out.generator
+    normal, gaussian = Normal(held_out.space.latent_size), fit_prior("gaussian", fitted_ND)
+    drawn = held_out.decode(normal.draw(samples, generator))
+    trigram = Trigram(train_ids, eos=held_out.ids[0][-1])
+    imitated = trigram.sample(samples, max(map(len, train_ids)), held_out.rng)
+
+    def figures(texts: Sequence[str]) -> Figures:
+        return metrics.quality(texts, known, held_out.is_valid)
+
+    return _Part(
+        figures(drawn) | {"gaussian": figures(held_out.decode(gaussian.draw(samples, generator)))},
+        {
+            "trigram": figures(held_out.space.detokenize(imitated))
+            | {"nats_per_token": trigram.nats_per_token(held_out.ids)},
+            "held_out": figures(held_out.texts),
+        },
+        examples={
+            "samples": [held_out.marks(text) | {"known": text in known} for text in drawn[:SHOWN]]
+        },
+    )
 
 
-def _figure(value: float | int | None) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, int):
-        return str(value)
-    return f"{value:.5f}" if abs(value) < 0.01 and value else f"{value:.3f}"
+def _interpolation(held_out: _HeldOut, count: int, steps: int) -> _Part:
+    first = held_out.rng.integers(len(held_out.ids), size=count)
+    last = held_out.others[first]
+    ends = [(held_out.texts[a], held_out.texts[b]) for a, b in zip(first, last, strict=True)]
+    z_PSD = path(held_out.z_ND[first], held_out.z_ND[last], steps)
+    between = held_out.decode(z_PSD.flatten(0, 1))
+    paths = [between[i : i + steps] for i in range(0, len(between), steps)]
+    copied = [[a] * (steps - steps // 2) + [b] * (steps // 2) for a, b in ends]
+
+    def figures(paths: list[list[str]]) -> Figures:
+        return {"interpolation": metrics.interpolation(paths, held_out.is_valid, ends)}
+
+    shown = [[held_out.marks(text) for text in texts] for texts in paths[:SHOWN_PATHS]]
+    return _Part(figures(paths), {"endpoints": figures(copied)}, examples={"interpolations": shown})
+
+
+def _smoothness(held_out: _HeldOut) -> _Part:
+    def figures(texts: list[str]) -> Figures:
+        return metrics.smoothness(texts, held_out.decoded, held_out.is_valid)
+
+    def near(size: float) -> list[str]:
+        noise_ND = torch.randn(held_out.z_ND.shape, generator=held_out.generator)
+        return held_out.decode(held_out.z_ND + size * noise_ND)
+
+    others = [held_out.decoded[row] for row in held_out.others]
+    return _Part(
+        {"smoothness": {name: figures(near(size)) for name, size in STEP_SIZES.items()}},
+        {"shuffled": {"smoothness": figures(others)}},
+    )
+
+
+def _probe(
+    held_out: _HeldOut, value_of: Measure, fitted_ND: Tensor, fitted_on: Sequence[str]
+) -> _Part:
+    values_N = np.array([value_of(text) for text in held_out.texts])
+    shown = {"values": [value if np.isfinite(value) else None for value in values_N.tolist()]}
+    try:
+        probe = fit_property(fitted_ND, [value_of(text) for text in fitted_on])
+    except UserError:  # too few of them have a value, or all the same
+        return _Part({"probe": {"r2": None}}, {"shuffled": {"probe": {"r2": None}}}, shown)
+    right = metrics.explained(probe, held_out.z_ND, values_N)
+    wrong = metrics.explained(probe, held_out.shuffled_ND, values_N)
+    return _Part({"probe": {"r2": right}}, {"shuffled": {"probe": {"r2": wrong}}}, shown)
+
+
+def _union(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    return reduce(dict.__or__, parts, {})

@@ -1,78 +1,140 @@
-"""`t5vae eval RUN`: a run's space measured on its own held-out sequences, into RUN/eval.json."""
+"""`t5vae eval RUN`: a space measured on held-out sequences, into eval.json and eval.html."""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from shards import UserError
+from shards import Dataset, UserError, open_dataset
 from shards.records import write_whole
-from t5vae.config import load_config
-from t5vae.evaluation.evaluate import evaluate
+from shards.tokenizers import fingerprint
+from t5vae.config import Eval, load_config
+from t5vae.curves import panels, picture
+from t5vae.curves.reading import METRICS
+from t5vae.evaluation.evaluate import SCHEMA_VERSION, evaluate
+from t5vae.evaluation.page import page
 from t5vae.latent import LatentSpace
+from t5vae.latent.workspace import Workspace
 
-REPORT = "eval.json"
+REPORT, PAGE = "eval.json", "eval.html"
+SAMPLES, SAMPLES_ON_AN_ACCELERATOR = 2000, 10_000
 
 
-def evaluate_run(run: str | Path, **overrides: Any) -> tuple[dict[str, Any], bool]:
-    """Evaluate a run's export on the split valid of its shards and write RUN/eval.json.
+def evaluate_run(
+    run_or_export: str | Path, *, shards: str | None = None, **overrides: Any
+) -> tuple[dict[str, Any], Path, bool]:
+    """Evaluate an exported model on the split valid of its shards; write eval.json and eval.html.
 
     Args:
-        run: a run folder with an export.
-        overrides: `sequences`, `samples`, `interpolations`, `check`: where not None, they replace
-            the run's own settings.
+        run_or_export: a run folder with an export, or an exported folder.
+        shards: to evaluate on, in place of the run's own; an export that lies alone needs them.
+        overrides: `sequences`, `samples`, `interpolations`, `check`, `measure`: where not None,
+            they replace the run's own settings.
 
     Returns:
-        The report (see `evaluate`), and whether it was already there, made from this export with
-        these settings.
+        The report (see `evaluate`), the folder it lies in (the run's, or the export's), and
+        whether it was already there, made from this export with these settings.
 
     Raises:
-        UserError: no run, export or shards; another tokenizer than the shards were made with.
+        UserError: no export or shards; another tokenizer than the shards were made with.
     """
-    folder = Path(run)
-    if not (folder / "config.yaml").is_file():
-        raise UserError(f"{folder} is not a run folder: it has no config.yaml")
-    config = load_config(folder / "config.yaml")
-    settings = config.eval.model_dump(exclude={"every", "decoded"})
+    workspace = Workspace(Path(run_or_export))
+    home = workspace.home
+    own = home / "config.yaml"
+    config = load_config(own) if own.is_file() else None
+    dataset = _shards(workspace, shards)
+    settings = (config.eval if config else Eval()).model_dump(exclude={"every", "decoded"})
     settings |= {name: value for name, value in overrides.items() if value is not None}
-    weights = folder / "export" / "model.safetensors"
-    if not weights.is_file():
-        raise UserError(f"{folder} holds no exported model; write one with `t5vae export {folder}`")
-    with open(weights, "rb") as file:
-        made_from = {
-            "model_sha256": hashlib.file_digest(file, "sha256").hexdigest(),
-            "shards_sha256": config.data.open().sha256,
-            "settings": settings,
-        }
-    done = _read(folder / REPORT)
-    if done is not None and done.get("made_from") == made_from:
-        return done, True
+    if settings["samples"] is None:
+        fast = torch.accelerator.is_available()
+        settings["samples"] = SAMPLES_ON_AN_ACCELERATOR if fast else SAMPLES
+    made_from = {
+        "model_sha256": workspace.model_sha256,
+        "shards_sha256": dataset.sha256,
+        "settings": settings,
+    }
+    report = _known(home / REPORT, made_from)
+    known = report is not None
+    if report is None:
+        space = LatentSpace.load(run_or_export)
+        _check_together(space, dataset)
+        report = _evaluate(space, dataset, settings)
+        report["made_from"] = made_from
+        write_whole(home / REPORT, json.dumps(report, ensure_ascii=False, separators=(",", ":")))
+    if not known or not (home / PAGE).is_file():
+        curves = None
+        if (home / METRICS).is_file():
+            curves = picture.picture(panels.plan([str(home)], None, "step"), "svg")
+        name = config.run.name if config else home.name
+        write_whole(home / PAGE, page(report, name, curves))
+    return report, home, known
 
-    dataset = config.data.open()
-    held_out = dataset.first("valid", settings["sequences"])
+
+def read_report(run: str | Path) -> dict[str, Any]:
+    """The `eval.json` of a run or an export.
+
+    Raises:
+        UserError: there is none, or it is of another version or damaged.
+    """
+    path = Workspace(Path(run)).home / REPORT
+    if not path.is_file():
+        raise UserError(f"{run} has not been evaluated: `t5vae eval {run}`")
+    try:
+        report = json.loads(path.read_text())
+        version = report["schema_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is damaged ({error!r}): remove it, then `t5vae eval {run}`"
+        ) from None
+    if version != SCHEMA_VERSION:
+        raise UserError(f"{path} is of version {version}, not {SCHEMA_VERSION}: `t5vae eval {run}`")
+    return report
+
+
+def _shards(workspace: Workspace, shards: str | None) -> Dataset:
+    if shards is not None:
+        return open_dataset(shards)
+    if not (workspace.home / "config.yaml").is_file():
+        raise UserError(
+            f"{workspace.home} has no run beside it, so its held-out sequences are unknown: give "
+            "--shards"
+        )
+    return workspace.dataset()
+
+
+def _check_together(space: LatentSpace, dataset: Dataset) -> None:
+    if fingerprint(space.tokenizer) != dataset.tokenizer_fingerprint:
+        raise UserError("the shards have another tokenizer than the model: give the model's own")
+    longest = space.model.config.sequence_length
+    if dataset.max_length > longest:
+        raise UserError(
+            f"the shards have sequences of up to {dataset.max_length} tokens, the model takes "
+            f"{longest} at most"
+        )
+
+
+def _evaluate(space: LatentSpace, dataset: Dataset, settings: dict[str, Any]) -> dict[str, Any]:
     everything = np.arange(dataset.sequences("train"))
-    report = evaluate(
-        LatentSpace.load(folder),
-        valid_ids=_sequences(*dataset.read("valid", held_out)),
+    return evaluate(
+        space,
+        valid_ids=_sequences(*dataset.read("valid", dataset.first("valid", settings["sequences"]))),
         train_ids=_sequences(*dataset.read("train", everything)),
         train_texts=dataset.texts("train", everything),
-        check=settings["check"],
-        samples=settings["samples"],
-        interpolations=settings["interpolations"],
+        **{name: value for name, value in settings.items() if name != "sequences"},
     )
-    report["made_from"] = made_from
-    write_whole(folder / REPORT, json.dumps(report, indent=1))
-    return report, False
 
 
 def _sequences(ids_NT: np.ndarray, lengths_N: np.ndarray) -> list[list[int]]:
     return [row[:n].tolist() for row, n in zip(ids_NT, lengths_N, strict=True)]
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def _known(path: Path, made_from: dict[str, Any]) -> dict[str, Any] | None:
+    """The report that is there, if it is of this version and was made from just this."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
+        report = json.loads(path.read_text())
+        mine = report["made_from"] == made_from and report["schema_version"] == SCHEMA_VERSION
+    except (OSError, ValueError, KeyError, TypeError):
         return None
+    return report if mine else None

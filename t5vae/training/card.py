@@ -3,11 +3,9 @@
 Of a path or URL only the last part is named, of the configuration only numbers and choices.
 """
 
-import hashlib
 import json
 import math
 import re
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +17,10 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from shards import Dataset, UserError
 from shards.records import read_records, write_whole
 from t5vae.config import Config, load_config
-from t5vae.evaluation.evaluate import ROWS, SCHEMA_VERSION, table
+from t5vae.evaluation.evaluate import SCHEMA_VERSION
 from t5vae.evaluation.run import REPORT
+from t5vae.evaluation.tables import ROWS, table, value_at
+from t5vae.latent.workspace import Workspace
 from t5vae.model import T5VAE, T5VAEConfig, parameter_counts
 from t5vae.training import checkpoint
 from t5vae.training.runlog import METRICS
@@ -133,9 +133,7 @@ def _report(run: Path, export: Path) -> dict[str, Any] | None:
     if not (run / REPORT).is_file():
         return None
     report = json.loads((run / REPORT).read_text())
-    with open(export / "model.safetensors", "rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    mine = report["made_from"]["model_sha256"] == sha256
+    mine = report["made_from"]["model_sha256"] == Workspace(export).model_sha256
     return report if mine and report["schema_version"] == SCHEMA_VERSION else None
 
 
@@ -163,7 +161,7 @@ def _metadata(config: Config, report: dict[str, Any] | None) -> ModelCardData:
     data = ModelCardData(library_name="transformers", tags=TAGS, base_model=base)
     if report is None:
         return data
-    values = {name: reduce(dict.__getitem__, name.split("."), report) for name, *_ in ROWS}
+    values = {row.name: value_at(report, row.name) for row in ROWS}
     data.model_name = config.run.name
     data.eval_results = [
         EvalResult(

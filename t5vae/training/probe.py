@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from shards import Dataset
 from t5vae.config import Config
 from t5vae.evaluation import metrics
-from t5vae.evaluation.evaluate import geometry
+from t5vae.evaluation.geometry import geometry
 from t5vae.latent import LatentSpace, checker
 from t5vae.latent.paths import path
 from t5vae.model import T5VAE

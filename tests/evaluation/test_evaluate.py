@@ -86,13 +86,28 @@ def test_a_perfect_copy_model():
     assert report["controls"]["endpoints"]["interpolation"] == {
         "validity": 1,
         "directness": 1,
+        "largest_step": 1,
         "distinct": pytest.approx(2, abs=0.1),
+        "exact_ends": 1,
     }
+    assert report["interpolation"]["exact_ends"] == 1
+    assert report["interpolation"]["largest_step"] < 0.7
+    assert 1 > report["smoothness"]["quarter"]["similarity"] > 0.3
+    assert report["smoothness"]["one"]["similarity"] < report["smoothness"]["half"]["similarity"]
+    assert report["controls"]["shuffled"]["smoothness"]["same"] < 0.05
+    assert report["probe"]["r2"] > 0.3 > report["controls"]["shuffled"]["probe"]["r2"]
+    assert "latent_use" not in report["alarms"]
+    assert "novelty" not in report["alarms"]
+    low, high = report["intervals"]["novel"]
+    assert low < report["novel"] < high
 
 
 def test_a_collapsed_model_fails_the_latent_use_alarm():
     report = report_of(Collapsed())
+    assert "posterior collapse" in report["alarms"]["latent_use"]
     assert report["shuffled_gap"] == 0
+    assert report["smoothness"]["one"]["same"] == 1  # smooth, since all is the same
+    assert report["probe"]["r2"] <= 0
     assert report["valid"] == 1
     assert report["unique"] == pytest.approx(1 / 300)
     assert report["participation_ratio"] == 0
@@ -104,10 +119,58 @@ def test_a_collapsed_model_fails_the_latent_use_alarm():
 
 def test_a_memoriser_has_no_novelty():
     report = report_of(Memoriser())
+    assert "memorisation" in report["alarms"]["novelty"]
+    assert "latent_use" not in report["alarms"]
     assert report["valid"] == 1
     assert report["novel"] == report["valid_unique_novel"] == 0
     assert report["gaussian"]["novel"] == 0
     assert report["exact_match"] == 0
+
+
+class Gaussian(Copy):
+    """Codes that are draws of the prior, whatever the sequences."""
+
+    latent_size = 16
+
+    def encode_ids(self, ids):
+        return torch.randn(len(ids), 16, generator=torch.Generator().manual_seed(len(ids)))
+
+
+def test_an_isotropic_gaussian_is_told_from_the_prior_by_nothing():
+    report = report_of(Gaussian())
+    for name, (low, high) in report["intervals"]["controls"]["prior"].items():
+        assert low - (high - low) <= report[name] <= high + (high - low), name
+    assert report["intervals"]["mmd"][0] < 0 < report["intervals"]["mmd"][1]
+    assert report["active_dimensions"] == 16
+    assert report["probe"]["r2"] < 0.1
+    assert "latent_use" not in report["alarms"]
+
+
+def test_no_better_than_a_trigram_model_is_an_alarm():
+    assert (
+        "no better than chance"
+        in report_of(Memoriser(), check="regex:[0-9]+")["alarms"]["validity"]
+    )
+    real = report_of(Copy(), check=None)
+    assert "validity" not in real["alarms"]
+
+
+def test_the_pictures_show_the_codes():
+    report = report_of(Copy())
+    shown = report["pictures"]
+    assert sum(row["n"] for row in shown["by_length"]) == len(HELD_OUT)
+    assert {row["exact_match"] for row in shown["by_length"]} == {1}
+    z_ND = Copy().encode_ids(HELD_OUT).double()
+    assert sum(shown["eigenvalues"]) == pytest.approx(
+        z_ND.var(0, correction=0).sum().item(), abs=0.01
+    )
+    assert shown["map"]["share"] == pytest.approx(
+        sum(shown["eigenvalues"][:2]) / sum(shown["eigenvalues"]), abs=0.01
+    )
+    spread = np.var(shown["map"]["x"])
+    assert spread == pytest.approx(shown["eigenvalues"][0], abs=0.01)
+    assert shown["values"] == [len(row) - 1 for row in HELD_OUT]
+    assert len(shown["quantiles"]["values"][0]) == T
 
 
 def test_the_report_is_json_repeats_by_seed_and_has_the_agreed_names():
@@ -153,12 +216,13 @@ def test_the_table_shows_every_metric_beside_its_control():
 @pytest.mark.parametrize(
     "options",
     [
-        {"valid_ids": HELD_OUT[:1]},
+        {"valid_ids": HELD_OUT[:3]},
         {"train_ids": []},
         {"samples": 0},
         {"interpolations": 0},
         {"steps": 1},
         {"check": "no"},
+        {"measure": "no"},
     ],
 )
 def test_too_little_to_evaluate_is_a_user_error(options):

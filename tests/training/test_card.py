@@ -207,11 +207,12 @@ def test_the_evaluation_stands_beside_its_controls(card, run):
     report = json.loads((run / "eval.json").read_text())
     text = section(card(), "Evaluation")
     header, _, *rows = table(text)
-    assert header == ["metric", "model", "control", "meaning"]
-    figures = {row[0]: row[1:3] for row in rows}
+    assert header == ["metric", "model", "95 %", "control", "meaning"]
+    figures = {row[0]: row[1:4] for row in rows}
     trigram = report["controls"]["trigram"]
     assert figures["nats per token"] == [
         f"{report['nats_per_token']:.3f}",
+        "{:.3f} to {:.3f}".format(*report["intervals"]["nats_per_token"]),
         f"trigram {trigram['nats_per_token']:.3f}",
     ]
     assert "20 held-out sequences, 10 samples, 2 interpolations" in text
