@@ -25,7 +25,7 @@ def test_every_key_says_what_it_means():
         ("run.name", "str", '""'),
         ("data.shards", "str | [{path, weight}, ...]", "required"),
         ("data.micro_batch_size", "int | null", "null"),
-        ("model.normalize", "true | false", "false"),
+        ("model.normalize", "true | false", "true"),
         ("objective.mmd.kernel", "rbf | multi_rbf | imq | legacy", '"imq"'),
         ("optim.betas", "[float, float]", "[0.9, 0.98]"),
         ("deepspeed.zero_stage", "0 | 1 | 2 | 3", "1"),

@@ -39,7 +39,7 @@ class Model(Section):
     """Null takes the shards' tokenizer's."""
     sequence_length: int | None = Field(default=None, ge=1)
     """T, tokens of the longest sequence, end token included; null takes the shards' max_length."""
-    latent_size: int = Field(default=128, ge=1)
+    latent_size: int = Field(default=256, ge=1)
     """D, coordinates of the latent code."""
     bottleneck: Literal["flatten", "attention"] = "flatten"
     """Between the encoder's states and the code: "flatten" takes all T tokens through one
@@ -54,7 +54,7 @@ class Model(Section):
     """Bounds every coordinate u to s tanh(u / s), s = squash_scale."""
     squash_scale: float = Field(default=1.0, gt=0)
     """s, the bound of a squashed coordinate."""
-    normalize: bool = False
+    normalize: bool = True
     """Scale every code to norm sqrt(D), so that the encoder cannot grow codes out of the noise."""
     mask_padding: bool = True
     """Hide pads from the encoder and the bottleneck."""
@@ -76,7 +76,7 @@ class MMD(Section):
     """u is unbiased; v, the original's, counts each code against itself and shrinks codes."""
     sigma: float = Field(default=1.0, gt=0)
     """Standard deviation of the prior, half its width where that is uniform."""
-    weight: float = Field(default=10.0, ge=0)
+    weight: float = Field(default=30.0, ge=0)
     """Of MMD^2 in the loss, against nats a token (or all nats, under reconstruction sum)."""
     schedule: Literal["constant", "linear", "sigmoid"] = "constant"
     """weight(step): constant; linear, from 0 over `warmup`; sigmoid(slope * step - offset)."""
@@ -105,9 +105,9 @@ class Objective(Section):
     """A second regulariser, which sees the axes and tails that MMD does not."""
     reconstruction: Literal["mean", "sum"] = "mean"
     """Cross-entropy per real token of the global batch, or its sum, as the original had it."""
-    latent_noise: float = Field(default=0.0, ge=0)
+    latent_noise: float = Field(default=1.0, ge=0)
     """Standard deviation of the Gaussian added to the code in training."""
-    input_mask: Fraction = 0.0
+    input_mask: Fraction = 0.1
     """Share of encoder input tokens replaced by the unknown token in training."""
     word_dropout: Fraction = 0.0
     """The same for the decoder's input tokens."""
@@ -119,7 +119,7 @@ class Optim(Section):
     adamw for the rest."""
     lr: float = Field(default=2e-3, gt=0)
     """AdamW's or Lion's learning rate."""
-    muon_lr: float = Field(default=6e-3, gt=0)
+    muon_lr: float = Field(default=0.012, gt=0)
     """Muon's: the spectral norm of an update."""
     momentum: Fraction = 0.95
     """Muon's."""

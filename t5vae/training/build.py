@@ -62,7 +62,7 @@ def _special_tokens(config: Config, dataset: Dataset) -> tuple[int, int, int]:
             if getattr(config.objective, name):
                 raise UserError(
                     f"objective.{name} puts the unknown token in place of others, but the "
-                    f"tokenizer of {dataset.path} has none; leave it out"
+                    f"tokenizer of {dataset.path} has none; set it to 0"
                 )
         unknown = eos
     return pad, eos, unknown

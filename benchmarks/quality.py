@@ -1,0 +1,367 @@
+"""How good a space gets for a budget of compute: the original's design, a plain autoencoder, ours.
+
+    python benchmarks/quality.py --minutes 8 --write
+    python benchmarks/quality.py --ablations --write
+
+On lines of Python, on two CPU cores or all accelerators; a T5-small on the latter. What was
+trained is kept in --out, and not trained again. --write saves docs/quality.md of all that is there.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+from _report import Target, figure, installed, machine, publish, table
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # `shards` is the package, not the script
+from shards import open_index
+from t5vae.config import load_config
+from t5vae.evaluation import read_report
+from t5vae.evaluation.tables import value_at
+from t5vae.training.distributed import free_port
+from t5vae.training.runlog import read_metrics
+
+ROOT = Path(__file__).parents[1]
+DOC = ROOT / "docs" / "quality.md"
+OURS = ROOT / "configs" / "quickstart.yaml"
+STEPS = 1000
+"""Of an ablation."""
+CALIBRATION = 40
+"""Steps that tell how long one takes."""
+
+LEGACY = (
+    *("model.latent_size=1000", "model.normalize=false", "model.token_size=100"),
+    *("model.expansion_rank=10", "model.squash=tanh", "model.mask_padding=false"),
+    *("model.t5.dropout_rate=0.1", "objective.reconstruction=sum", "objective.latent_noise=0"),
+    *("objective.input_mask=0", "objective.mmd.kernel=legacy", "objective.mmd.prior=sampled"),
+    *("objective.mmd.estimator=v", "objective.mmd.weight=1", "objective.mmd.schedule=sigmoid"),
+    *("optim.name=adamw", "optim.lr=1e-3", "optim.betas=[0.9,0.999]", "optim.schedule=constant"),
+)
+"""The settings of configs/legacy.yaml, but for the sizes of the T5 and of the batch."""
+AUTOENCODER = (
+    *("objective.mmd.weight=0", "objective.latent_noise=0", "objective.input_mask=0"),
+    "model.normalize=false",
+)
+CONTENDERS = {"legacy": LEGACY, "autoencoder": AUTOENCODER, "ours": ()}
+
+ABLATIONS: dict[str, tuple[str, ...]] = {
+    "ours": (),
+    "no MMD": ("objective.mmd.weight=0",),
+    "MMD weight / 10": ("objective.mmd.weight=3",),
+    "MMD weight x 10": ("objective.mmd.weight=300",),
+    "kernel multi_rbf": ("objective.mmd.kernel=multi_rbf",),
+    "with Epps-Pulley": ("objective.epps_pulley.weight=30",),
+    "codes not normalised": ("model.normalize=false",),
+    "no noise": ("objective.latent_noise=0",),
+    "noise x 1/2": ("objective.latent_noise={half_noise}",),
+    "noise x 3/2": ("objective.latent_noise={more_noise}",),
+    "no input mask": ("objective.input_mask=0",),
+    "input mask x 2": ("objective.input_mask={more_mask}",),
+    "word dropout 0.1": ("objective.word_dropout=0.1",),
+    "latent size / 2": ("model.latent_size={half_latent}",),
+    "latent size x 2": ("model.latent_size={more_latent}",),
+    "bottleneck attention, 8 memory tokens": ("model.bottleneck=attention",),
+    "bottleneck attention, 16": ("model.bottleneck=attention", "model.memory_length=16"),
+    "gated-gelu": ("model.t5.feed_forward_proj=gated-gelu",),
+    "Muon's rate x 1/2": ("optim.muon_lr={half_rate}",),
+    "Muon's rate x 2": ("optim.muon_lr={more_rate}",),
+    "AdamW": ("optim.name=adamw",),
+    "batch / 2, as many sequences": ("data.global_batch_size={half_batch}", "train.steps=2000"),
+    "2,048 pieces": ("data.shards={out}/shards-2048",),
+}
+
+FIGURES = {
+    "exact match": "exact_match",
+    "1 - edit distance": "edit_similarity",
+    "valid, N(0, I)": "valid",
+    "unique": "unique",
+    "novel": "novel",
+    "valid x unique x novel": "valid_unique_novel",
+    "valid, fitted Gaussian": "gaussian.valid",
+    "valid x unique x novel, fitted": "gaussian.valid_unique_novel",
+    "interpolation: valid": "interpolation.validity",
+    "interpolation: distinct": "interpolation.distinct",
+    "similarity at z + eps/2": "smoothness.half.similarity",
+    "what a wrong code costs, nats": "shuffled_gap",
+    "length from the code, R²": "probe.r2",
+    "MMD² to N(0, I)": "mmd",
+    "participation ratio": "participation_ratio",
+}
+
+ABLATION_COLUMNS = (
+    *("exact match", "valid, N(0, I)", "unique", "novel", "valid, fitted Gaussian"),
+    *("interpolation: valid", "similarity at z + eps/2", "participation ratio", "MMD² to N(0, I)"),
+)
+
+HEAD = """\
+# How good the space is
+
+Printed by `python benchmarks/quality.py --minutes {minutes} --write` and, for the ablations, \
+`--ablations --write` on this machine: {machine}{device}
+
+The data: one-line statements of Python's standard library and installed packages, byte-level BPE \
+of {pieces:,} pieces, up to {tokens} tokens, which keeps {kept:.0%} of the distinct lines: \
+{train:,} for training, and {valid:,} chosen by a hash held out. Every figure is of held-out lines \
+or of greedily decoded draws, and defined in [evaluation.md](evaluation.md). One run each: what \
+seeds change was not measured, and intervals are of 95 %, of the lines and draws alone.
+"""
+
+CONTEST = """\
+## Equal time
+
+{minutes} minutes of training each on the same {place}, the T5 inside of the same size ({t5}), the \
+same batch of {batch}. `legacy` is the design of the original T5-VAE, its head, code of 1,000 \
+numbers, MMD, losses and optimiser, in this code; `autoencoder` is ours without MMD, noise, mask \
+and norm. The score is exact match times valid x unique x novel, by whichever of the two priors is \
+better for the contender. In the last columns the controls: a token trigram model of the training \
+lines, and the held-out lines as if they were samples.
+
+"""
+
+ABLATED = """\
+## Ablations
+
+`configs/quickstart.yaml` with one change each, {steps:,} steps of the same batch unless the \
+change says otherwise: short of convergence, so that what learns slower is behind here. The first \
+row is no change; a difference below about 0.03 is no difference. 2,048 pieces make other \
+sequences, of which those of up to as many tokens were kept.
+
+"""
+
+
+class Place(NamedTuple):
+    """Where runs take place, and what is trained there."""
+
+    title: str
+    ranks: int
+    environment: dict[str, str]
+    settings: tuple[str, ...]
+    length: int
+    beside: int
+    """Ablations at a time."""
+
+
+def place() -> Place:
+    if not torch.accelerator.is_available():
+        environment = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+        return Place("2 CPU cores", 2, environment, (), 16, 2)
+    ranks = torch.accelerator.device_count()
+    sizes = {"d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 6, "num_heads": 8}
+    settings = (
+        *(f"model.t5.{name}={size}" for name, size in sizes.items()),
+        *("data.global_batch_size=512", "model.latent_size=256", "optim.lr=1e-3"),
+    )
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "accelerator"
+    return Place(f"{ranks} x {name}", ranks, {}, settings, 20, 1)
+
+
+class Bench(NamedTuple):
+    place: Place
+    out: Path
+
+    @property
+    def shards(self) -> Path:
+        return self.out / "shards"
+
+    def settings(self, run: Path, *changes: str) -> list[str]:
+        """Of a run, later ones over earlier ones."""
+        own = (f"data.shards={self.shards}", f"run.output_dir={run}", f"run.name={run.name}")
+        quiet = ("eval.every=0", "checkpoint.every=0")
+        return [str(OURS), *own, *quiet, *self.place.settings, *changes]
+
+    def build(self, pieces: int, folder: Path) -> None:
+        how = ("--format", "python", "--tokenizer", f"train:{pieces}")
+        length = ("--max-length", str(self.place.length))
+        command = [binary("t5vae"), "shards", "build", *how, *length, "--out", str(folder)]
+        subprocess.run(command, check=True, stdout=sys.stderr)
+
+    def launch(self, ranks: int, settings: list[str]) -> None:
+        launcher = [binary("deepspeed"), "--log_level", "error", "--master_port", str(free_port())]
+        command = [*launcher, "--num_accelerators", str(ranks), str(ROOT / "train.py"), *settings]
+        environment = os.environ | self.place.environment
+        output = subprocess.run(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        if output.returncode:
+            sys.exit(output.stdout.decode())
+
+    def train(self, name: str, *changes: str, ranks: int, minutes: float | None = None) -> Path:
+        """A run of that many minutes, or of STEPS steps, and its evaluation, unless it is there."""
+        run = self.out / re.sub(r"\W+", "-", name)
+        if (run / "eval.json").is_file():
+            return run
+        print(f"{time.strftime('%H:%M')} {name}", file=sys.stderr)
+        steps = STEPS
+        if minutes is not None:
+            trial = self.out / f"{run.name}-trial"
+            often = ("log.every=5", f"train.steps={CALIBRATION}")
+            self.launch(ranks, self.settings(trial, *changes, *often))
+            took = median(line["step_seconds"] for line in read_metrics(trial)[2:])
+            steps = int(60 * minutes / took)
+        self.launch(ranks, self.settings(run, f"train.steps={steps}", *changes))
+        for command in ("export", "eval"):
+            subprocess.run(
+                [binary("t5vae"), command, str(run)],
+                check=True,
+                stdout=subprocess.DEVNULL,
+                env=os.environ | self.place.environment,
+            )
+        return run
+
+    def ablations(self) -> Iterator[tuple[str, Path]]:
+        """All of them."""
+        config = load_config(OURS, self.settings(self.out)[1:])
+        objective, model = config.objective, config.model
+        values = {
+            "out": self.out,
+            "half_noise": objective.latent_noise / 2,
+            "more_noise": objective.latent_noise * 1.5,
+            "more_mask": objective.input_mask * 2,
+            "half_latent": model.latent_size // 2,
+            "more_latent": model.latent_size * 2,
+            "half_rate": config.optim.muon_lr / 2,
+            "more_rate": config.optim.muon_lr * 2,
+            "half_batch": config.data.global_batch_size // 2,
+        }
+        self.build(2048, self.out / "shards-2048")
+        with ThreadPoolExecutor(self.place.beside) as pool:
+            runs = {
+                name: pool.submit(
+                    self.train,
+                    f"ablation {name}",
+                    *(change.format(**values) for change in changes),
+                    ranks=1,
+                )
+                for name, changes in ABLATIONS.items()
+            }
+            yield from ((name, run.result()) for name, run in runs.items())
+
+
+def binary(name: str) -> str:
+    return str(Path(sys.executable).with_name(name))
+
+
+def score(report: dict[str, Any]) -> float:
+    """Exact match times valid x unique x novel, by the better prior."""
+    generated = (report["valid_unique_novel"], report["gaussian"]["valid_unique_novel"])
+    return report["exact_match"] * max(generated)
+
+
+def cell(report: dict[str, Any], name: str) -> str:
+    value = value_at(report, name)
+    interval = value_at(report["intervals"], name)
+    if value is None:
+        return ""
+    digits = 5 if abs(value) < 0.01 and name == "mmd" else 3
+    if interval is None:
+        return f"{value:.{digits}f}"
+    low, high = interval
+    return f"{value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def contest(runs: dict[str, Path], bench: Bench, minutes: float) -> tuple[str, list[Target]]:
+    reports = {name: read_report(run) for name, run in runs.items()}
+    controls = reports["ours"]["controls"]
+    rows = []
+    for title, name in FIGURES.items():
+        beside = [value_at(controls[control], name) for control in ("trigram", "held_out")]
+        rows.append(
+            (
+                title,
+                *(cell(report, name) for report in reports.values()),
+                *("" if value is None else f"{value:.3f}" for value in beside),
+            )
+        )
+    scores = {name: score(report) for name, report in reports.items()}
+    rows.append(("**score**", *(f"**{value:.3f}**" for value in scores.values()), "", ""))
+    lines = {name: read_metrics(run) for name, run in runs.items()}
+    rows.append(("steps", *(f"{found[-1]['step']:,}" for found in lines.values()), "", ""))
+    trained = [(found[-1]["time"] - found[0]["time"]) / 60 for found in lines.values()]
+    rows.append(("minutes, first to last line", *map(figure, trained), "", ""))
+    config = load_config(runs["ours"] / "config.yaml")
+    t5 = config.model.t5
+    text = CONTEST.format(
+        minutes=figure(minutes),
+        place=bench.place.title,
+        t5=f"width {t5.d_model}, {t5.num_layers} + {t5.num_layers} layers",
+        batch=config.data.global_batch_size,
+    )
+    header = ("", *reports, "trigram", "held out")
+    return text + table(header, rows), list(targets(reports["ours"], scores, bench.place))
+
+
+def targets(ours: dict[str, Any], scores: dict[str, float], place: Place) -> Iterator[Target]:
+    large = bool(place.settings)
+    yield Target("ours: exact match", 0.95 if large else 0.60, ours["exact_match"])
+    yield Target("ours: valid draws of N(0, I)", 0.95 if large else 0.75, ours["valid"])
+    if large:
+        yield Target("ours: unique", 0.90, ours["unique"])
+        yield Target(
+            "ours: novel, the trigram's", ours["controls"]["trigram"]["novel"], ours["novel"]
+        )
+        yield Target("ours: valid interpolations", 0.90, ours["interpolation"]["validity"])
+    yield Target("ours: score, that of legacy", scores["legacy"], scores["ours"])
+    yield Target("ours: score, that of autoencoder", scores["autoencoder"], scores["ours"])
+
+
+def ablated(runs: dict[str, Path]) -> str:
+    chosen = {title: FIGURES[title] for title in ABLATION_COLUMNS}
+    rows = []
+    for name, run in runs.items():
+        report = read_report(run)
+        figures = (value_at(report, at) for at in chosen.values())
+        values = (
+            f"{value:.5f}" if at == "mmd" else f"{value:.3f}"
+            for at, value in zip(chosen.values(), figures, strict=True)
+        )
+        rows.append((name, *values, f"{score(report):.3f}"))
+    header = ("change", *chosen, "score")
+    return ABLATED.format(steps=STEPS) + table(header, rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=8, help="of training, each contender")
+    parser.add_argument("--ablations", action="store_true", help="and those, steps for minutes")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "quality")
+    parser.add_argument("--write", action="store_true", help=f"save as {DOC.relative_to(ROOT)}")
+    args = parser.parse_args()
+    bench = Bench(place(), args.out.resolve())
+    bench.build(4096, bench.shards)
+    sections = []
+    runs = {
+        name: bench.train(name, *changes, ranks=bench.place.ranks, minutes=args.minutes)
+        for name, changes in CONTENDERS.items()
+    }
+    sections.append(contest(runs, bench, args.minutes))
+    if args.ablations:
+        sections.append((ablated(dict(bench.ablations())), []))
+    publish(head(bench, args.minutes), sections, DOC if args.write else None)
+
+
+def head(bench: Bench, minutes: float) -> str:
+    index = open_index(str(bench.shards))
+    versions = installed(sys.executable, ("torch", "transformers", "deepspeed"))
+    return HEAD.format(
+        minutes=figure(minutes),
+        machine=machine(versions),
+        device="" if not bench.place.settings else f" {bench.place.title}.",
+        pieces=index.vocab_size,
+        tokens=index.max_length,
+        kept=index.share_within(index.max_length),
+        train=index.splits["train"].sequences,
+        valid=index.splits["valid"].sequences,
+    )
+
+
+if __name__ == "__main__":
+    main()
