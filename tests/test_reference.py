@@ -49,7 +49,7 @@ def test_a_section_is_one_table():
     text = tables()
     assert text.count("\n### model\n") == text.count("\n### model.t5\n") == 1
     own = text.split("\n### model\n")[1].split("\n### ")[0]
-    assert "| `latent_size` | int | `128` |" in own
+    assert "| `latent_size` | int | `256` |" in own
     assert "`d_model`" not in own
     assert '| `on_corrupt` | error \\| skip | `"error"` |' in text
 
