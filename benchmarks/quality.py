@@ -8,6 +8,7 @@ trained is kept in --out, and not trained again. --write saves docs/quality.md o
 """
 
 import argparse
+import json
 import os
 import re
 import subprocess
@@ -20,6 +21,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
+import yaml
 from _report import Target, figure, installed, machine, publish, table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # `shards` is the package, not the script
@@ -33,25 +35,18 @@ from t5vae.training.runlog import read_metrics
 ROOT = Path(__file__).parents[1]
 DOC = ROOT / "docs" / "quality.md"
 OURS = ROOT / "configs" / "quickstart.yaml"
+LEGACY = ROOT / "configs" / "legacy.yaml"
 STEPS = 1000
 """Of an ablation."""
 CALIBRATION = 40
 """Steps that tell how long one takes."""
 
-LEGACY = (
-    *("model.latent_size=1000", "model.normalize=false", "model.token_size=100"),
-    *("model.expansion_rank=10", "model.squash=tanh", "model.mask_padding=false"),
-    *("model.t5.dropout_rate=0.1", "objective.reconstruction=sum", "objective.latent_noise=0"),
-    *("objective.input_mask=0", "objective.mmd.kernel=legacy", "objective.mmd.prior=sampled"),
-    *("objective.mmd.estimator=v", "objective.mmd.weight=1", "objective.mmd.schedule=sigmoid"),
-    *("optim.name=adamw", "optim.lr=1e-3", "optim.betas=[0.9,0.999]", "optim.schedule=constant"),
-)
-"""The settings of configs/legacy.yaml, but for the sizes of the T5 and of the batch."""
 AUTOENCODER = (
     *("objective.mmd.weight=0", "objective.latent_noise=0", "objective.input_mask=0"),
     "model.normalize=false",
 )
-CONTENDERS = {"legacy": LEGACY, "autoencoder": AUTOENCODER, "ours": ()}
+SIZES = ("vocab_size", "sequence_length", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
+"""All contenders have these in common, whatever configs/legacy.yaml says."""
 
 ABLATIONS: dict[str, tuple[str, ...]] = {
     "ours": (),
@@ -136,6 +131,22 @@ row is no change; a difference below about 0.03 is no difference. 2,048 pieces m
 sequences, of which those of up to as many tokens were kept.
 
 """
+
+
+def contenders() -> dict[str, tuple[str, ...]]:
+    """Each one's changes to OURS."""
+    original = yaml.safe_load(LEGACY.read_text())
+    sections = {name: original[name] for name in ("model", "objective", "optim")}
+    return {"legacy": tuple(flat(sections)), "autoencoder": AUTOENCODER, "ours": ()}
+
+
+def flat(tree: dict[str, Any], above: str = "") -> Iterator[str]:
+    """Nested settings as overrides, without SIZES."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{above}{name}.")
+        elif name not in SIZES:
+            yield f"{above}{name}={json.dumps(value)}"
 
 
 class Place(NamedTuple):
@@ -290,7 +301,7 @@ def contest(runs: dict[str, Path], bench: Bench, minutes: float) -> tuple[str, l
     config = load_config(runs["ours"] / "config.yaml")
     t5 = config.model.t5
     text = CONTEST.format(
-        minutes=figure(minutes),
+        minutes=f"{minutes:g}",
         place=bench.place.title,
         t5=f"width {t5.d_model}, {t5.num_layers} + {t5.num_layers} layers",
         batch=config.data.global_batch_size,
@@ -340,7 +351,7 @@ def main() -> None:
     sections = []
     runs = {
         name: bench.train(name, *changes, ranks=bench.place.ranks, minutes=args.minutes)
-        for name, changes in CONTENDERS.items()
+        for name, changes in contenders().items()
     }
     sections.append(contest(runs, bench, args.minutes))
     if args.ablations:
@@ -352,7 +363,7 @@ def head(bench: Bench, minutes: float) -> str:
     index = open_index(str(bench.shards))
     versions = installed(sys.executable, ("torch", "transformers", "deepspeed"))
     return HEAD.format(
-        minutes=figure(minutes),
+        minutes=f"{minutes:g}",
         machine=machine(versions),
         device="" if not bench.place.settings else f" {bench.place.title}.",
         pieces=index.vocab_size,

@@ -16,7 +16,7 @@ def alarms(figures: dict[str, Any], intervals: dict[str, Any]) -> dict[str, str]
         A sentence under each name that applies:
 
         - latent_use: a wrong code costs less than 0.1 nats a token: posterior collapse (Bowman et
-          al., arXiv 1511.06349). Reconstructions and samples are those of a language model.
+          al., arXiv 1511.06349). What it writes is the decoder's own.
         - novelty: a smaller share of the valid samples is new than of a trigram model's: the
           training set, repeated.
         - validity: no more samples pass than of a trigram model's.

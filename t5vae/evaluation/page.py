@@ -6,7 +6,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from t5vae.evaluation.pictures import pictures
-from t5vae.evaluation.tables import ROWS, figure, value_at
+from t5vae.evaluation.tables import cells
 
 
 def page(report: dict[str, Any], name: str, curves: bytes | None = None) -> str:
@@ -30,21 +30,9 @@ def page(report: dict[str, Any], name: str, curves: bytes | None = None) -> str:
     return environment.get_template("page.html").render(
         report=report,
         name=name,
-        rows=[_cells(report, row.name, row.control, row.meaning) for row in ROWS],
+        rows=cells(report),
         images={shown: _data_url(svg) for shown, svg in images.items()},
     )
-
-
-def _cells(report: dict[str, Any], name: str, control: str | None, meaning: str) -> dict[str, Any]:
-    interval = value_at(report["intervals"], name)
-    return {
-        "name": name.replace("_", " ").replace(".", " · "),
-        "figure": figure(value_at(report, name)),
-        "interval": "" if interval is None else " to ".join(map(figure, interval)),
-        "control": figure(value_at(report["controls"], control)) if control else "",
-        "beside": control.partition(".")[0] if control else "",
-        "meaning": meaning.format(measure=report["measure"]),
-    }
 
 
 def _data_url(svg: bytes) -> str:

@@ -12,7 +12,6 @@ from shards.records import write_whole
 from shards.tokenizers import fingerprint
 from t5vae.config import Eval, load_config
 from t5vae.curves import panels, picture
-from t5vae.curves.reading import METRICS
 from t5vae.evaluation.evaluate import SCHEMA_VERSION, evaluate
 from t5vae.evaluation.page import page
 from t5vae.latent import LatentSpace
@@ -64,11 +63,8 @@ def evaluate_run(
         report["made_from"] = made_from
         write_whole(home / REPORT, json.dumps(report, ensure_ascii=False, separators=(",", ":")))
     if not known or not (home / PAGE).is_file():
-        curves = None
-        if (home / METRICS).is_file():
-            curves = picture.picture(panels.plan([str(home)], None, "step"), "svg")
         name = config.run.name if config else home.name
-        write_whole(home / PAGE, page(report, name, curves))
+        write_whole(home / PAGE, page(report, name, _curves(home)))
     return report, home, known
 
 
@@ -91,6 +87,14 @@ def read_report(run: str | Path) -> dict[str, Any]:
     if version != SCHEMA_VERSION:
         raise UserError(f"{path} is of version {version}, not {SCHEMA_VERSION}: `t5vae eval {run}`")
     return report
+
+
+def _curves(home: Path) -> bytes | None:
+    """Of the training, as SVG; None where nothing is known of it."""
+    try:
+        return picture.picture(panels.plan([str(home)], None, "step"), "svg")
+    except UserError:  # no metrics, or none that can be read: the evaluation stands without
+        return None
 
 
 def _shards(workspace: Workspace, shards: str | None) -> Dataset:

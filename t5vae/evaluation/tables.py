@@ -76,6 +76,36 @@ def figure(value: float | int | None) -> str:
     return f"{value:.5f}" if abs(value) < 0.01 and value else f"{value:.3f}"
 
 
+class Cells(NamedTuple):
+    """A figure of one report, in words."""
+
+    metric: str
+    figure: str
+    interval: str
+    control: str
+    beside: str
+    meaning: str
+
+
+def cells(report: dict[str, Any]) -> list[Cells]:
+    """All rows of a report: the figure, its interval of 95 %, the control's name and figure.
+
+    Args:
+        report: what `evaluate` returned, or `eval.json` read back.
+    """
+    return [
+        Cells(
+            row.name.replace("_", " "),
+            figure(value_at(report, row.name)),
+            " to ".join(map(figure, value_at(report["intervals"], row.name) or ())),
+            row.control.partition(".")[0] if row.control else "",
+            figure(value_at(report["controls"], row.control)) if row.control else "",
+            row.meaning.format(measure=report["measure"]),
+        )
+        for row in ROWS
+    ]
+
+
 def table(report: dict[str, Any]) -> Table:
     """A report: metric, model, its interval of 95 %, the control beside it, what it means.
 
@@ -93,16 +123,9 @@ def table(report: dict[str, Any]) -> Table:
     grid.add_column("95 %", justify="right", no_wrap=True)
     grid.add_column("control", justify="right", no_wrap=True)
     grid.add_column("meaning")
-    for row in ROWS:
-        interval = value_at(report["intervals"], row.name)
-        beside = row.control and figure(value_at(report["controls"], row.control))
-        grid.add_row(
-            row.name.replace("_", " "),
-            figure(value_at(report, row.name)),
-            "" if interval is None else " to ".join(map(figure, interval)),
-            f"{row.control.partition('.')[0]} {beside}" if row.control else "",
-            row.meaning.format(measure=report["measure"]),
-        )
+    for row in cells(report):
+        control = f"{row.control} {row.beside}".strip()
+        grid.add_row(row.metric, row.figure, row.interval, control, row.meaning)
     return grid
 
 

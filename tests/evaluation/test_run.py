@@ -190,3 +190,11 @@ def test_every_row_is_in_a_report_with_an_interval(made):
         assert low <= value_at(report, row.name) <= high, row.name
         if row.control:
             assert value_at(report["controls"], row.control) is not None, row.control
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"step": 1}\n'])
+def test_metrics_that_cannot_be_drawn_do_not_hinder_an_evaluation(run, content):
+    (run / "metrics.jsonl").write_text(content)
+    (run / "eval.html").unlink()
+    evaluate_run(run, check="python", **FEW)
+    assert "Curves of the training run" not in (run / "eval.html").read_text()
