@@ -197,8 +197,11 @@ def test_a_run_that_goes_on_in_new_processes_repeats_metrics_weights_and_moments
 
 @pytest.mark.parametrize("name", [name for name in EXACT if "fp16" in name])
 def test_the_loss_scale_of_fp16_moved_before_and_after_the_stop(exact, name):
-    last = checkpoint.read_manifest(exact.last(f"{name}.golden"))["scalars"]["loss_scale"]
-    assert last["cur_scale"] != 2**14
+    saved = checkpoint.list_checkpoints(exact.path / name / "checkpoints")
+    states = [checkpoint.read_manifest(path)["scalars"]["loss_scale"] for path in saved]
+    at_the_stop, at_the_end = (state["cur_scale"] for state in states)
+    assert at_the_stop != 2**14
+    assert at_the_end != at_the_stop
 
 
 # Resumed on other ranks, at other stages.
@@ -298,9 +301,12 @@ def test_a_run_goes_on_at_other_ranks_and_stages_with_the_same_losses(elastic, n
     found, golden = elastic.metrics(name), elastic.metrics(golden_of(name))
     assert [line["step"] for line in found] == list(range(1, ELASTIC_STEPS + 1))
     rounded = 1e-4 if "muon" in name else 1e-6  # Muon orthogonalises in bf16
+    mean_of_kernels = 2**-23  # MMD² is a difference of such means, of up to 1: float32's rounding
     for line, wanted in zip(found, golden, strict=True):
         for key in ("loss", "reconstruction", "mmd"):
-            assert line[key] == pytest.approx(wanted[key], rel=rounded), (line["step"], key)
+            absolute = mean_of_kernels if key == "mmd" else 0
+            close = pytest.approx(wanted[key], rel=rounded, abs=absolute)
+            assert line[key] == close, (line["step"], key)
 
 
 @pytest.mark.parametrize("name", JOURNEYS)
