@@ -37,6 +37,7 @@ from t5vae.training.distributed import (
 )
 from t5vae.training.engine import build_engine
 from t5vae.training.losses import Losses, Step, latent_diagnostics, micro_step, real_tokens
+from t5vae.training.precision import native_precision, settled
 from t5vae.training.runlog import RunLog
 
 BLOCK = 2
@@ -104,7 +105,7 @@ def parts(config: Config, batch: Batch, device: torch.device) -> dict[str, Calla
     """The same things alone, forward and backward, on random codes."""
     objective = config.objective
     mmd = objective.mmd.model_dump(include={"kernel", "prior", "estimator", "sigma"})
-    dtype = torch.float32 if config.train.precision == "fp32" else torch.bfloat16
+    dtype = torch.bfloat16 if config.train.half else torch.float32
     z_BD = torch.randn(len(batch.ids), config.model.latent_size, dtype=dtype, device=device)
     z_BD.requires_grad_()
 
@@ -200,6 +201,7 @@ def main(mode: str, lengths: str, steps: str, path: str, *settings: str) -> None
     say(f"created {psutil.Process().create_time()}")
     say("imported")
     device = start_process_group(ranks, compiles=config.model.compile)
+    config = settled(config, native_precision(device))
     engine = build_engine(build_model(config, dataset, device), config, ranks.world_size)
     batches = random_batches(Path(lengths), ranks, dataset, device)
     say("built")

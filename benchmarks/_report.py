@@ -33,13 +33,16 @@ def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rows)) + "\n"
 
 
+def target_table(targets: Iterable[Target]) -> str:
+    return table(("target", "wanted", "measured", ""), [target.row() for target in targets])
+
+
 def publish(
     head: str, sections: Iterable[tuple[str, Sequence[Target]]], doc: Path | None = None
 ) -> None:
     """Print a page, its targets first, and save it where `doc` says."""
     texts, targets = zip(*sections, strict=True)
-    rows = [target.row() for target in chain(*targets)]
-    page = "\n".join((head, table(("target", "wanted", "measured", ""), rows), *texts))
+    page = "\n".join((head, target_table(chain(*targets)), *texts))
     print(page)
     if doc:
         doc.parent.mkdir(exist_ok=True)

@@ -211,7 +211,7 @@ def training(size: Size, place: Place) -> tuple[str, list[Target]]:
     rate = peak = median(rates)
     limit = CPU_LIMIT.format(rate=rate / 1e9)
     if place.on_gpu:
-        peak = peak_flops(torch.device("cuda"), "bf16") or rate
+        peak = peak_flops(torch.device("cuda"), half=True) or rate
         limit = GPU_LIMIT.format(peak=peak / 1e12, share=rate / peak)
     text = TRAINING.format(
         size=size.name,

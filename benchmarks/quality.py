@@ -4,7 +4,7 @@
     python benchmarks/quality.py --ablations --write
 
 On lines of Python, on two CPU cores or all accelerators; a T5-small on the latter. What was
-trained is kept in --out, and not trained again. --write saves docs/quality.md of all that is there.
+trained is kept in --out, and not trained again. --write puts the section into docs/quality.md.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 import yaml
-from _report import Target, figure, installed, machine, publish, table
+from _report import Target, figure, installed, machine, table, target_table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # `shards` is the package, not the script
 from shards import open_index
@@ -50,28 +50,19 @@ SIZES = ("vocab_size", "sequence_length", "d_model", "d_kv", "d_ff", "num_layers
 
 ABLATIONS: dict[str, tuple[str, ...]] = {
     "ours": (),
-    "no MMD": ("objective.mmd.weight=0",),
-    "MMD weight / 10": ("objective.mmd.weight=3",),
-    "MMD weight x 10": ("objective.mmd.weight=300",),
-    "kernel multi_rbf": ("objective.mmd.kernel=multi_rbf",),
-    "with Epps-Pulley": ("objective.epps_pulley.weight=30",),
-    "codes not normalised": ("model.normalize=false",),
-    "no noise": ("objective.latent_noise=0",),
-    "noise x 1/2": ("objective.latent_noise={half_noise}",),
-    "noise x 3/2": ("objective.latent_noise={more_noise}",),
     "no input mask": ("objective.input_mask=0",),
-    "input mask x 2": ("objective.input_mask={more_mask}",),
-    "word dropout 0.1": ("objective.word_dropout=0.1",),
+    "no noise": ("objective.latent_noise=0",),
+    "no MMD": ("objective.mmd.weight=0",),
+    "kernel multi_rbf": ("objective.mmd.kernel=multi_rbf",),
     "latent size / 2": ("model.latent_size={half_latent}",),
-    "latent size x 2": ("model.latent_size={more_latent}",),
-    "bottleneck attention, 8 memory tokens": ("model.bottleneck=attention",),
-    "bottleneck attention, 16": ("model.bottleneck=attention", "model.memory_length=16"),
-    "gated-gelu": ("model.t5.feed_forward_proj=gated-gelu",),
     "Muon's rate x 1/2": ("optim.muon_lr={half_rate}",),
-    "Muon's rate x 2": ("optim.muon_lr={more_rate}",),
-    "AdamW": ("optim.name=adamw",),
-    "batch / 2, as many sequences": ("data.global_batch_size={half_batch}", "train.steps=2000"),
+    "word dropout 0.1": ("objective.word_dropout=0.1",),
+    "bottleneck attention, 8 memory tokens": ("model.bottleneck=attention",),
     "2,048 pieces": ("data.shards={out}/shards-2048",),
+    "MMD weight x 10": ("objective.mmd.weight=300",),
+    "codes not normalised": ("model.normalize=false",),
+    "noise x 1/2": ("objective.latent_noise={half_noise}",),
+    "AdamW": ("optim.name=adamw",),
 }
 
 FIGURES = {
@@ -100,9 +91,6 @@ ABLATION_COLUMNS = (
 HEAD = """\
 # How good the space is
 
-Printed by `python benchmarks/quality.py --minutes {minutes} --write` and, for the ablations, \
-`--ablations --write` on this machine: {machine}{device}
-
 The data: one-line statements of Python's standard library and installed packages, byte-level BPE \
 of {pieces:,} pieces, up to {tokens} tokens, which keeps {kept:.0%} of the distinct lines: \
 {train:,} for training, and {valid:,} chosen by a hash held out. Every figure is of held-out lines \
@@ -112,6 +100,8 @@ seeds change was not measured, and intervals are of 95 %, of the lines and draws
 
 CONTEST = """\
 ## Equal time
+
+Printed by `python benchmarks/quality.py --minutes {minutes} --write` on this machine: {machine}
 
 {minutes} minutes of training each on the same {place}, the T5 inside of the same size ({t5}), the \
 same batch of {batch}. `legacy` is the design of the original T5-VAE, its head, code of 1,000 \
@@ -125,10 +115,12 @@ lines, and the held-out lines as if they were samples.
 ABLATED = """\
 ## Ablations
 
-`configs/quickstart.yaml` with one change each, {steps:,} steps of the same batch unless the \
-change says otherwise: short of convergence, so that what learns slower is behind here. The first \
-row is no change; a difference below about 0.03 is no difference. 2,048 pieces make other \
-sequences, of which those of up to as many tokens were kept.
+Printed by `python benchmarks/quality.py --ablations --write` on this machine: {machine}
+
+`configs/quickstart.yaml` with one change each, {steps:,} steps of the same batch: short of \
+convergence, so that what learns slower is behind here. The first row is no change; a difference \
+below about 0.03 is no difference. 2,048 pieces make other sequences, of which those of up to as \
+many tokens were kept.
 
 """
 
@@ -231,17 +223,11 @@ class Bench(NamedTuple):
     def ablations(self) -> Iterator[tuple[str, Path]]:
         """All of them."""
         config = load_config(OURS, self.settings(self.out)[1:])
-        objective, model = config.objective, config.model
         values = {
             "out": self.out,
-            "half_noise": objective.latent_noise / 2,
-            "more_noise": objective.latent_noise * 1.5,
-            "more_mask": objective.input_mask * 2,
-            "half_latent": model.latent_size // 2,
-            "more_latent": model.latent_size * 2,
+            "half_noise": config.objective.latent_noise / 2,
+            "half_latent": config.model.latent_size // 2,
             "half_rate": config.optim.muon_lr / 2,
-            "more_rate": config.optim.muon_lr * 2,
-            "half_batch": config.data.global_batch_size // 2,
         }
         self.build(2048, self.out / "shards-2048")
         with ThreadPoolExecutor(self.place.beside) as pool:
@@ -279,7 +265,11 @@ def cell(report: dict[str, Any], name: str) -> str:
     return f"{value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
-def contest(runs: dict[str, Path], bench: Bench, minutes: float) -> tuple[str, list[Target]]:
+def contest(bench: Bench, minutes: float) -> str:
+    runs = {
+        name: bench.train(name, *changes, ranks=bench.place.ranks, minutes=minutes)
+        for name, changes in contenders().items()
+    }
     reports = {name: read_report(run) for name, run in runs.items()}
     controls = reports["ours"]["controls"]
     rows = []
@@ -302,12 +292,14 @@ def contest(runs: dict[str, Path], bench: Bench, minutes: float) -> tuple[str, l
     t5 = config.model.t5
     text = CONTEST.format(
         minutes=f"{minutes:g}",
+        machine=here(bench),
         place=bench.place.title,
         t5=f"width {t5.d_model}, {t5.num_layers} + {t5.num_layers} layers",
         batch=config.data.global_batch_size,
     )
     header = ("", *reports, "trigram", "held out")
-    return text + table(header, rows), list(targets(reports["ours"], scores, bench.place))
+    met = target_table(targets(reports["ours"], scores, bench.place))
+    return f"{text}{table(header, rows)}\n{met}"
 
 
 def targets(ours: dict[str, Any], scores: dict[str, float], place: Place) -> Iterator[Target]:
@@ -324,10 +316,10 @@ def targets(ours: dict[str, Any], scores: dict[str, float], place: Place) -> Ite
     yield Target("ours: score, that of autoencoder", scores["autoencoder"], scores["ours"])
 
 
-def ablated(runs: dict[str, Path]) -> str:
+def ablated(bench: Bench) -> str:
     chosen = {title: FIGURES[title] for title in ABLATION_COLUMNS}
     rows = []
-    for name, run in runs.items():
+    for name, run in bench.ablations():
         report = read_report(run)
         figures = (value_at(report, at) for at in chosen.values())
         values = (
@@ -336,36 +328,39 @@ def ablated(runs: dict[str, Path]) -> str:
         )
         rows.append((name, *values, f"{score(report):.3f}"))
     header = ("change", *chosen, "score")
-    return ABLATED.format(steps=STEPS) + table(header, rows)
+    return ABLATED.format(steps=STEPS, machine=here(bench)) + table(header, rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--minutes", type=float, default=8, help="of training, each contender")
-    parser.add_argument("--ablations", action="store_true", help="and those, steps for minutes")
+    parser.add_argument("--ablations", action="store_true", help="in place of these contenders")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "quality")
     parser.add_argument("--write", action="store_true", help=f"save as {DOC.relative_to(ROOT)}")
     args = parser.parse_args()
     bench = Bench(place(), args.out.resolve())
     bench.build(4096, bench.shards)
-    sections = []
-    runs = {
-        name: bench.train(name, *changes, ranks=bench.place.ranks, minutes=args.minutes)
-        for name, changes in contenders().items()
-    }
-    sections.append(contest(runs, bench, args.minutes))
-    if args.ablations:
-        sections.append((ablated(dict(bench.ablations())), []))
-    publish(head(bench, args.minutes), sections, DOC if args.write else None)
+    section = ablated(bench) if args.ablations else contest(bench, args.minutes)
+    print(section)
+    if args.write:
+        write(head(bench), section)
 
 
-def head(bench: Bench, minutes: float) -> str:
+def write(head: str, section: str) -> None:
+    """Into DOC, in place of the section of the same title."""
+    parts = re.split(r"^(?=## )", DOC.read_text() if DOC.exists() else "", flags=re.M)[1:]
+    sections = {part.partition("\n")[0]: part.rstrip() for part in (*parts, section)}
+    DOC.write_text("\n\n".join((head.rstrip(), *sections.values())) + "\n")
+
+
+def here(bench: Bench) -> str:
+    found = machine(installed(sys.executable, ("torch", "transformers", "deepspeed")))
+    return f"{found} {bench.place.title}." if bench.place.settings else found
+
+
+def head(bench: Bench) -> str:
     index = open_index(str(bench.shards))
-    versions = installed(sys.executable, ("torch", "transformers", "deepspeed"))
     return HEAD.format(
-        minutes=f"{minutes:g}",
-        machine=machine(versions),
-        device="" if not bench.place.settings else f" {bench.place.title}.",
         pieces=index.vocab_size,
         tokens=index.max_length,
         kept=index.share_within(index.max_length),

@@ -22,6 +22,7 @@ from itertools import chain, pairwise
 from pathlib import Path
 from statistics import mean, median
 
+import torch
 from _launches import (
     CONFIG,
     FULL,
@@ -38,6 +39,7 @@ from _report import Target, figure, installed, machine, publish, table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # `shards` is the package, not the script
 from t5vae.training.checkpoint import list_checkpoints, read_manifest
+from t5vae.training.precision import native_precision, settled
 from t5vae.training.runlog import read_metrics
 
 DOC = ROOT / "docs" / "benchmarks" / "train.md"
@@ -125,7 +127,8 @@ def loop(bench: Bench) -> Section:
     effort, first = bench.effort, bench.effort.first
     rates: dict[str, list[float]] = {"the bare loop": [], "the whole loop": []}
     settings = (f"train.steps={effort.steps}", f"log.every={LOG_EVERY}")
-    config = bench.config()
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    config = settled(bench.config(), native_precision(device))
     batch = config.data.global_batch_size
     waits, parameters = [], 0
     for turn in range(effort.turns):

@@ -71,8 +71,9 @@ class Data(Section):
 class Train(Section):
     steps: int = Field(default=10_000, ge=1)
     """Optimiser steps of the whole run."""
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    """Of weights and activations; bf16 and fp16 keep fp32 weights for the optimiser."""
+    precision: Literal["fp32", "bf16", "fp16"] | None = None
+    """Of weights and activations; bf16 and fp16 keep fp32 weights for the optimiser. null: bf16
+    where all ranks' devices multiply in it, else fp32."""
     max_bad_steps: int = Field(default=10, ge=0)
     """Steps in a row that are skipped (a loss or gradient is not finite) or spike, before the run
     stops; 0 never stops it."""
@@ -82,6 +83,11 @@ class Train(Section):
     """Seconds after which a rank that waits for others gives up, and the run ends."""
     profile: tuple[int, int] | None = None
     """First and last step, from 1, of a profile: [10, 12]; null for none."""
+
+    @property
+    def half(self) -> bool:
+        """Whether weights and activations have 16 bits."""
+        return self.precision in ("bf16", "fp16")
 
 
 class DeepSpeed(Section):

@@ -94,7 +94,7 @@ def build_model(config: Config, dataset: Dataset, device: torch.device) -> T5VAE
     settings = model_config(config, dataset)
     base = config.model.base
     model = T5VAE(settings) if base is None else T5VAE.from_base(settings, base)
-    if config.train.precision != "fp32" and device.type == "cpu":
+    if config.train.half and device.type == "cpu":
         # On a CPU torch's fused attention is slower in half precision than the plain one.
         model.set_attn_implementation("eager")
     if config.model.gradient_checkpointing:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from shards.errors import UserError
 from t5vae.config import Config, Optim
+from t5vae.training.precision import multiplies_bf16
 
 
 def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
@@ -169,7 +170,7 @@ def build_engine(model: nn.Module, config: Config, world_size: int) -> Any:
     settings = deepspeed_config(config, world_size)
     offload = settings["zero_optimization"].get("offload_optimizer") or {}
     optimizer = _optimizer(model, config.optim, offload.get("device") == "cpu")
-    unpartitioned, half = config.deepspeed.zero_stage == 0, config.train.precision != "fp32"
+    unpartitioned, half = config.deepspeed.zero_stage == 0, config.train.half
     if unpartitioned and not half:
         _skip_nonfinite(optimizer)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
@@ -222,8 +223,10 @@ def _optimizer(model: nn.Module, optim: Optim, offloaded: bool) -> torch.optim.O
         groups.setdefault((parameter.use_muon, matrix), []).append(parameter)
 
     adam = {"betas": optim.betas, "eps": optim.eps}
-    # The Gram variant needs fewer operations, but fp32 and more calls where there is no fp16.
-    iteration = "gram" if torch.accelerator.is_available() else "standard"
+    # The Gram variant computes in fp16, or in fp32 and with more calls; the standard one in bf16.
+    cpu = torch.device("cpu")
+    gram = torch.accelerator.is_available() or not multiplies_bf16(cpu)
+    iteration = "gram" if gram else "standard"
     muon = {"momentum": optim.momentum, "ns_method": iteration}
     settings = []
     for (use_muon, matrix), parameters in groups.items():

@@ -29,6 +29,7 @@ from t5vae.training.engine import (
 from t5vae.training.health import Meeting
 from t5vae.training.losses import Step, latent_diagnostics, micro_step, real_tokens, step_metrics
 from t5vae.training.meter import Meter, peak_flops, work_of
+from t5vae.training.precision import multiplies_bf16, settled
 from t5vae.training.preemption import StopRequest, queue_again
 from t5vae.training.probe import Findings, Probe
 from t5vae.training.profiling import Profiler, phase
@@ -71,6 +72,8 @@ def run(config: Config, ranks: Ranks, stop: StopRequest) -> None:
         )
         lock, attempt = _lock(config, ranks)
         health = meeting.report(device)
+        able = all_sum(multiplies_bf16(device), device=device) == [ranks.world_size]
+        config = settled(config, "bf16" if able else "fp32")
         with sharded(config, ranks.world_size):
             model = build_model(config, dataset, device)
         engine = build_engine(model, config, ranks.world_size)
@@ -105,7 +108,7 @@ def run(config: Config, ranks: Ranks, stop: StopRequest) -> None:
     probe = Probe(engine, dataset, config) if config.eval.every else None
     profiler = Profiler(config, ranks.rank, log.say)
     work = work_of(engine.module.config)
-    meter = Meter(device, ranks.world_size, peak_flops(device, config.train.precision))
+    meter = Meter(device, ranks.world_size, peak_flops(device, half=config.train.half))
     while step < steps:
         with meter.pause():
             profiler.step(step)

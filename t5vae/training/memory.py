@@ -116,7 +116,7 @@ def memory(
             they take what was written.
     """
     n, stage = sizes.total, config.deepspeed.zero_stage
-    half = config.train.precision != "fp32"
+    half = config.train.half
     s = 2 if half else 4
     ranks = world_size if stage else 1
     most = limits(config, world_size)
@@ -168,7 +168,7 @@ def _states(config: Config, sizes: Sizes, world_size: int) -> dict[str, int]:
     (Rajbhandari et al., arXiv 1910.02054).
     """
     n, stage = sizes.total, config.deepspeed.zero_stage
-    half = config.train.precision != "fp32"
+    half = config.train.half
     weights = n * (2 if half else 4)
     masters = 4 * n if half or stage else 0  # ZeRO keeps its own fp32 weights even of fp32 ones
     momentum = 2 if half and stage == 3 else 4  # at stage 3 Muon's is of the gradients' dtype
@@ -186,7 +186,7 @@ def _states(config: Config, sizes: Sizes, world_size: int) -> dict[str, int]:
 
 def state_bytes(config: Config, sizes: Sizes, world_size: int) -> int:
     """Bytes of a rank for weights, gradients and the optimiser's state, between two steps."""
-    stage, half = config.deepspeed.zero_stage, config.train.precision != "fp32"
+    stage, half = config.deepspeed.zero_stage, config.train.half
     gradients = sizes.total * (2 if half else 4) // (world_size if stage >= 2 else 1)
     return sum(_states(config, sizes, world_size).values()) + gradients
 

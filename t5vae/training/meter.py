@@ -31,9 +31,9 @@ PEAKS = {
 them; the first that is found counts. V100's is of fp16."""
 
 
-def peak_flops(device: torch.device, precision: str) -> float | None:
+def peak_flops(device: torch.device, *, half: bool) -> float | None:
     """Operations a second of matrix products in half precision; None where that is not known."""
-    if device.type != "cuda" or precision == "fp32":
+    if device.type != "cuda" or not half:
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for known, peak in PEAKS.items() if known in name), None)

@@ -16,6 +16,7 @@ from t5vae.model import T5VAE
 from t5vae.training.activations import activations
 from t5vae.training.build import is_installed, model_config
 from t5vae.training.memory import Memory, Sizes, limits, memory, sizes_of
+from t5vae.training.precision import native_precision, settled
 from t5vae.training.setup import check_base
 
 GIB = 2**30
@@ -92,12 +93,12 @@ def plan(
     settings = model_config(config, dataset)
     with torch.device("meta"):
         sizes = sizes_of(T5VAE(settings), config.optim.name)
-    half = config.train.precision != "fp32"
+    config = settled(config, "bf16" if accelerated else native_precision(torch.device("cpu")))
     fused = config.model.fused_cross_entropy
     kept = activations(
         settings,
         settings.sequence_length,
-        torch.bfloat16 if half else torch.float32,
+        torch.bfloat16 if config.train.half else torch.float32,
         checkpointing=config.model.gradient_checkpointing,
         fused_cross_entropy=accelerated
         and (is_installed("liger-kernel") if fused is None else fused),
@@ -169,7 +170,7 @@ def sent(config: Config, sizes: Sizes, world_size: int, accumulation: int) -> di
     and gathers four times what Muon updates.
     """
     n, stage = sizes.total, config.deepspeed.zero_stage
-    s = 4 if config.train.precision == "fp32" else 2
+    s = 2 if config.train.half else 4
     ring = (world_size - 1) / world_size
     muon = config.optim.name == "muon" and stage == 3
     reductions = accumulation if stage >= 2 else 1

@@ -71,7 +71,7 @@ def make_config(dataset: Path, tmp_path: Path) -> Callable[..., Config]:
             "run": {"name": "small", "output_dir": str(tmp_path / "run")},
             "data": {"shards": str(dataset), "global_batch_size": 16},
             "model": MODEL,
-            "train": {"steps": 10},
+            "train": {"steps": 10, "precision": "bf16"},
         }
         return Config(**{**whole, **sections})
 

@@ -26,7 +26,9 @@ from t5vae.training.engine import (
 def made(world_size: int = 1, user: object = None, **sections: dict) -> dict:
     """DeepSpeed's configuration of a run with a batch of 64."""
     data = {"shards": "x", "global_batch_size": 64, **sections.pop("data", {})}
-    config = Config(data=data, deepspeed={"config": user, **sections.pop("zero", {})}, **sections)
+    zero = {"config": user, **sections.pop("zero", {})}
+    train = {"precision": "bf16", **sections.pop("train", {})}
+    config = Config(data=data, deepspeed=zero, train=train, **sections)
     return deepspeed_config(config, world_size)
 
 

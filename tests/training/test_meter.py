@@ -100,9 +100,9 @@ def test_the_operations_of_a_batch_are_those_of_the_model(make_config):
 )
 def test_the_peak_is_known_by_the_devices_name(monkeypatch, name, peak):
     monkeypatch.setattr(meter.torch.cuda, "get_device_name", lambda device: name)
-    assert peak_flops(torch.device("cuda", 0), "bf16") == peak
-    assert peak_flops(torch.device("cuda", 0), "fp32") is None
+    assert peak_flops(torch.device("cuda", 0), half=True) == peak
+    assert peak_flops(torch.device("cuda", 0), half=False) is None
 
 
 def test_a_cpu_has_no_peak_to_compare_with():
-    assert peak_flops(CPU, "bf16") is None
+    assert peak_flops(CPU, half=True) is None
