@@ -9,6 +9,9 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
+VECTORS = ("amx_bf16", "avx512_bf16", "avx512f", "avx2", "asimd")
+"""What /proc/cpuinfo calls vector units, the widest first."""
+
 
 class Target(NamedTuple):
     """A figure, and what it should at least, or at most, be."""
@@ -67,8 +70,10 @@ def machine(versions: dict[str, str]) -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     models = [line.split(": ", 1)[1] for line in lines if line.startswith("model name")]
+    words = set(" ".join(line for line in lines if line.startswith(("flags", "Features"))).split())
+    vectors = next((name for name in VECTORS if name in words), "no vector units known")
     packages = ", ".join(f"{name} {version}" for name, version in versions.items())
     return (
-        f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores, "
+        f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores, {vectors}, "
         f"{platform.system()}, Python {platform.python_version()}, {packages}."
     )
