@@ -53,16 +53,12 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
     "no input mask": ("objective.input_mask=0",),
     "no noise": ("objective.latent_noise=0",),
     "no MMD": ("objective.mmd.weight=0",),
+    "2,048 pieces": ("data.shards={out}/shards-2048",),
+    "bottleneck attention, 8 memory tokens": ("model.bottleneck=attention",),
     "kernel multi_rbf": ("objective.mmd.kernel=multi_rbf",),
     "latent size / 2": ("model.latent_size={half_latent}",),
     "Muon's rate x 1/2": ("optim.muon_lr={half_rate}",),
     "word dropout 0.1": ("objective.word_dropout=0.1",),
-    "bottleneck attention, 8 memory tokens": ("model.bottleneck=attention",),
-    "2,048 pieces": ("data.shards={out}/shards-2048",),
-    "MMD weight x 10": ("objective.mmd.weight=300",),
-    "codes not normalised": ("model.normalize=false",),
-    "noise x 1/2": ("objective.latent_noise={half_noise}",),
-    "AdamW": ("optim.name=adamw",),
 }
 
 FIGURES = {
@@ -225,7 +221,6 @@ class Bench(NamedTuple):
         config = load_config(OURS, self.settings(self.out)[1:])
         values = {
             "out": self.out,
-            "half_noise": config.objective.latent_noise / 2,
             "half_latent": config.model.latent_size // 2,
             "half_rate": config.optim.muon_lr / 2,
         }

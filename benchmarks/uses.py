@@ -40,7 +40,7 @@ DOC = ROOT / "docs" / "benchmarks" / "uses.md"
 PROPERTIES = ("length", "calls", "names")
 GOALS = (30.0, 15.0)
 PENALTIES = (0.3, 1.0)
-RADIUS = 1.0
+RADIUS = 1.5
 STRENGTHS = (1.0, 1.5)
 REPLACEMENTS = {
     "`return` to `yield`": (r"\breturn\b", "yield"),
@@ -60,7 +60,7 @@ class Amount(NamedTuple):
     texts: int
 
 
-FULL, QUICK = Amount(10_000, 150, 200, 2000), Amount(200, 3, 20, 50)
+FULL, QUICK = Amount(10_000, 60, 200, 2000), Amount(200, 3, 20, 50)
 
 HEAD = """\
 # What one can do with a space

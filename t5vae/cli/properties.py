@@ -106,7 +106,7 @@ def optimize(
     ] = None,
     radius: Annotated[
         float, typer.Option(help="Of the trust region, in standard deviations of the prior.")
-    ] = 1.0,
+    ] = 1.5,
     penalty: Annotated[
         float,
         typer.Option(help="Of a nat a token of the decoder's doubt, in deviations.", min=0),

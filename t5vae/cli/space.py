@@ -281,7 +281,7 @@ def neighbors(
     radius: Annotated[
         float,
         typer.Option(help="How far from it, in standard deviations of the prior.", min=0),
-    ] = 0.5,
+    ] = 1.5,
     n: Annotated[int, typer.Option("-n", help="How many points.", min=1)] = 50,
     seed: Seed = 0,
     file: File = None,
@@ -291,7 +291,7 @@ def neighbors(
 ) -> None:
     """Decode points around one text, the commonest decodings first.
 
-    Example: `t5vae neighbors runs/quickstart "x = a + 1" --radius 0.7`
+    Example: `t5vae neighbors runs/quickstart "x = a + 1" --radius 1`
     """
     (text,) = exactly(1, texts, file, column)
     found = Counter(load(run, device).neighbors(text, radius, n, seed)).most_common()

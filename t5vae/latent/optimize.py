@@ -68,7 +68,7 @@ def optimize(
     goal: str | float = "max",
     function: Callable[[str], float] | None = None,
     check: Checker | None = None,
-    radius: float = 1.0,
+    radius: float = 1.5,
     n: int = 10,
     steps: int = 40,
     starts: int = 16,

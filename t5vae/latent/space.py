@@ -186,7 +186,7 @@ class LatentSpace(Codec):
             return fit_prior(name, codes_ND)
         return self._workspace.prior(self, name)
 
-    def neighbors(self, text: str, radius: float = 0.5, n: int = 10, seed: int = 0) -> list[str]:
+    def neighbors(self, text: str, radius: float = 1.5, n: int = 10, seed: int = 0) -> list[str]:
         """What lies around a text: codes at a distance from its own in random directions, decoded.
 
         Args:
