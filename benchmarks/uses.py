@@ -60,7 +60,7 @@ class Amount(NamedTuple):
     texts: int
 
 
-FULL, QUICK = Amount(10_000, 60, 200, 2000), Amount(200, 3, 20, 50)
+FULL, QUICK = Amount(10_000, 150, 200, 2000), Amount(200, 3, 20, 50)
 
 HEAD = """\
 # What one can do with a space
