@@ -223,10 +223,8 @@ def _optimizer(model: nn.Module, optim: Optim, offloaded: bool) -> torch.optim.O
         groups.setdefault((parameter.use_muon, matrix), []).append(parameter)
 
     adam = {"betas": optim.betas, "eps": optim.eps}
-    # The Gram variant computes in fp16, or in fp32 and with more calls; the standard one in bf16.
-    cpu = torch.device("cpu")
-    gram = torch.accelerator.is_available() or not multiplies_bf16(cpu)
-    iteration = "gram" if gram else "standard"
+    # The Gram variant needs fewer operations, but fp32 and more calls where there is no fp16.
+    iteration = "gram" if torch.accelerator.is_available() else "standard"
     muon = {"momentum": optim.momentum, "ns_method": iteration}
     settings = []
     for (use_muon, matrix), parameters in groups.items():
@@ -243,11 +241,19 @@ def _optimizer(model: nn.Module, optim: Optim, offloaded: bool) -> torch.optim.O
     if optim.name == "lion":
         return _lion(settings, offloaded)
 
+    from deepspeed.runtime.zero.muon import original_muon
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
+    if iteration == "standard":
+        original_muon.ns_compute_dtype = _iteration_dtype
     for group, use_muon in zip(settings, (use_muon for use_muon, _ in groups), strict=True):
         group["use_muon"] = use_muon
     return MuonWithAuxAdam(settings)
+
+
+def _iteration_dtype(method: str) -> torch.dtype:
+    """Of Muon's iteration on a CPU; DeepSpeed's own takes every one for a device with bf16."""
+    return torch.bfloat16 if multiplies_bf16(torch.device("cpu")) else torch.float32
 
 
 def _lion(settings: list[dict[str, Any]], offloaded: bool) -> torch.optim.Optimizer:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from deepspeed.runtime.zero.muon import original_muon
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -255,6 +256,17 @@ def test_muon_takes_the_matrices_and_adamw_embeddings_norms_and_biases():
     for parameter in model.parameters():
         expected = parameter.dim() >= 2 and id(parameter) not in embeddings
         assert (id(parameter) in muon) == expected
+
+
+@pytest.mark.parametrize(("able", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_muon_iterates_in_bf16_only_on_cpus_that_multiply_in_it(monkeypatch, able, dtype):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: able)
+    monkeypatch.setattr(original_muon, "ns_compute_dtype", original_muon.ns_compute_dtype)
+    _, found = groups("muon")
+    methods = {group["ns_method"] for group in found if group["use_muon"]}
+    assert methods == {"standard"}
+    assert original_muon.ns_compute_dtype("standard") is dtype
 
 
 def test_a_device_without_fp16_is_refused_before_anything_is_built(monkeypatch):
