@@ -57,8 +57,6 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
     "bottleneck attention, 8 memory tokens": ("model.bottleneck=attention",),
     "kernel multi_rbf": ("objective.mmd.kernel=multi_rbf",),
     "latent size / 2": ("model.latent_size={half_latent}",),
-    "Muon's rate x 1/2": ("optim.muon_lr={half_rate}",),
-    "word dropout 0.1": ("objective.word_dropout=0.1",),
 }
 
 FIGURES = {
@@ -219,11 +217,7 @@ class Bench(NamedTuple):
     def ablations(self) -> Iterator[tuple[str, Path]]:
         """All of them."""
         config = load_config(OURS, self.settings(self.out)[1:])
-        values = {
-            "out": self.out,
-            "half_latent": config.model.latent_size // 2,
-            "half_rate": config.optim.muon_lr / 2,
-        }
+        values = {"out": self.out, "half_latent": config.model.latent_size // 2}
         self.build(2048, self.out / "shards-2048")
         with ThreadPoolExecutor(self.place.beside) as pool:
             runs = {
