@@ -112,9 +112,9 @@ ABLATED = """\
 Printed by `python benchmarks/quality.py --ablations --write` on this machine: {machine}
 
 `configs/quickstart.yaml` with one change each, {steps:,} steps of the same batch: short of \
-convergence, so that what learns slower is behind here. The first row is no change; a difference \
-below about 0.03 is no difference. 2,048 pieces make other sequences, of which those of up to as \
-many tokens were kept.
+convergence, so that what learns slower is behind here. The first row is no change; below about \
+0.03 a difference is within what other lines and draws would change. 2,048 pieces make other \
+sequences, of which those of up to as many tokens were kept.
 
 """
 
@@ -325,7 +325,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=8, help="of training, each contender")
     parser.add_argument("--ablations", action="store_true", help="in place of these contenders")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "quality")
-    parser.add_argument("--write", action="store_true", help=f"save as {DOC.relative_to(ROOT)}")
+    parser.add_argument("--write", action="store_true", help=f"into {DOC.relative_to(ROOT)}")
     args = parser.parse_args()
     bench = Bench(place(), args.out.resolve())
     bench.build(4096, bench.shards)

@@ -300,7 +300,7 @@ def global_batches(seen: list[dict[str, Any]]) -> dict[int, Counter[int]]:
 def test_a_run_goes_on_at_other_ranks_and_stages_with_the_same_losses(elastic, name):
     found, golden = elastic.metrics(name), elastic.metrics(golden_of(name))
     assert [line["step"] for line in found] == list(range(1, ELASTIC_STEPS + 1))
-    rounded = 1e-4 if "muon" in name else 1e-6  # Muon orthogonalises in bf16
+    rounded = 1e-4 if "muon" in name else 1e-6  # Muon's iteration lifts rounding
     mean_of_kernels = 2**-23  # MMD² is a difference of such means, of up to 1: float32's rounding
     for line, wanted in zip(found, golden, strict=True):
         for key in ("loss", "reconstruction", "mmd"):
