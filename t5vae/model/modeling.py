@@ -11,7 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForSeq2SeqLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    BaseModelOutputWithPastAndCrossAttentions,
+)
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 from transformers.utils import ModelOutput
 
@@ -19,6 +22,7 @@ from t5vae.model.base import load_base
 from t5vae.model.bottleneck import BOTTLENECKS
 from t5vae.model.configuration import T5VAEConfig
 from t5vae.model.head import Head, untie
+from t5vae.model.packed import Layout, decode, encode
 from t5vae.model.noise import (
     ENCODER_MASK,
     NOISE,
@@ -61,6 +65,7 @@ class T5VAE(PreTrainedModel, GenerationMixin):
     Attributes:
         fused_cross_entropy: while gradients are wanted, score by liger-kernel's fused linear
             cross-entropy, for CUDA.
+        compiled: whether `compile_layers` was called.
     """
 
     config_class = T5VAEConfig
@@ -78,6 +83,7 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         self.set_output_embeddings(self.t5.lm_head)
         self.bottleneck = BOTTLENECKS[config.bottleneck](config)
         self.fused_cross_entropy = False
+        self.compiled = False
         if t5 is not None:
             for module in t5.modules():
                 module._is_hf_initialized = True  # post_init draws the weights of all others
@@ -152,6 +158,7 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         """
         # All layers are one function to torch, which by default compiles that 8 times at most.
         torch.compiler.config.recompile_limit = 64
+        self.compiled = True
         for stack in (self.t5.encoder, self.t5.decoder):
             for block in stack.block:
                 block.compile(dynamic=True)
@@ -234,22 +241,48 @@ class T5VAE(PreTrainedModel, GenerationMixin):
                     decoder_input_ids, regularisers, regularisers.word_dropout, WORD_DROPOUT
                 )
 
-        decoded = self.t5.decoder(
-            input_ids=decoder_input_ids,
-            encoder_hidden_states=memory_BMC,
-            past_key_values=past_key_values,
-            use_cache=bool(use_cache),  # None would fill a cache in every training step
-        )
-        states_BTC = decoded.last_hidden_state
-        if self.config.tie_word_embeddings:
-            states_BTC = states_BTC * states_BTC.shape[-1] ** -0.5
         if mode == "score":
             assert labels is not None
-            return self._score(states_BTC, labels, latent)
+            real_BT = labels != self.pad
+            if self._packs(labels):
+                # a pad inside a row is context like any other token; those that end it are none
+                layout = Layout(real_BT.flip(1).cummax(1).values.flip(1))
+                ids_N = layout.pack(decoder_input_ids)
+                states_NC = decode(self.t5.decoder, ids_N, layout, memory_BMC)
+                scored_N = layout.pack(real_BT)
+                if not scored_N.all():
+                    states_NC = states_NC[scored_N]
+            else:
+                states_NC = self._decode(decoder_input_ids, memory_BMC).last_hidden_state[real_BT]
+            return self._score(self._scaled(states_NC), labels, real_BT, latent)
+        decoded = self._decode(decoder_input_ids, memory_BMC, past_key_values, use_cache)
         return T5VAEOutput(
-            logits=self.t5.lm_head(states_BTC),
+            logits=self.t5.lm_head(self._scaled(decoded.last_hidden_state)),
             latent=latent,
             past_key_values=decoded.past_key_values,
+        )
+
+    def _decode(
+        self, ids_BT: Tensor, memory_BMC: Tensor, cache: Any = None, use_cache: bool | None = None
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        return self.t5.decoder(
+            input_ids=ids_BT,
+            encoder_hidden_states=memory_BMC,
+            past_key_values=cache,
+            use_cache=bool(use_cache),  # None would fill a cache in every training step
+        )
+
+    def _scaled(self, states: Tensor) -> Tensor:
+        """The decoder's states as the output layer takes them."""
+        return states * states.shape[-1] ** -0.5 if self.config.tie_word_embeddings else states
+
+    def _packs(self, ids_BT: Tensor) -> bool:
+        """Whether layers compute real tokens alone, see `t5vae.model.packed`."""
+        stack = self.t5.encoder
+        return (
+            ids_BT.device.type == "cpu"
+            and stack.dtype != torch.float16  # which transformers clamps
+            and not (stack.gradient_checkpointing or self.compiled)
         )
 
     def _encode(
@@ -265,7 +298,12 @@ class T5VAE(PreTrainedModel, GenerationMixin):
             mask_BT = (ids_BT != self.pad).long()
         if regularisers is not None:
             ids_BT = self._drop_tokens(ids_BT, regularisers, regularisers.input_mask, ENCODER_MASK)
-        states_BTC = self.t5.encoder(input_ids=ids_BT, attention_mask=mask_BT).last_hidden_state
+        if self._packs(ids_BT):
+            layout = Layout(mask_BT.bool())
+            states_BTC = layout.unpack(encode(self.t5.encoder, layout.pack(ids_BT), layout))
+        else:
+            encoded = self.t5.encoder(input_ids=ids_BT, attention_mask=mask_BT)
+            states_BTC = encoded.last_hidden_state
         z_BD = self.bottleneck.compress(states_BTC, mask_BT)
         if config.squash == "tanh":
             z_BD = config.squash_scale * torch.tanh(z_BD / config.squash_scale)
@@ -283,10 +321,11 @@ class T5VAE(PreTrainedModel, GenerationMixin):
             dropped_BT &= ids_BT != special
         return ids_BT.masked_fill(dropped_BT, self.config.unknown_token_id)
 
-    def _score(self, states_BTC: Tensor, labels_BT: Tensor, latent: Tensor | None) -> T5VAEOutput:
-        """Cross-entropy of the labels; logits are made for real tokens alone."""
-        real_BT = labels_BT != self.pad
-        states_NC, labels_N = states_BTC[real_BT], labels_BT[real_BT]
+    def _score(
+        self, states_NC: Tensor, labels_BT: Tensor, real_BT: Tensor, latent: Tensor | None
+    ) -> T5VAEOutput:
+        """Cross-entropy of the labels that are real, from the states before each of them."""
+        labels_N = labels_BT[real_BT]
         tokens = max(1, len(labels_N))
         if self.fused_cross_entropy and torch.is_grad_enabled():
             nll = self.t5.lm_head(states_NC, labels_N, fused=True)

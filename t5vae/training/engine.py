@@ -223,9 +223,8 @@ def _optimizer(model: nn.Module, optim: Optim, offloaded: bool) -> torch.optim.O
         groups.setdefault((parameter.use_muon, matrix), []).append(parameter)
 
     adam = {"betas": optim.betas, "eps": optim.eps}
-    # The Gram variant needs fewer operations, but fp32 and more calls where there is no fp16.
-    iteration = "gram" if torch.accelerator.is_available() else "standard"
-    muon = {"momentum": optim.momentum, "ns_method": iteration}
+    # The Gram variant needs fewer operations, but in fp16.
+    muon = {"momentum": optim.momentum, "ns_method": "standard" if on_cpu else "gram"}
     settings = []
     for (use_muon, matrix), parameters in groups.items():
         lr = optim.muon_lr if use_muon else optim.lr
@@ -234,26 +233,22 @@ def _optimizer(model: nn.Module, optim: Optim, offloaded: bool) -> torch.optim.O
         settings.append(
             {"params": parameters, "lr": lr, "full_lr": lr, "weight_decay": decay, **own}
         )
+    fused = {"fused": True} if on_cpu or offloaded else {}  # on a CPU: in one pass, vectorised
     if optim.name == "adamw":
-        return torch.optim.AdamW(
-            settings, fused=offloaded or None
-        )  # on a CPU: in one pass, vectorised
+        return torch.optim.AdamW(settings, **fused)
     if optim.name == "lion":
         return _lion(settings, offloaded)
 
-    from deepspeed.runtime.zero.muon import original_muon
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
-    if iteration == "standard":
-        original_muon.ns_compute_dtype = _iteration_dtype
     for group, use_muon in zip(settings, (use_muon for use_muon, _ in groups), strict=True):
         group["use_muon"] = use_muon
-    return MuonWithAuxAdam(settings)
-
-
-def _iteration_dtype(method: str) -> torch.dtype:
-    """Of Muon's iteration on a CPU; DeepSpeed's own takes every one for a device with bf16."""
-    return torch.bfloat16 if multiplies_bf16(torch.device("cpu")) else torch.float32
+    if not on_cpu:
+        return MuonWithAuxAdam(settings)
+    muon_on_cpu(muon_dtype)
+    return MuonWithAuxAdam(
+        settings, adam_optimizer=torch.optim.AdamW, adam_optimizer_kwargs=fused
+    )
 
 
 def _lion(settings: list[dict[str, Any]], offloaded: bool) -> torch.optim.Optimizer:

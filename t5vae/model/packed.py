@@ -1,0 +1,175 @@
+"""A T5's layers on real tokens alone, for a CPU: pads cost no operations there.
+
+transformers computes [B, T] tokens, pads included; on short lines they are a third. Here the tokens
+of a batch stand in one row, [N, C], and only attention sees them by sequence again. The modules are
+transformers' own, called one by one, so weights, hooks and results are theirs. An accelerator would
+have to tell the host how many tokens there are, and wait.
+
+Shapes: B sequences, T tokens, N tokens that are no pads, H heads, Q width of a head, I = H Q, S
+tokens attended to, M memory length, C model width.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the tokens of a batch lie.
+
+    Attributes:
+        real_BT: bool [B, T], what is no pad. One token at least is taken for real.
+    """
+
+    real_BT: Tensor
+
+    @cached_property
+    def place_N(self) -> Tensor:
+        """Where each token lies in the flattened batch."""
+        place_N = self.real_BT.flatten().nonzero()[:, 0]
+        return place_N if len(place_N) else place_N.new_zeros(1)
+
+    @cached_property
+    def token_BT(self) -> Tensor:
+        """The token of each place; a pad has some other, which attention must not see."""
+        return (self.real_BT.flatten().cumsum(0) - 1).clamp_(min=0).view(self.real_BT.shape)
+
+    def pack(self, x_BT: Tensor) -> Tensor:
+        """[B, T, ...] to [N, ...]."""
+        return x_BT.flatten(0, 1)[self.place_N]
+
+    def unpack(self, x_NC: Tensor) -> Tensor:
+        """[N, C] to [B, T, C], zeros in place of pads."""
+        rows, width = self.real_BT.shape
+        x_PC = x_NC.new_zeros(rows * width, x_NC.shape[1])
+        return x_PC.index_copy(0, self.place_N, x_NC).unflatten(0, (rows, width))
+
+    def by_head(self, heads: int) -> tuple[Tensor, Tensor]:
+        """The same for the heads of tokens: rows of [N H, Q] in [B H T, Q], and those in it."""
+        rows, width = self.real_BT.shape
+        head_H = torch.arange(heads, device=self.place_N.device)
+        head_BHT = self.token_BT[:, None] * heads + head_H[:, None]
+        row_N, column_N = self.place_N // width, self.place_N % width
+        place_NH = (row_N[:, None] * heads + head_H) * width + column_N[:, None]
+        return head_BHT.flatten(), place_NH.flatten()
+
+
+class _ToSequences(torch.autograd.Function):
+    """[N, I] to [B H, T, Q]; whatever lies at pads reaches no token, so no gradient leaves them."""
+
+    @staticmethod
+    def forward(ctx: Any, x_NI: Tensor, by_head: tuple[Tensor, Tensor], shape: Any) -> Tensor:
+        ctx.place, ctx.tokens = by_head[1], x_NI.shape
+        return x_NI.reshape(-1, shape[-1]).index_select(0, by_head[0]).view(shape)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        flat = gradients[0].reshape(-1, gradients[0].shape[-1])
+        return flat.index_select(0, ctx.place).view(ctx.tokens), None, None
+
+
+class _ToTokens(torch.autograd.Function):
+    """[B H, T, Q] to [N, I]; pads have no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x_GTQ: Tensor, by_head: tuple[Tensor, Tensor], heads: int) -> Tensor:
+        ctx.place, ctx.shape = by_head[1], x_GTQ.shape
+        flat = x_GTQ.reshape(-1, x_GTQ.shape[-1])
+        return flat.index_select(0, by_head[1]).view(-1, heads * x_GTQ.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        flat = gradients[0].reshape(-1, ctx.shape[-1])
+        x_GTQ = flat.new_zeros(ctx.shape)
+        x_GTQ.view(-1, ctx.shape[-1]).index_copy_(0, ctx.place, flat)
+        return x_GTQ, None, None
+
+
+def encode(stack: nn.Module, ids_N: Tensor, layout: Layout) -> Tensor:
+    """The states of an encoder, [N, C].
+
+    Args:
+        stack: of a transformers T5, mT5 or UMT5.
+        ids_N: int64, the tokens of `layout`.
+    """
+    return _run(stack, ids_N, layout, None)
+
+
+def decode(stack: nn.Module, ids_N: Tensor, layout: Layout, memory_BMC: Tensor) -> Tensor:
+    """The states of a decoder, [N, C]; each token sees those before it, and all of the memory."""
+    return _run(stack, ids_N, layout, memory_BMC)
+
+
+def _run(stack: Any, ids_N: Tensor, layout: Layout, memory_BMC: Tensor | None) -> Tensor:
+    by_head = layout.by_head(stack.config.num_heads)
+    x_NC = stack.dropout(stack.embed_tokens(ids_N))
+    bias_GTT = None
+    for block in stack.block:
+        own = block.layer[0]
+        if own.SelfAttention.has_relative_attention_bias:
+            bias_GTT = _bias(own.SelfAttention, layout, causal=memory_BMC is not None)
+        x_NC = x_NC + own.dropout(
+            _attend(own.SelfAttention, own.layer_norm(x_NC), layout, by_head, bias_GTT)
+        )
+        if memory_BMC is not None:
+            cross = block.layer[1]
+            x_NC = x_NC + cross.dropout(
+                _attend(
+                    cross.EncDecAttention,
+                    cross.layer_norm(x_NC),
+                    layout,
+                    by_head,
+                    memory_BMC=memory_BMC,
+                )
+            )
+        x_NC = block.layer[-1](x_NC)
+    return stack.dropout(stack.final_layer_norm(x_NC))
+
+
+def _bias(attention: Any, layout: Layout, *, causal: bool) -> Tensor:
+    """What is added to the scores, [B H, T, T]: by relative position, and what hides tokens."""
+    rows, width = layout.real_BT.shape
+    bias_1HTT = attention.compute_bias(width, width, device=layout.real_BT.device)
+    if causal:  # pads come last
+        seen = layout.real_BT.new_ones(width, width).tril()
+    else:
+        seen = layout.real_BT[:, None, None, :]
+    bias_BHTT = bias_1HTT.masked_fill(~seen, torch.finfo(bias_1HTT.dtype).min)
+    return bias_BHTT.expand(rows, -1, -1, -1).reshape(-1, width, width)
+
+
+def _attend(
+    attention: Any,
+    x_NC: Tensor,
+    layout: Layout,
+    by_head: tuple[Tensor, Tensor],
+    bias_GTS: Tensor | None = None,
+    memory_BMC: Tensor | None = None,
+) -> Tensor:
+    """T5's attention, whose scores are not scaled: of tokens to their own sequence's, or to its
+    memory's."""
+    heads, width = attention.n_heads, attention.key_value_proj_dim
+    rows, length = layout.real_BT.shape
+    shape = (rows * heads, length, width)
+    query_GTQ = _ToSequences.apply(attention.q(x_NC), by_head, shape)
+    if memory_BMC is None:
+        key_GSQ = _ToSequences.apply(attention.k(x_NC), by_head, shape)
+        value_GSQ = _ToSequences.apply(attention.v(x_NC), by_head, shape)
+    else:
+        key_GSQ, value_GSQ = (
+            projected(memory_BMC).unflatten(2, (heads, width)).transpose(1, 2).flatten(0, 1)
+            for projected in (attention.k, attention.v)
+        )
+    if bias_GTS is None:
+        score_GTS = torch.bmm(query_GTQ, key_GSQ.mT)
+    else:
+        score_GTS = torch.baddbmm(bias_GTS, query_GTQ, key_GSQ.mT)
+    share_GTS = nn.functional.dropout(
+        score_GTS.softmax(-1), attention.dropout, attention.training
+    )
+    seen_NI = _ToTokens.apply(torch.bmm(share_GTS, value_GSQ), by_head, heads)
+    return attention.o(seen_NI)

@@ -1,0 +1,80 @@
+"""Muon's update on a CPU: fewer operations and calls than DeepSpeed's, which is made for CUDA.
+
+Muon: momentum orthogonalised by Newton and Schulz's iteration (Jordan et al., 2024). DeepSpeed
+applies it at every ZeRO stage, by `deepspeed.runtime.zero.muon.original_muon.muon_update`; each
+rank updates the matrices of its own partition.
+
+Shapes: a matrix is m x n, m <= n once it is transposed.
+"""
+
+import torch
+from torch import Tensor
+
+A, B, C = 3.4445, -4.7750, 2.0315
+"""Of the polynomial a x + b x^3 + c x^5 that is applied to the singular values, five times."""
+STEPS = 5
+WIDE = 1.5
+"""n / m from which iterating on the m x m matrix alone takes fewer operations."""
+
+
+def orthogonalized(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """Nearly U V^T of a matrix U S V^T: the singular values come between 0.7 and 1.2.
+
+    With X_0 the matrix over its Frobenius norm and G = X X^T, a step is X <- (a + b G + c G^2) X.
+    All factors are polynomials of G_0, so for a wide matrix their product Q is gathered in place of
+    X, and G <- P G P: 2 m^2 n operations twice and 2 m^3 some 17 times, in place of 10 m^2 n a step
+    (Dao-AILab's Gram Newton-Schulz).
+
+    Args:
+        matrix: floating, [rows, columns].
+        dtype: to iterate in.
+
+    Returns:
+        Like `matrix`.
+    """
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.mT if tall else matrix
+    x = (x / (torch.linalg.matrix_norm(x) + 1e-7)).to(dtype)
+    x = _by_gram(x) if x.shape[1] >= WIDE * x.shape[0] else _plainly(x)
+    return (x.mT if tall else x).to(matrix.dtype)
+
+
+def _plainly(x: Tensor) -> Tensor:
+    for _ in range(STEPS):
+        gram = x @ x.mT
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=B, alpha=C), x, beta=A)
+    return x
+
+
+def _by_gram(x: Tensor) -> Tensor:
+    gram = x @ x.mT
+    product = None
+    for step in range(STEPS):
+        factor = torch.addmm(gram, gram, gram, beta=B, alpha=C)
+        factor.diagonal().add_(A)
+        product = factor if product is None else factor @ product
+        if step < STEPS - 1:
+            gram = factor @ gram @ factor
+    return product @ x
+
+
+@torch.no_grad()
+def muon_update(
+    grad: Tensor, momentum: Tensor, beta: float, dtype: torch.dtype
+) -> Tensor:
+    """DeepSpeed's `muon_update` of one matrix, with Nesterov's momentum.
+
+    Args:
+        grad: float32 [rows, columns]; overwritten.
+        momentum: like it; moved towards it, unless it is not finite.
+        beta: share of the momentum that stays.
+        dtype: to iterate in.
+
+    Returns:
+        Like `grad`: the update, or the gradient where that is not finite, which discards the step.
+    """
+    if not grad.isfinite().all():
+        return grad
+    momentum.lerp_(grad, 1 - beta)
+    update = orthogonalized(grad.lerp_(momentum, beta), dtype)
+    return update.mul_(max(1, grad.shape[0] / grad.shape[1]) ** 0.5)
