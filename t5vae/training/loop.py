@@ -196,7 +196,7 @@ def run(config: Config, ranks: Ranks, stop: StopRequest) -> None:
                 if last or not config.checkpoint.asynchronous:
                     _finish_save(saver, config, log, last=last)
         if told_to_stop:
-            log.say(f"told to stop: saved at step {step:,}; the same command goes on from there")
+            log.say(f"{stop.reason}: saved at step {step:,}; the same command goes on from there")
             break
 
     profiler.close(step)

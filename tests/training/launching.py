@@ -69,13 +69,15 @@ class Launch:
 
     def kill(self) -> None:
         """Kill the program and all that it started, which torchrun puts into other groups."""
-        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+        children = []
+        with contextlib.suppress(psutil.NoSuchProcess):
             children = psutil.Process(self.process.pid).children(recursive=True)
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-            for child in children:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    child.kill()
-            psutil.wait_procs(children, PATIENCE)
+        for child in children:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+        psutil.wait_procs(children, PATIENCE)
         self.process.wait(PATIENCE)
 
     def rank(self, number: int) -> psutil.Process | None:
