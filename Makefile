@@ -23,15 +23,16 @@ setup: .venv/.installed
 	touch $@
 
 # Data, training, export, evaluation, and a look at the space; each goes on from what exists.
+# Training that was told to stop ends well too: an unfinished run is not exported.
 train: setup
 	$(BIN)/t5vae shards build --format python --out $(DATA) --tokenizer train:4096 --max-length 16
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.accelerator.is_available())'; then \
-	  set -x; $(BIN)/deepspeed --log_level error train.py $(CONFIG) data.shards=$(DATA) run.output_dir=$(RUN) $(SET); \
+	  set -x; exec $(BIN)/deepspeed --log_level error train.py $(CONFIG) data.shards=$(DATA) run.output_dir=$(RUN) $(SET); \
 	else \
-	  set -x; DS_ACCELERATOR=cpu $(BIN)/deepspeed --log_level error --num_accelerators 2 \
+	  set -x; exec env DS_ACCELERATOR=cpu $(BIN)/deepspeed --log_level error --num_accelerators 2 \
 	    train.py $(CONFIG) data.shards=$(DATA) run.output_dir=$(RUN) $(SET); \
 	fi
-	$(BIN)/t5vae export $(RUN)
+	$(BIN)/t5vae export --finished $(RUN)
 	$(BIN)/t5vae eval $(RUN)
 	$(BIN)/t5vae interpolate $(RUN) '$(FROM)' '$(TO)' --steps 11
 	$(BIN)/t5vae sample $(RUN) -n 10

@@ -37,7 +37,7 @@ from t5vae.training.distributed import (
 )
 from t5vae.training.engine import build_engine
 from t5vae.training.losses import Losses, Step, latent_diagnostics, micro_step, real_tokens
-from t5vae.training.precision import native_precision, settled
+from t5vae.training.precision import settle
 from t5vae.training.runlog import RunLog
 
 BLOCK = 2
@@ -201,7 +201,7 @@ def main(mode: str, lengths: str, steps: str, path: str, *settings: str) -> None
     say(f"created {psutil.Process().create_time()}")
     say("imported")
     device = start_process_group(ranks, compiles=config.model.compile)
-    config = settled(config, native_precision(device))
+    config, _ = settle(config, dataset, device, {})
     engine = build_engine(build_model(config, dataset, device), config, ranks.world_size)
     batches = random_batches(Path(lengths), ranks, dataset, device)
     say("built")

@@ -39,7 +39,7 @@ from _report import Target, figure, installed, machine, publish, table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # `shards` is the package, not the script
 from t5vae.training.checkpoint import list_checkpoints, read_manifest
-from t5vae.training.precision import native_precision, settled
+from t5vae.training.precision import settle
 from t5vae.training.runlog import read_metrics
 
 DOC = ROOT / "docs" / "benchmarks" / "train.md"
@@ -128,7 +128,8 @@ def loop(bench: Bench) -> Section:
     rates: dict[str, list[float]] = {"the bare loop": [], "the whole loop": []}
     settings = (f"train.steps={effort.steps}", f"log.every={LOG_EVERY}")
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    config = settled(bench.config(), native_precision(device))
+    config, _ = settle(bench.config(), bench.config().data.open(), device, {})
+    settings += (f"train.precision={config.train.precision}",)
     batch = config.data.global_batch_size
     waits, parameters = [], 0
     for turn in range(effort.turns):

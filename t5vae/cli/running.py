@@ -86,6 +86,9 @@ def export(
     run: Run,
     step: Annotated[int | None, typer.Option(help="Of the checkpoint; default the newest.")] = None,
     dtype: Annotated[str, typer.Option(help="Of the weights: fp32, bf16 or fp16.")] = "fp32",
+    finished: Annotated[
+        bool, typer.Option("--finished", help="Refuse a run whose steps are not all done.")
+    ] = False,
 ) -> None:
     """Turn a run's checkpoint into a transformers model: RUN/export.
 
@@ -94,7 +97,7 @@ def export(
     from t5vae.training.export import export as export_run
 
     quiet_transformers()
-    folder, checkpoint, known = export_run(run, step=step, dtype=dtype)
+    folder, checkpoint, known = export_run(run, step=step, dtype=dtype, finished=finished)
     typer.echo(f"{'already exported' if known else 'exported'}: {checkpoint} as {folder}")
 
 

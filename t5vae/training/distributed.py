@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -290,3 +291,19 @@ def all_sum(*values: float, device: torch.device) -> list[float]:
     total = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return total.tolist()
+
+
+def all_max(*values: float, device: torch.device) -> list[float]:
+    """The largest of each value over the ranks, in fp64; a process without a group has its own."""
+    if not dist.is_initialized():
+        return list(values)
+    largest = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest.tolist()
+
+
+def from_first(value: Any) -> Any:
+    """Rank 0's value, on all ranks."""
+    found = [value]
+    dist.broadcast_object_list(found, src=0)
+    return found[0]

@@ -18,20 +18,21 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def export(
-    run: str | Path, *, step: int | None = None, dtype: str = "fp32"
+    run: str | Path, *, step: int | None = None, dtype: str = "fp32", finished: bool = False
 ) -> tuple[Path, str, bool]:
     """Write RUN/export from a valid checkpoint: weights, tokenizer, model card.
 
     Args:
         step: of the checkpoint; None for the newest.
         dtype: of the weights: fp32, bf16 or fp16.
+        finished: refuse a run whose steps are not all done.
 
     Returns:
         The exported folder, the checkpoint's name, and whether it had been exported before.
 
     Raises:
-        UserError: if `run` is no run folder, holds no such checkpoint that is valid, or its shards
-            now have another tokenizer.
+        UserError: if `run` is no run folder, holds no such checkpoint that is valid, is to be
+            finished and is not, or its shards now have another tokenizer.
     """
     folder = Path(run)
     if not (folder / "config.yaml").is_file():
@@ -47,13 +48,20 @@ def export(
             f"{folder} has no valid checkpoint of step {step}; there are: "
             f"{', '.join(map(str, there)) or 'none'}"
         )
+    config = load_config(folder / "config.yaml")
+    done = checkpoint.step_of(newest)
+    if finished and done < config.train.steps:
+        raise UserError(
+            f"{folder} is at step {done:,} of {config.train.steps:,}: the command that trained it "
+            f"goes on from there; `t5vae export {folder}` takes it as it is"
+        )
     target = folder / "export"
     source = f"{newest.name} {dtype} {checkpoint.digest(newest)}"
     if (target / "SOURCE").is_file() and (target / "SOURCE").read_text() == source:
         return target, newest.name, True
 
     manifest = checkpoint.read_manifest(newest)
-    dataset = load_config(folder / "config.yaml").data.open()
+    dataset = config.data.open()
     if manifest["tokenizer"] != dataset.tokenizer_fingerprint:
         raise UserError(
             f"{dataset.path} has another tokenizer than the one {folder} was trained with; "

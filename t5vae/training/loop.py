@@ -15,6 +15,7 @@ from t5vae.training.distributed import (
     Ranks,
     all_sum,
     check_shared,
+    from_first,
     limit_waiting,
     raise_together,
     start_process_group,
@@ -29,7 +30,7 @@ from t5vae.training.engine import (
 from t5vae.training.health import Meeting
 from t5vae.training.losses import Step, latent_diagnostics, micro_step, real_tokens, step_metrics
 from t5vae.training.meter import Meter, peak_flops, work_of
-from t5vae.training.precision import multiplies_bf16, settled
+from t5vae.training.precision import settle
 from t5vae.training.preemption import StopRequest, queue_again
 from t5vae.training.probe import Findings, Probe
 from t5vae.training.profiling import Profiler, phase
@@ -72,8 +73,8 @@ def run(config: Config, ranks: Ranks, stop: StopRequest) -> None:
         )
         lock, attempt = _lock(config, ranks)
         health = meeting.report(device)
-        able = all_sum(multiplies_bf16(device), device=device) == [ranks.world_size]
-        config = settled(config, "bf16" if able else "fp32")
+        before = from_first(setup.layout_before(config))
+        config, reasons = settle(config, dataset, device, before)
         with sharded(config, ranks.world_size):
             model = build_model(config, dataset, device)
         engine = build_engine(model, config, ranks.world_size)
@@ -81,6 +82,8 @@ def run(config: Config, ranks: Ranks, stop: StopRequest) -> None:
     log_libraries_to(log_file)
     log = RunLog(config, enabled=ranks.is_first)
     log.attempt(attempt, health)
+    for reason in reasons:
+        log.say(reason)
     accumulation = config.accumulation(ranks.world_size)
     stream = ShardStream(
         dataset,
@@ -196,7 +199,7 @@ def run(config: Config, ranks: Ranks, stop: StopRequest) -> None:
                 if last or not config.checkpoint.asynchronous:
                     _finish_save(saver, config, log, last=last)
         if told_to_stop:
-            log.say(f"told to stop: saved at step {step:,}; the same command goes on from there")
+            log.say(f"{stop.reason}: saved at step {step:,}; the same command goes on from there")
             break
 
     profiler.close(step)

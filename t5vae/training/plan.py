@@ -16,7 +16,7 @@ from t5vae.model import T5VAE
 from t5vae.training.activations import activations
 from t5vae.training.build import is_installed, model_config
 from t5vae.training.memory import Memory, Sizes, limits, memory, sizes_of
-from t5vae.training.precision import native_precision, settled
+from t5vae.training.precision import settle, settled
 from t5vae.training.setup import check_base
 
 GIB = 2**30
@@ -93,7 +93,10 @@ def plan(
     settings = model_config(config, dataset)
     with torch.device("meta"):
         sizes = sizes_of(T5VAE(settings), config.optim.name)
-    config = settled(config, "bf16" if accelerated else native_precision(torch.device("cpu")))
+    if accelerated:
+        config = settled(config, "bf16")
+    else:
+        config, _ = settle(config, dataset, torch.device("cpu"), {})
     fused = config.model.fused_cross_entropy
     kept = activations(
         settings,

@@ -72,8 +72,9 @@ def resume(
     log.drop_after(manifest["step"])
     log.say(f"resuming from {newest}")
     for name, now in layout.items():
-        if manifest["layout"][name] != now:
-            log.say(f"{name.replace('_', ' ')}: {manifest['layout'][name]} before, {now} now")
+        before = manifest["layout"].get(name, now)  # an older version's has fewer
+        if before != now:
+            log.say(f"{name.replace('_', ' ')}: {before} before, {now} now")
     return Start(manifest["step"], manifest["weights_from"])
 
 

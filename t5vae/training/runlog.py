@@ -34,6 +34,13 @@ SHOWN = {
 }
 
 
+class Terminal(Console):
+    """Where lines for people go. A run outlives those who read them, as `tee` on Ctrl-C."""
+
+    def on_broken_pipe(self) -> None:  # rich's own ends the program
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+
 class RunLog:
     """Rank 0's voice; on the other ranks every method is silent.
 
@@ -46,7 +53,7 @@ class RunLog:
         self.enabled = enabled
         self.path = config.run_dir / METRICS
         self.steps = config.train.steps
-        self.console = Console(stderr=True)
+        self.console = Terminal(stderr=True)
         self.bar: Progress | None = None
         self.checkpoint = 0
         self.saves: dict[str, float] = {}

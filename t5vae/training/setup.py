@@ -229,15 +229,25 @@ def is_finished(config: Config, identity: dict[str, Any]) -> bool:
     Raises:
         UserError: if the run that is there is another one than `config` describes.
     """
-    folder = config.run_dir / "checkpoints"
-    manifest = newest_manifest(folder)
-    starts_anew = config.checkpoint.resume == "weights"
-    if manifest is None or (starts_anew and not manifest.get("weights_from")):
+    manifest = manifest_before(config)
+    if manifest is None:
         return False
     check_identity(manifest, identity)
     if manifest["step"] < config.train.steps:
         return False
-    return verify(folder / f"step-{manifest['step']:08d}") is None
+    return verify(config.run_dir / f"checkpoints/step-{manifest['step']:08d}") is None
+
+
+def manifest_before(config: Config) -> dict[str, Any] | None:
+    """The newest manifest of the run that this one goes on with; None where it starts anew."""
+    manifest = newest_manifest(config.run_dir / "checkpoints")
+    anew = config.checkpoint.resume == "weights" and not (manifest or {}).get("weights_from")
+    return None if anew else manifest
+
+
+def layout_before(config: Config) -> dict[str, Any]:
+    """The layout of the run that this one goes on with; empty where it starts anew."""
+    return (manifest_before(config) or {}).get("layout", {})
 
 
 def identity(config: Config, dataset: Dataset) -> dict[str, Any]:
@@ -262,4 +272,5 @@ def layout(config: Config, world_size: int) -> dict[str, Any]:
         "mmd_batch": config.data.global_batch_size // config.accumulation(world_size),
         "zero_stage": config.deepspeed.zero_stage,
         "precision": config.train.precision,
+        "muon_precision": config.optim.muon_precision,
     }

@@ -65,6 +65,7 @@ class Slurm:
             "data": {"shards": str(dataset), "global_batch_size": 8},
             "model": {"t5": t5, "latent_size": 8, "token_size": 4},
             "train": {"steps": 40, "precision": "fp32", "timeout": 15},
+            "optim": {"muon_precision": "fp32"},
             "log": {"every": 1},
             "launcher": {"nodes": 2},
         }

@@ -77,7 +77,7 @@ def start(run: Run, config: Config, ranks: Ranks) -> Seen:
 
     def next_batch(stream: ShardStream) -> Batch:
         step = stream.consumed // batch + 1
-        stop.requested = stop.requested or step == run.stop_at
+        stop.told = stop.told or step == run.stop_at
         read = following(stream)
         found.sequences.setdefault(step, []).extend(read.sequence.tolist())
         return read

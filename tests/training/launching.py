@@ -69,13 +69,15 @@ class Launch:
 
     def kill(self) -> None:
         """Kill the program and all that it started, which torchrun puts into other groups."""
-        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+        children = []
+        with contextlib.suppress(psutil.NoSuchProcess):
             children = psutil.Process(self.process.pid).children(recursive=True)
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-            for child in children:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    child.kill()
-            psutil.wait_procs(children, PATIENCE)
+        for child in children:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+        psutil.wait_procs(children, PATIENCE)
         self.process.wait(PATIENCE)
 
     def rank(self, number: int) -> psutil.Process | None:
@@ -223,7 +225,12 @@ def rank_starter(folder: Path) -> Iterator[Callable[..., Ranks]]:
 
 
 def small_config(folder: Path, dataset: Path, **sections: dict) -> Path:
-    """Write a small run's configuration into a folder, which its run's own folder goes to too."""
+    """Write a small run's configuration into a folder, which its run's own folder goes to too.
+
+    Its precisions are fixed: what is faster here and now must not decide what numbers come out.
+    """
+    fixed = {"train": {"precision": "fp32"}, "optim": {"muon_precision": "fp32"}}
+    sections = {**sections, **{name: fixed[name] | sections.get(name, {}) for name in fixed}}
     whole = {
         "run": {"output_dir": str(folder / "run")},
         "data": {"shards": str(dataset), "global_batch_size": 16},

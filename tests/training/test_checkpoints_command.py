@@ -94,6 +94,21 @@ def test_checkpoints_are_listed_with_what_they_are(trained, command):
         assert word in out
 
 
+def test_an_unfinished_run_is_exported_but_not_as_a_finished_one(run, command):
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("steps: 8", "steps: 1000"))
+    code, _, err = command("export", run, "--finished")
+    assert code == 2
+    assert f"{run} is at step 8 of 1,000: the command that trained it goes on" in err
+    assert not (run / "export").exists()
+    assert command("export", run)[0] == 0
+    assert command("export", run, "--finished")[0] == 2
+    config.write_text(config.read_text().replace("steps: 1000", "steps: 8"))
+    code, out, _ = command("export", run, "--finished")
+    assert code == 0
+    assert "already exported" in out
+
+
 def test_damage_is_named_and_exits_with_1_when_all_is_verified(run, command):
     (run / "checkpoints/step-00000010.tmp").mkdir()  # a save that goes on
     assert command("checkpoints", run, "--verify")[0] == 0

@@ -130,6 +130,7 @@ def settings_of(stage: int, optimizer: str, precision: str, **others: Any) -> Se
         "deepspeed.zero_stage": stage,
         "optim.name": optimizer,
         "train.precision": precision,
+        "optim.muon_precision": "fp32",
         **others,
     }
 
@@ -245,6 +246,7 @@ def journey_settings(name: str, leg: Leg) -> Settings:
         "deepspeed.zero_stage": leg.stage,
         "optim.name": name.split(":")[0],
         "train.precision": leg.precision,
+        "optim.muon_precision": "fp32",
         "train.steps": ELASTIC_STEPS,
     }
 

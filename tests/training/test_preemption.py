@@ -1,6 +1,14 @@
+"""Reasons to stop, without a run: signals, and the end of what started this process."""
+
+import contextlib
 import os
 import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 
+import psutil
 import pytest
 
 from t5vae.training.preemption import StopRequest, queue_again, requeue_job
@@ -51,6 +59,95 @@ def test_a_handler_that_was_there_before_is_replaced():
 
     signal.signal(signal.SIGUSR2, launchers_own)
     assert told(signal.SIGUSR2).requeue
+
+
+# DeepSpeed's processes by their command lines: the runner starts a launch process, that a rank.
+# Real ones, which take ten seconds to start, are in test_runs.py.
+
+START = "import subprocess, sys; sys.exit(subprocess.call([sys.executable, *{arguments}]))"
+RANK = """
+import sys
+from t5vae.training.preemption import StopRequest
+
+stop = StopRequest()
+stop.install()
+for _ in sys.stdin:
+    print(stop.requested, stop.reason, sep=": ", flush=True)
+"""
+GOES_ON, ENDS = "False: told to stop", "True: the deepspeed process that started this run has ended"
+
+
+@pytest.fixture
+def tree(tmp_path, monkeypatch):
+    """A folder with `deepspeed`, which starts a rank by a launch process."""
+    files = {
+        "rank.py": RANK,
+        "deepspeed": START.format(arguments=["-m", "deepspeed.launcher.launch"]),
+        "package/deepspeed/__init__.py": "",
+        "package/deepspeed/launcher/launch.py": START.format(arguments=[str(tmp_path / "rank.py")]),
+    }
+    for name, text in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "package"), prepend=":")
+    return tmp_path
+
+
+class Asked:
+    """A rank that says whether it would stop, below the process that was started."""
+
+    def __init__(self, process: subprocess.Popen):
+        self.process = process
+
+    def says(self) -> str:
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        return self.process.stdout.readline().strip()
+
+
+@contextlib.contextmanager
+def started(*command: str | Path) -> Iterator[Asked]:
+    """Ends with the rank, whose input is closed; whoever is above it ends then."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(list(map(str, command)), text=True, start_new_session=True, **pipes)
+    asked = Asked(process)
+    try:
+        assert asked.says() == GOES_ON
+        yield asked
+    finally:
+        process.stdin.close()
+        process.stdout.read()  # until the last that could write has ended
+        process.wait()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_ranks_whose_deepspeed_runner_ended_are_to_stop(tree, number):
+    with started(sys.executable, tree / "deepspeed") as rank:
+        rank.process.send_signal(number)
+        os.waitid(os.P_PID, rank.process.pid, os.WEXITED | os.WNOWAIT)  # it stays a zombie
+        assert rank.says() == ENDS
+        assert rank.says() == ENDS
+
+
+def test_a_runner_may_lose_its_shell(tree):
+    runner = f"{sys.executable} {tree / 'deepspeed'}"
+    with started("sh", "-c", f"exec 3<&0; {runner} <&3 & wait") as rank:
+        (child,) = psutil.Process(rank.process.pid).children()
+        rank.process.kill()
+        rank.process.wait()
+        assert rank.says() == GOES_ON
+        child.kill()
+        child.wait()
+        assert rank.says() == ENDS
+
+
+def test_without_a_runner_as_under_pdsh_ranks_lose_what_started_them_and_go_on(tree):
+    launch = f"{sys.executable} -m deepspeed.launcher.launch"
+    with started("sh", "-c", f"exec 3<&0; {launch} <&3 & wait") as rank:
+        rank.process.kill()
+        rank.process.wait()
+        assert rank.says() == GOES_ON
 
 
 @pytest.fixture

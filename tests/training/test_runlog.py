@@ -191,6 +191,17 @@ def test_each_logged_step_is_one_line_for_people(log, capsys):
     assert lines[0].split()[:4] == ["step", "6/10", "loss", "0.167"]
 
 
+def test_a_run_whose_lines_nobody_reads_any_more_goes_on(log, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        for step in (6, 7):
+            log.metrics(record(step))
+            log.say("one more line")
+    assert [line["step"] for line in records(log)] == [1, 2, 3, 4, 5, 6, 7]
+
+
 def test_what_libraries_print_at_the_start_goes_to_a_file_and_what_follows_does_not(tmp_path):
     file = tmp_path / "rank-00000.log"
     file.write_text("an earlier start\n")

@@ -40,7 +40,7 @@ pytestmark = pytest.mark.distributed
 
 STEPS, EVERY = 40, 10
 VARIANTS = {
-    "muon-zero1-bf16": {},
+    "muon-zero1-bf16": {"train": {"steps": STEPS, "precision": "bf16"}},
     "adamw-zero2-fp32": {
         "optim": {"name": "adamw"},
         "deepspeed": {"zero_stage": 2},

@@ -254,12 +254,24 @@ def test_ranks_zero_stage_and_precision_make_no_other_run(make_config, index, sa
     assert setup.is_finished(other, setup.identity(other, index))
 
 
+def test_the_layout_before_is_that_of_the_run_that_is_gone_on_with(make_config, save):
+    config = make_config()
+    assert setup.layout_before(config) == {}
+    save(config.run_dir / "checkpoints", 10)
+    assert setup.layout_before(config)["precision"] == "fp32"
+    anew = make_config(checkpoint={"resume": "weights"})
+    assert setup.layout_before(anew) == {}
+    save(config.run_dir / "checkpoints", 20, weights_from="another run")
+    assert setup.layout_before(anew)["precision"] == "fp32"
+
+
 def test_the_layout_is_what_may_differ(make_config, dataset):
     assert setup.layout(make_config(), 4) == {
         "world_size": 4,
         "mmd_batch": 16,
         "zero_stage": 1,
         "precision": "bf16",
+        "muon_precision": None,
     }
     data = {"shards": str(dataset), "global_batch_size": 16, "micro_batch_size": 2}
     other = make_config(data=data, deepspeed={"zero_stage": 0}, train={"precision": "fp32"})
@@ -268,6 +280,7 @@ def test_the_layout_is_what_may_differ(make_config, dataset):
         "mmd_batch": 4,
         "zero_stage": 0,
         "precision": "fp32",
+        "muon_precision": None,
     }
 
 
