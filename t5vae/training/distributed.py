@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from shards.errors import UserError
+from t5vae.training.allocator import keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,7 @@ def start_process_group(
     accelerated = torch.accelerator.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     if not accelerated:
         os.environ["DS_ACCELERATOR"] = "cpu"
+        keep_freed_memory()
         if not compiles:
             # DeepSpeed compiles Muon's kernels: on a CPU that takes longer than it saves.
             os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from shards.errors import UserError
 from t5vae.config import Config, Optim
-from t5vae.training.precision import multiplies_bf16
+from t5vae.training.muon import muon_on_cpu
 
 
 def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
@@ -169,7 +169,12 @@ def build_engine(model: nn.Module, config: Config, world_size: int) -> Any:
         raise UserError("this device does not compute in fp16: set train.precision to bf16 or fp32")
     settings = deepspeed_config(config, world_size)
     offload = settings["zero_optimization"].get("offload_optimizer") or {}
-    optimizer = _optimizer(model, config.optim, offload.get("device") == "cpu")
+    optimizer = _optimizer(
+        model,
+        config.optim,
+        on_cpu=get_accelerator().device_name() == "cpu",
+        offloaded=offload.get("device") == "cpu",
+    )
     unpartitioned, half = config.deepspeed.zero_stage == 0, config.train.half
     if unpartitioned and not half:
         _skip_nonfinite(optimizer)
@@ -206,7 +211,9 @@ def _skip_nonfinite(optimizer: torch.optim.Optimizer) -> None:
     optimizer.step = step_if_finite
 
 
-def _optimizer(model: nn.Module, optim: Optim, offloaded: bool) -> torch.optim.Optimizer:
+def _optimizer(
+    model: nn.Module, optim: Optim, *, on_cpu: bool, offloaded: bool
+) -> torch.optim.Optimizer:
     """AdamW or Lion for all, or Muon for the matrices between embedding and logits and AdamW else.
 
     Muon: momentum orthogonalised by Newton and Schulz's iteration (Jordan et al., 2024), as
@@ -245,7 +252,7 @@ def _optimizer(model: nn.Module, optim: Optim, offloaded: bool) -> torch.optim.O
         group["use_muon"] = use_muon
     if not on_cpu:
         return MuonWithAuxAdam(settings)
-    muon_on_cpu(muon_dtype)
+    muon_on_cpu(optim.muon_precision)
     return MuonWithAuxAdam(
         settings, adam_optimizer=torch.optim.AdamW, adam_optimizer_kwargs=fused
     )

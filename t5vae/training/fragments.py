@@ -119,7 +119,8 @@ def load(engine: Any, saved: "Fragments", shared: dict[str, Any]) -> None:
                     state[kind] = state[kind].new_zeros(size, dtype=dtype)
             _fill(state[kind], slots, kind, saved)
         if kinds - {MOMENTUM} and shared["step"] is not None:
-            counts_in_tensors = isinstance(base, torch.optim.AdamW)
+            adam = getattr(base, "aux_optimizer", base)  # Muon's for the rest, or none
+            counts_in_tensors = isinstance(adam, torch.optim.AdamW)
             state["step"] = (torch.tensor if counts_in_tensors else int)(shared["step"])
     for name, value in shared["loss_scale"].items():
         if hasattr(_scaler(engine), name):

@@ -7,6 +7,8 @@ rank updates the matrices of its own partition.
 Shapes: a matrix is m x n, m <= n once it is transposed.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -58,23 +60,24 @@ def _by_gram(x: Tensor) -> Tensor:
     return product @ x
 
 
-@torch.no_grad()
-def muon_update(
-    grad: Tensor, momentum: Tensor, beta: float, dtype: torch.dtype
-) -> Tensor:
-    """DeepSpeed's `muon_update` of one matrix, with Nesterov's momentum.
+def muon_on_cpu(precision: str | None) -> None:
+    """Make this the update that DeepSpeed's Muon takes, in this process.
 
     Args:
-        grad: float32 [rows, columns]; overwritten.
-        momentum: like it; moved towards it, unless it is not finite.
-        beta: share of the momentum that stays.
-        dtype: to iterate in.
-
-    Returns:
-        Like `grad`: the update, or the gradient where that is not finite, which discards the step.
+        precision: "bf16" to iterate in it, else fp32.
     """
-    if not grad.isfinite().all():
-        return grad
-    momentum.lerp_(grad, 1 - beta)
-    update = orthogonalized(grad.lerp_(momentum, beta), dtype)
-    return update.mul_(max(1, grad.shape[0] / grad.shape[1]) ** 0.5)
+    from deepspeed.runtime.zero.muon import muon_optimizer, original_muon
+
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+
+    @torch.no_grad()
+    def muon_update(grad: Tensor, momentum: Tensor, beta: float = 0.95, **_: Any) -> Tensor:
+        """Nesterov's momentum, orthogonalised; a gradient that is not finite stays as it is, by
+        which DeepSpeed discards the step, and leaves the momentum alone."""
+        if not grad.isfinite().all():
+            return grad
+        momentum.lerp_(grad, 1 - beta)
+        update = orthogonalized(grad.lerp_(momentum, beta), dtype)
+        return update.mul_(max(1.0, grad.shape[0] / grad.shape[1]) ** 0.5)
+
+    original_muon.muon_update = muon_optimizer.muon_update = muon_update
