@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from shards.errors import UserError
 from t5vae.latent.decoding import decode, generate
+from t5vae.latent.threads import Threads
 from t5vae.model import T5VAE
 
 Ids = Sequence[Sequence[int]]
@@ -24,7 +25,8 @@ COLDEST = 1e-6  # temperature; below it, logits overflow
 class Codec:
     """Encodes and decodes.
 
-    Codes are float32 tensors [N, D] on the CPU; work is done in batches on the model's device.
+    Codes are float32 tensors [N, D] on the CPU; work is done in batches on the model's device, on
+    a CPU with as many threads as turn out to be fast (`t5vae.latent.threads`).
     An empty string is a sequence like any other: its end token alone.
 
     Attributes:
@@ -42,6 +44,7 @@ class Codec:
         self.tokenizer = tokenizer
         self.latent_size: int = model.config.latent_size
         self.batch_size = batch_size
+        self.threads = Threads()
 
     def encode(self, texts: Sequence[str]) -> Tensor:
         """The codes of texts.
@@ -125,7 +128,8 @@ class Codec:
         """The codes of token sequences, float32 [N, D], on the CPU."""
         z_ND = torch.zeros(len(ids), self.latent_size)
         for rows_B, ids_BT in self._by_length(ids):
-            z_ND[rows_B] = self.model(input_ids=ids_BT, mode="encode").float().cpu()
+            with self.threads("encode", ids_BT.numel(), self._device):
+                z_ND[rows_B] = self.model(input_ids=ids_BT, mode="encode").float().cpu()
         return z_ND
 
     @torch.no_grad()
@@ -152,10 +156,11 @@ class Codec:
             rows = slice(begin, begin + self.batch_size)
             z_BD = z_ND[rows].to(self._device, self.model.dtype)
             if beams > 1 or self.synced_gpus:
-                ids_BT = generate(self.model, z_BD, beams, temperature, self.synced_gpus, seed)
+                with self.threads("generate", len(z_BD) * beams, self._device):
+                    ids_BT = generate(self.model, z_BD, beams, temperature, self.synced_gpus, seed)
             else:
                 chances_BT = None if chances_NT is None else chances_NT[rows].to(self._device)
-                ids_BT = decode(self.model, z_BD, temperature, chances_BT)
+                ids_BT = decode(self.model, z_BD, temperature, chances_BT, self.threads)
             sequences += [self._until_end(row) for row in ids_BT.tolist()]
         return sequences
 
@@ -169,7 +174,8 @@ class Codec:
         nll_N = torch.zeros(len(ids))
         for rows_B, ids_BT in self._by_length(ids):
             z_BD = z_ND[rows_B].to(self._device, self.model.dtype)
-            nll_N[rows_B] = self.model(input_ids=ids_BT, latent=z_BD, mode="score").nll.cpu()
+            with self.threads("score", ids_BT.numel(), self._device):
+                nll_N[rows_B] = self.model(input_ids=ids_BT, latent=z_BD, mode="score").nll.cpu()
         return nll_N
 
     def _by_length(self, ids: Ids) -> Iterator[tuple[Tensor, Tensor]]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
+from t5vae.latent.threads import Threads
 from t5vae.model import T5VAE
 
 COMPACT = 0.75
@@ -17,7 +18,11 @@ cache."""
 
 @torch.no_grad()
 def decode(
-    model: T5VAE, z_ND: Tensor, temperature: float = 0.0, chances_NT: Tensor | None = None
+    model: T5VAE,
+    z_ND: Tensor,
+    temperature: float = 0.0,
+    chances_NT: Tensor | None = None,
+    threads: Threads | None = None,
 ) -> Tensor:
     """The tokens of codes, all in one batch.
 
@@ -31,41 +36,46 @@ def decode(
             logits / temperature, in float32.
         chances_NT: of the draws, float32 [N, sequence_length], uniform in [0, 1): a token is drawn
             where the cumulated probabilities exceed its chance.
+        threads: chooses how many a step takes on a CPU; few rows take fewer.
 
     Returns:
         int64 [N, sequence_length] on the model's device; what follows a row's end token is
         undefined.
     """
-    memory_BMC = model(latent=z_ND, mode="expand")
+    threads = threads or Threads()
+    with threads("expand", len(z_ND), z_ND.device):
+        memory_BMC = model(latent=z_ND, mode="expand")
     ids_NT = torch.full((len(z_ND), model.config.sequence_length), model.pad, device=z_ND.device)
     rows_B = torch.arange(len(z_ND), device=z_ND.device)
     next_B = torch.full_like(rows_B, model.start)
     going_B = torch.ones_like(rows_B, dtype=torch.bool)
     cache = None
     for step in range(ids_NT.shape[1]):
-        output = model(
-            encoder_outputs=BaseModelOutput(last_hidden_state=memory_BMC),
-            decoder_input_ids=next_B[:, None],
-            past_key_values=cache,
-            use_cache=True,
-        )
-        logits_BV = output.logits[:, -1]
-        if chances_NT is None:
-            next_B = logits_BV.argmax(-1)
-        else:
-            next_B = _drawn(logits_BV, temperature, chances_NT[rows_B, step])
-        ids_NT[rows_B, step] = next_B
-        going_B &= next_B != model.end
-        going = int(going_B.sum())
-        if not going:
-            break
-        cache = output.past_key_values
-        if going <= COMPACT * len(rows_B):
-            kept_B = going_B.nonzero()[:, 0]
-            cache.batch_select_indices(kept_B)
-            memory_BMC, rows_B, next_B, going_B = (
-                each[kept_B] for each in (memory_BMC, rows_B, next_B, going_B)
+        # The first step is another job: it has the memory's keys and values to make.
+        with threads("decode" if step else "begin", len(rows_B), z_ND.device):
+            output = model(
+                encoder_outputs=BaseModelOutput(last_hidden_state=memory_BMC),
+                decoder_input_ids=next_B[:, None],
+                past_key_values=cache,
+                use_cache=True,
             )
+            logits_BV = output.logits[:, -1]
+            if chances_NT is None:
+                next_B = logits_BV.argmax(-1)
+            else:
+                next_B = _drawn(logits_BV, temperature, chances_NT[rows_B, step])
+            ids_NT[rows_B, step] = next_B
+            going_B &= next_B != model.end
+            going = int(going_B.sum())
+            if not going:
+                break
+            cache = output.past_key_values
+            if going <= COMPACT * len(rows_B):
+                kept_B = going_B.nonzero()[:, 0]
+                cache.batch_select_indices(kept_B)
+                memory_BMC, rows_B, next_B, going_B = (
+                    each[kept_B] for each in (memory_BMC, rows_B, next_B, going_B)
+                )
     return ids_NT
 
 
