@@ -22,7 +22,6 @@ from t5vae.model.base import load_base
 from t5vae.model.bottleneck import BOTTLENECKS
 from t5vae.model.configuration import T5VAEConfig
 from t5vae.model.head import Head, untie
-from t5vae.model.packed import Layout, decode, encode
 from t5vae.model.noise import (
     ENCODER_MASK,
     NOISE,
@@ -31,6 +30,7 @@ from t5vae.model.noise import (
     keyed_normal,
     keyed_uniform,
 )
+from t5vae.model.packed import Layout, decode, encode
 
 MODES = ("encode", "expand", "score", "decode", "reconstruct")
 

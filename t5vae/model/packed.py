@@ -28,32 +28,32 @@ class Layout:
     real_BT: Tensor
 
     @cached_property
-    def place_N(self) -> Tensor:
-        """Where each token lies in the flattened batch."""
+    def places(self) -> Tensor:
+        """int64 [N], where each token lies in the flattened batch."""
         place_N = self.real_BT.flatten().nonzero()[:, 0]
         return place_N if len(place_N) else place_N.new_zeros(1)
 
     @cached_property
-    def token_BT(self) -> Tensor:
-        """The token of each place; a pad has some other, which attention must not see."""
+    def tokens(self) -> Tensor:
+        """int64 [B, T], the token of each place; pads have others, which no token may see."""
         return (self.real_BT.flatten().cumsum(0) - 1).clamp_(min=0).view(self.real_BT.shape)
 
     def pack(self, x_BT: Tensor) -> Tensor:
         """[B, T, ...] to [N, ...]."""
-        return x_BT.flatten(0, 1)[self.place_N]
+        return x_BT.flatten(0, 1)[self.places]
 
     def unpack(self, x_NC: Tensor) -> Tensor:
         """[N, C] to [B, T, C], zeros in place of pads."""
         rows, width = self.real_BT.shape
         x_PC = x_NC.new_zeros(rows * width, x_NC.shape[1])
-        return x_PC.index_copy(0, self.place_N, x_NC).unflatten(0, (rows, width))
+        return x_PC.index_copy(0, self.places, x_NC).unflatten(0, (rows, width))
 
     def by_head(self, heads: int) -> tuple[Tensor, Tensor]:
         """The same for the heads of tokens: rows of [N H, Q] in [B H T, Q], and those in it."""
-        rows, width = self.real_BT.shape
-        head_H = torch.arange(heads, device=self.place_N.device)
-        head_BHT = self.token_BT[:, None] * heads + head_H[:, None]
-        row_N, column_N = self.place_N // width, self.place_N % width
+        width = self.real_BT.shape[1]
+        head_H = torch.arange(heads, device=self.places.device)
+        head_BHT = self.tokens[:, None] * heads + head_H[:, None]
+        row_N, column_N = self.places // width, self.places % width
         place_NH = (row_N[:, None] * heads + head_H) * width + column_N[:, None]
         return head_BHT.flatten(), place_NH.flatten()
 
@@ -168,8 +168,6 @@ def _attend(
         score_GTS = torch.bmm(query_GTQ, key_GSQ.mT)
     else:
         score_GTS = torch.baddbmm(bias_GTS, query_GTQ, key_GSQ.mT)
-    share_GTS = nn.functional.dropout(
-        score_GTS.softmax(-1), attention.dropout, attention.training
-    )
+    share_GTS = nn.functional.dropout(score_GTS.softmax(-1), attention.dropout, attention.training)
     seen_NI = _ToTokens.apply(torch.bmm(share_GTS, value_GSQ), by_head, heads)
     return attention.o(seen_NI)

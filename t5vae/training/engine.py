@@ -172,6 +172,7 @@ def build_engine(model: nn.Module, config: Config, world_size: int) -> Any:
     optimizer = _optimizer(
         model,
         config.optim,
+        world_size,
         on_cpu=get_accelerator().device_name() == "cpu",
         offloaded=offload.get("device") == "cpu",
     )
@@ -212,7 +213,7 @@ def _skip_nonfinite(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _optimizer(
-    model: nn.Module, optim: Optim, *, on_cpu: bool, offloaded: bool
+    model: nn.Module, optim: Optim, world_size: int, *, on_cpu: bool, offloaded: bool
 ) -> torch.optim.Optimizer:
     """AdamW or Lion for all, or Muon for the matrices between embedding and logits and AdamW else.
 
@@ -250,12 +251,30 @@ def _optimizer(
 
     for group, use_muon in zip(settings, (use_muon for use_muon, _ in groups), strict=True):
         group["use_muon"] = use_muon
-    if not on_cpu:
-        return MuonWithAuxAdam(settings)
-    muon_on_cpu(optim.muon_precision)
-    return MuonWithAuxAdam(
-        settings, adam_optimizer=torch.optim.AdamW, adam_optimizer_kwargs=fused
-    )
+    if on_cpu:
+        muon_on_cpu(optim.muon_precision)
+        adam = {"adam_optimizer": torch.optim.AdamW, "adam_optimizer_kwargs": fused}
+    else:
+        adam = {}
+    optimizer = MuonWithAuxAdam(settings, **adam)
+    for group in optimizer.param_groups:
+        if group["use_muon"]:
+            group["params"] = _dealt(group["params"], world_size)
+    return optimizer
+
+
+def _dealt(matrices: list[nn.Parameter], ranks: int) -> list[nn.Parameter]:
+    """The same matrices in an order of which DeepSpeed's equal partitions have equal work.
+
+    Equal ones are dealt to the ranks in turn. A rank updates the whole of every matrix of which its
+    partition has a part, so few should be cut.
+    """
+
+    def sizes(matrix: nn.Parameter) -> list[int]:
+        return sorted(getattr(matrix, "ds_shape", matrix.shape), reverse=True)
+
+    largest_first = sorted(matrices, key=sizes, reverse=True)
+    return [matrix for rank in range(ranks) for matrix in largest_first[rank::ranks]]
 
 
 def _lion(settings: list[dict[str, Any]], offloaded: bool) -> torch.optim.Optimizer:

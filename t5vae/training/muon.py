@@ -74,7 +74,7 @@ def muon_on_cpu(precision: str | None) -> None:
     def muon_update(grad: Tensor, momentum: Tensor, beta: float = 0.95, **_: Any) -> Tensor:
         """Nesterov's momentum, orthogonalised; a gradient that is not finite stays as it is, by
         which DeepSpeed discards the step, and leaves the momentum alone."""
-        if not grad.isfinite().all():
+        if not torch.linalg.vector_norm(grad, dtype=torch.float32).isfinite():
             return grad
         momentum.lerp_(grad, 1 - beta)
         update = orthogonalized(grad.lerp_(momentum, beta), dtype)
