@@ -35,6 +35,7 @@ from _launches import (
     on_cuda,
     prepare,
 )
+from _limit import PROFILED
 from _report import Target, figure, installed, machine, publish, table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # `shards` is the package, not the script
@@ -45,6 +46,9 @@ from t5vae.training.runlog import read_metrics
 DOC = ROOT / "docs" / "benchmarks" / "train.md"
 
 WANTED = 0.93
+LIMIT_OF = ROOT / "benchmarks" / "_limit.py"
+SHARES = {"muon": 0.6, "adamw": 0.7}
+"""Of the limit that a step should reach, by its optimiser."""
 LOG_EVERY, SAVE_EVERY, SAVE_LOG_EVERY = 10, 10, 5
 PIECE = 2**20
 """Bytes that the limit of a save writes and hashes at a time."""
@@ -84,6 +88,22 @@ those of tokens, of the loss and of what tells ranks to stop, with the check tha
 finite. Waiting for data is the run's own `data_wait`; a line of metrics.jsonl took {line:.2f} ms, \
 and there is one every {every} steps. The rest is what these do not explain: the schedule, the \
 thread that reads ahead, and noise, for the whole loop was timed in other processes.
+
+"""
+
+LIMIT = """\
+## The limit of a step, on {place}
+
+The operations of matrix products for real tokens, no pads, and the optimiser's own, each at the \
+rate that products of its shape reach alone, in the run's precision, with all ranks multiplying at \
+once (`_limit.py`; attention's scores do not count). A step is the whole loop's, as above; \
+{turns} turns, medians, in brackets the least and the most, shares turn by turn.
+
+"""
+
+WHERE = """\
+
+Where the time of a step goes, by torch's profiler on rank 0 over {steps} steps, which it slows:
 
 """
 
@@ -220,6 +240,51 @@ def split(bench: Bench, bare_seconds: float, whole: float, wait: float) -> str:
     return text + table(("", "ms a step", "of the bare loop's step", "ms alone"), rows)
 
 
+# The limit
+
+
+def limit(bench: Bench) -> Section:
+    rows, targets, kinds = [], [], {}
+    for optimizer, wanted in SHARES.items():
+        setting = f"optim.name={optimizer}"
+        steps, shares, found = [], [], []
+        for turn in range(bench.effort.turns):
+            title = f"limit with {optimizer}, turn {turn + 1} of {bench.effort.turns}"
+            launch = bench.launch(title, LIMIT_OF, str(bench.lengths), *bench.settings(setting))
+            found.append(json.loads(next(line for _, line in launch.lines if line[0] == "{")))
+            run = bench.train(
+                title, setting, f"train.steps={bench.effort.steps}", f"log.every={LOG_EVERY}"
+            )
+            bench.forget_run()
+            at, first, last = run.steps(), bench.effort.first, bench.effort.steps
+            steps.append((at[last] - at[first]) / (last - first))
+            least = sum(part["seconds"] for part in found[-1]["limit"].values())
+            shares.append(least / steps[-1])
+        for part, first in found[0]["limit"].items():
+            own = [turn["limit"][part]["seconds"] for turn in found]
+            rows.append(
+                (
+                    f"{optimizer}: {'the model' if part == 'model' else 'its own'}",
+                    f"{first['flops'] / 1e9:,.2f}",
+                    milliseconds(own),
+                    f"{first['flops'] / median(own) / 1e9:,.0f}",
+                    "",
+                )
+            )
+        rows.append((f"{optimizer}: a step", "", milliseconds(steps), "", spread(shares, 2)))
+        kinds[optimizer] = found[-1]["where"]
+        what = f"{bench.place.title}, {optimizer}, {found[0]['precision']}: share of the limit"
+        targets.append(Target(what, wanted, median(shares)))
+    header = ("", "billion operations a rank", "ms", "billion a second", "share of the limit")
+    text = LIMIT.format(place=bench.place.title, turns=bench.effort.turns) + table(header, rows)
+    names = list(kinds)
+    parts = [
+        (kind, *(f"{1000 * kinds[name][kind]:,.1f}" for name in names)) for kind in kinds[names[0]]
+    ]
+    text += WHERE.format(steps=PROFILED) + table(("ms a step", *names), parts)
+    return text, targets
+
+
 # The start
 
 
@@ -350,7 +415,7 @@ def write_and_hash(sizes: list[int], folder: Path) -> float:
 
 
 def main() -> None:
-    parts = {"loop": loop, "start": start, "saves": saves}
+    parts = {"loop": loop, "limit": limit, "start": start, "saves": saves}
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few turns, to see that all runs")
     parser.add_argument("--only", help=f"some of {','.join(parts)}")
@@ -358,6 +423,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="a folder for shards and runs; shards are kept")
     parser.add_argument("--write", action="store_true", help=f"save as {DOC.relative_to(ROOT)}")
     args = parser.parse_args()
+    if args.device != "cpu":
+        del parts["limit"]
     names = args.only.split(",") if args.only else list(parts)
     if unknown := set(names) - set(parts):
         parser.error(f"--only {','.join(unknown)}: choose from {','.join(parts)}")

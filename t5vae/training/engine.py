@@ -15,6 +15,9 @@ from shards.errors import UserError
 from t5vae.config import Config, Optim
 from t5vae.training.muon import muon_on_cpu
 
+BUCKET = 500_000_000
+"""Elements that DeepSpeed reduces at once unless it is told otherwise."""
+
 
 def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     """DeepSpeed's configuration: ours, over the user's own.
@@ -168,6 +171,9 @@ def build_engine(model: nn.Module, config: Config, world_size: int) -> Any:
     if config.train.precision == "fp16" and not get_accelerator().is_fp16_supported():
         raise UserError("this device does not compute in fp16: set train.precision to bf16 or fp32")
     settings = deepspeed_config(config, world_size)
+    elements = sum(getattr(weight, "ds_numel", weight.numel()) for weight in model.parameters())
+    # More of the buffer that this makes in every step would stay empty.
+    settings["zero_optimization"].setdefault("reduce_bucket_size", min(BUCKET, elements))
     offload = settings["zero_optimization"].get("offload_optimizer") or {}
     optimizer = _optimizer(
         model,

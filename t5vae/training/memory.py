@@ -11,7 +11,7 @@ from torch import nn
 
 from t5vae.config import Config
 from t5vae.training.activations import Activations
-from t5vae.training.engine import deepspeed_config
+from t5vae.training.engine import BUCKET, deepspeed_config
 
 PYTHON = 520 * 2**20  # a process with torch, transformers and DeepSpeed, on a CPU: measured
 KEPT = 0.1  # of all else, that allocators keep or lose between blocks: measured on CPUs
@@ -56,7 +56,7 @@ class Limits:
     defaults.
 
     Attributes:
-        bucket: reduced at once, for which there is a buffer.
+        bucket: reduced at once, for which there is a buffer; 0 for what a run sets itself.
         gathered: kept gathered at stage 3, if they will be used again.
     """
 
@@ -69,7 +69,7 @@ def limits(config: Config, world_size: int) -> Limits:
     zero = deepspeed_config(config, world_size)["zero_optimization"]
     gathered = ("stage3_max_live_parameters", "stage3_max_reuse_distance")
     return Limits(
-        bucket=int(float(zero.get("reduce_bucket_size", 5e8))),
+        bucket=int(float(zero.get("reduce_bucket_size", 0))),
         gathered=int(min(float(zero.get(name, 1e9)) for name in gathered)),
     )
 
@@ -122,13 +122,14 @@ def memory(
     most = limits(config, world_size)
     states = _states(config, sizes, world_size)
     # What ZeRO reduces is copied into a buffer first; stage 0 flattens what it reduces.
-    bucket = most.bucket if accelerated and stage else min(most.bucket, n)
+    wanted = most.bucket or min(BUCKET, n)
+    bucket = wanted if accelerated and stage else min(wanted, n)
     # Until a step is known to be one, ZeRO keeps Muon's new momentum apart.
     staged = sizes.muon * s // world_size if stage in (1, 2) else 0
     undivided = stage == 0 or (stage == 1 and accumulation > 1)
     gradients = n * s // (1 if undivided else world_size)
     gathered = min(n, most.gathered) * s if stage == 3 and world_size > 1 else 0
-    transient = min(n, most.bucket) * s if stage == 3 and world_size > 1 else 0
+    transient = min(n, wanted) * s if stage == 3 and world_size > 1 else 0
     copies = 0 if stage == 0 and not half else 4 * n // ranks
 
     activations = kept.at(micro_batch_size)

@@ -2,11 +2,11 @@ import copy
 import itertools
 import json
 import math
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 import torch
-from deepspeed.runtime.zero.muon import original_muon
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -228,12 +228,11 @@ def test_the_schedule_takes_the_same_course_whatever_the_number_of_steps():
         assert long == pytest.approx(short)
 
 
-def groups(name: str) -> tuple[T5VAE, list[dict]]:
+def groups(name: str, world_size: int = 1) -> tuple[T5VAE, list[dict]]:
     t5 = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 20}
     model = T5VAE(T5VAEConfig(t5=t5, latent_size=4, sequence_length=6, bottleneck="flatten"))
-    optimizer = _optimizer(
-        model, Optim(name=name, lr=1e-3, muon_lr=2e-3, weight_decay=0.5), offloaded=False
-    )
+    optim = Optim(name=name, lr=1e-3, muon_lr=2e-3, weight_decay=0.5)
+    optimizer = _optimizer(model, optim, world_size, on_cpu=True, offloaded=False)
     return model, optimizer.param_groups
 
 
@@ -258,15 +257,19 @@ def test_muon_takes_the_matrices_and_adamw_embeddings_norms_and_biases():
         assert (id(parameter) in muon) == expected
 
 
-@pytest.mark.parametrize(("able", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
-def test_muon_iterates_in_bf16_only_on_cpus_that_multiply_in_it(monkeypatch, able, dtype):
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: able)
-    monkeypatch.setattr(original_muon, "ns_compute_dtype", original_muon.ns_compute_dtype)
-    _, found = groups("muon")
-    methods = {group["ns_method"] for group in found if group["use_muon"]}
-    assert methods == {"standard"}
-    assert original_muon.ns_compute_dtype("standard") is dtype
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_matrices_of_one_shape_are_dealt_to_the_ranks_in_turn(world_size):
+    _, found = groups("muon", world_size)
+    (matrices,) = (group["params"] for group in found if group["use_muon"])
+    sizes = [tuple(sorted(matrix.shape)) for matrix in matrices]
+    shares, rest = [], sizes
+    for rank in range(world_size):
+        share = -(-len(rest) // (world_size - rank))
+        shares.append(Counter(rest[:share]))
+        rest = rest[share:]
+    for shape in set(sizes):
+        numbers = [share[shape] for share in shares]
+        assert max(numbers) - min(numbers) <= 1
 
 
 def test_a_device_without_fp16_is_refused_before_anything_is_built(monkeypatch):
@@ -281,7 +284,7 @@ def test_a_device_without_fp16_is_refused_before_anything_is_built(monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device has it")
 def test_lion_is_refused_where_deepspeed_has_none():
     with pytest.raises(UserError, match=r"optim\.name lion needs a CUDA device"):
-        _optimizer(torch.nn.Linear(2, 2), Optim(name="lion"), offloaded=False)
+        _optimizer(torch.nn.Linear(2, 2), Optim(name="lion"), 1, on_cpu=True, offloaded=False)
 
 
 @pytest.fixture

@@ -153,10 +153,15 @@ def test_gradients_take_the_place_of_activations_unless_they_must_wait(make_conf
 
 
 def test_an_accelerators_buffers_take_what_was_asked_for(make_config):
-    config = make_config(optim={"name": "adamw"})
-    device = needed(config).backward["communication buffers"]
-    host = needed(config, accelerated=False).backward["communication buffers"]
-    assert (device, host) == (2 * 500_000_000, 2 * 1000)
+    def buffers(**zero):
+        config = make_config(optim={"name": "adamw"}, deepspeed={"config": zero})
+        return [
+            needed(config, accelerated=accelerated).backward["communication buffers"]
+            for accelerated in (True, False)
+        ]
+
+    assert buffers() == [2 * 1000, 2 * 1000]
+    assert buffers(zero_optimization={"reduce_bucket_size": 10_000}) == [2 * 10_000, 2 * 1000]
 
 
 def test_deepspeeds_own_settings_count(make_config):
