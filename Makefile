@@ -4,6 +4,8 @@ PYTHON ?= python3
 CONFIG ?= configs/quickstart.yaml
 DATA ?= data/python
 RUN ?= runs/quickstart
+# Minutes of training; SET="train.steps=4000" trains so many steps instead.
+MINUTES ?= 7
 # Settings in place of the configuration's, for example SET="train.steps=100 eval.samples=200".
 SET ?=
 
@@ -27,10 +29,12 @@ setup: .venv/.installed
 train: setup
 	$(BIN)/t5vae shards build --format python --out $(DATA) --tokenizer train:4096 --max-length 16
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.accelerator.is_available())'; then \
-	  set -x; exec $(BIN)/deepspeed --log_level error train.py $(CONFIG) data.shards=$(DATA) run.output_dir=$(RUN) $(SET); \
+	  set -x; exec $(BIN)/deepspeed --log_level error train.py $(CONFIG) data.shards=$(DATA) run.output_dir=$(RUN) \
+	    train.minutes=$(MINUTES) $(SET); \
 	else \
 	  set -x; exec env DS_ACCELERATOR=cpu $(BIN)/deepspeed --log_level error --num_accelerators 2 \
-	    train.py $(CONFIG) data.shards=$(DATA) run.output_dir=$(RUN) $(SET); \
+	    train.py $(CONFIG) data.shards=$(DATA) run.output_dir=$(RUN) \
+	    train.minutes=$(MINUTES) $(SET); \
 	fi
 	$(BIN)/t5vae export --finished $(RUN)
 	$(BIN)/t5vae eval $(RUN)

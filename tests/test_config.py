@@ -79,6 +79,21 @@ def test_overrides_are_applied_in_order_over_the_file(write):
     assert config.optim.lr == 1e-4
 
 
+@pytest.mark.parametrize(
+    ("overrides", "minutes", "steps"),
+    [
+        ([], 5, 7),
+        (["train.steps=9"], None, 9),
+        (["train.minutes=2"], 2, 7),
+        (["train.minutes=2", "train.steps=9"], None, 9),
+        (["train.steps=9", "train.minutes=2"], 2, 9),
+    ],
+)
+def test_of_steps_and_minutes_the_later_override_counts(write, overrides, minutes, steps):
+    train = load_config(write(MINIMAL + "train: {steps: 7, minutes: 5}\n"), overrides).train
+    assert (train.minutes, train.steps) == (minutes, steps)
+
+
 def test_shards_may_be_a_mixture_of_folders_with_weights(write, tmp_path):
     config = load_config(write(), ["data.shards=[a, {path: s3://b/c, weight: 2.5}]"])
     assert config.data.shards == [Source(path="a"), Source(path="s3://b/c", weight=2.5)]

@@ -20,9 +20,12 @@ class _Loader(yaml.SafeLoader):
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
+REPLACED = {"train.steps": "train.minutes"}
+"""Keys whose override unsets another, which would come before them."""
+
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Read a YAML file and apply `dotted.key=value` overrides.
+    """Read a YAML file and apply `dotted.key=value` overrides, of which a later one wins.
 
     Raises:
         UserError: for a missing or malformed file, an unknown key (the nearest valid one is
@@ -54,6 +57,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise UserError(f"{override!r} is not an override; write section.key=value")
+    if key in REPLACED:
+        _apply(tree, f"{REPLACED[key]}=null")
     *path, leaf = key.split(".")
     for section in path:
         tree = tree.setdefault(section, {})

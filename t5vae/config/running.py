@@ -71,6 +71,9 @@ class Data(Section):
 class Train(Section):
     steps: int = Field(default=10_000, ge=1)
     """Optimiser steps of the whole run."""
+    minutes: float | None = Field(default=None, gt=0)
+    """In place of steps: so many as are done in these minutes, from the start of the process on,
+    evaluations and saves included; fixed before the first one, by a trial of a few."""
     precision: Literal["fp32", "bf16", "fp16"] | None = None
     """Of weights and activations; bf16 and fp16 keep fp32 weights for the optimiser. null: bf16
     where the model's products are 1.2 times as fast in it on the slowest rank, timed at the start,

@@ -1,11 +1,11 @@
-"""From a configuration and its shards to a model."""
+"""From a configuration and its shards to a model and its batches."""
 
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 
-from shards import Dataset, UserError
+from shards import Batch, Dataset, ShardStream, UserError
 from t5vae.config import Config
 from t5vae.model import T5VAE, T5VAEConfig, read_base, t5_settings
 
@@ -105,6 +105,32 @@ def build_model(config: Config, dataset: Dataset, device: torch.device) -> T5VAE
     possible = device.type == "cuda" and is_installed("liger-kernel")
     model.fused_cross_entropy = possible if fused is None else fused
     return model
+
+
+def open_stream(
+    config: Config, dataset: Dataset, rank: int, world_size: int, device: torch.device
+) -> ShardStream:
+    """The stream of this rank's micro batches, from the beginning."""
+    return ShardStream(
+        dataset,
+        seed=config.run.seed,
+        global_batch_size=config.data.global_batch_size,
+        micro_batch_size=config.data.micro_batch_size,
+        rank=rank,
+        world_size=world_size,
+        on_corrupt=config.data.on_corrupt,
+        sort_by_length=config.data.sort_by_length,
+        pad_to=None if config.model.mask_padding else dataset.max_length,
+        pin_memory=device.type == "cuda",
+    )
+
+
+def fetch(stream: ShardStream, count: int) -> tuple[list[Batch], UserError | None]:
+    """The next micro batches, or what keeps this rank from reading them."""
+    try:
+        return [next(stream) for _ in range(count)], None
+    except UserError as error:
+        return [], error
 
 
 def is_installed(package: str) -> bool:

@@ -251,6 +251,11 @@ def host_name() -> str:
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
+def process_seconds() -> float:
+    """Since this process began, imports included."""
+    return max(0.0, time.time() - psutil.Process().create_time())
+
+
 def raise_together(problem: UserError | None) -> None:
     """Raise on all ranks what any rank has to complain of; all ranks call it.
 

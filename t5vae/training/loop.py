@@ -2,15 +2,18 @@
 
 import math
 import shlex
-from typing import IO
+from functools import partial
+from typing import IO, Any
 
+import torch
 import torch.distributed as dist
 
-from shards import Batch, ShardStream, UserError
+from shards import Dataset, ShardStream, UserError
 from t5vae.config import Config
 from t5vae.objective import mmd_weight
 from t5vae.training import attempts, checkpoint, setup
-from t5vae.training.build import build_model
+from t5vae.training.budget import fix_steps, with_steps_before
+from t5vae.training.build import build_model, fetch, open_stream
 from t5vae.training.distributed import (
     Ranks,
     all_sum,
@@ -55,11 +58,14 @@ def run(config: Config, ranks: Ranks, stop: StopRequest) -> None:
     """
     with Meeting(config, ranks) as meeting:
         dataset = setup.check_before_start(config, ranks.world_size)
-    identity = setup.identity(config, dataset)
-    folder, steps = config.run_dir, config.train.steps
+    config, identity = with_steps_before(config), setup.identity(config, dataset)
+    folder = config.run_dir
     if setup.is_finished(config, identity):
         if ranks.is_first:
-            print(f"{folder} is already trained: {steps:,} steps; raise train.steps to go on")
+            print(
+                f"{folder} is already trained: {config.train.steps:,} steps; raise "
+                f"train.{'minutes' if config.train.minutes else 'steps'} to go on"
+            )
         return
 
     setup.make_folder(folder / "logs")
@@ -75,28 +81,17 @@ def run(config: Config, ranks: Ranks, stop: StopRequest) -> None:
         health = meeting.report(device)
         before = from_first(setup.layout_before(config))
         config, reasons = settle(config, dataset, device, before)
-        with sharded(config, ranks.world_size):
-            model = build_model(config, dataset, device)
-        engine = build_engine(model, config, ranks.world_size)
+        build = partial(_build, config, dataset, ranks.world_size, device)
+        config, fixed = fix_steps(config, dataset, device, build)
+        engine = build()
         limit_waiting(config.train.timeout)
     log_libraries_to(log_file)
     log = RunLog(config, enabled=ranks.is_first)
     log.attempt(attempt, health)
-    for reason in reasons:
+    for reason in reasons + fixed:
         log.say(reason)
-    accumulation = config.accumulation(ranks.world_size)
-    stream = ShardStream(
-        dataset,
-        seed=config.run.seed,
-        global_batch_size=config.data.global_batch_size,
-        micro_batch_size=config.data.micro_batch_size,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        on_corrupt=config.data.on_corrupt,
-        sort_by_length=config.data.sort_by_length,
-        pad_to=None if config.model.mask_padding else dataset.max_length,
-        pin_memory=device.type == "cuda",
-    )
+    accumulation, steps = config.accumulation(ranks.world_size), config.train.steps
+    stream = open_stream(config, dataset, ranks.rank, ranks.world_size, device)
     watch = Watch(config.train.max_bad_steps, config.train.spike)
     saver = Saver(folder / "checkpoints", asynchronous=config.checkpoint.asynchronous)
     layout = setup.layout(config, ranks.world_size)
@@ -117,7 +112,7 @@ def run(config: Config, ranks: Ranks, stop: StopRequest) -> None:
             profiler.step(step)
         with meter.waiting(), phase("data"):
             position = stream.consumed
-            batches, problem = _fetch(stream, accumulation)
+            batches, problem = fetch(stream, accumulation)
         tokens, flops, told_to_stop, unread, quarantined, written = all_sum(
             sum(map(real_tokens, batches)),
             sum(map(work, batches)),
@@ -219,11 +214,11 @@ def _finite(loss: float) -> float | None:
     return loss if math.isfinite(loss) else None
 
 
-def _fetch(stream: ShardStream, count: int) -> tuple[list[Batch], UserError | None]:
-    try:
-        return [next(stream) for _ in range(count)], None
-    except UserError as error:
-        return [], error
+def _build(config: Config, dataset: Dataset, world_size: int, device: torch.device) -> Any:
+    """The engine around a new model."""
+    with sharded(config, world_size):
+        model = build_model(config, dataset, device)
+    return build_engine(model, config, world_size)
 
 
 def _lock(config: Config, ranks: Ranks) -> tuple[IO[str] | None, int]:

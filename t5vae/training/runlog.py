@@ -13,12 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from shards.errors import DISK_FULL
 from shards.records import read_records, write_records, write_whole
 from t5vae.config import Config
 from t5vae.training import checkpoint
+from t5vae.training.distributed import process_seconds
 from t5vae.training.preemption import job_id
 from t5vae.training.saving import Saved
 from t5vae.training.trackers import Tables, Trackers
@@ -55,6 +63,7 @@ class RunLog:
         self.steps = config.train.steps
         self.console = Terminal(stderr=True)
         self.bar: Progress | None = None
+        self.began: tuple[float, int] | None = None
         self.checkpoint = 0
         self.saves: dict[str, float] = {}
         self.last: tuple[int, dict[str, Any]] | None = None
@@ -94,13 +103,17 @@ class RunLog:
         if not self.enabled:
             return
         self.checkpoint = step
+        self.began = time.monotonic(), step
         self.trackers.start(step)
         if self.console.is_terminal:
             self.bar = Progress(
                 TextColumn("step"),
                 MofNCompleteColumn(),
                 BarColumn(),
+                TimeElapsedColumn(),
+                TextColumn("spent,"),
                 TimeRemainingColumn(),
+                TextColumn("left"),
                 TextColumn("{task.description}"),
                 console=self.console,
             )
@@ -123,9 +136,19 @@ class RunLog:
         if self.bar is not None:
             self.bar.update(self.task, description=gist)
         else:
-            self.say(f"step {record['step']:>7,}/{self.steps:,}  {gist}")
+            self.say(
+                f"step {record['step']:>7,}/{self.steps:,}  {gist}{self._times(record['step'])}"
+            )
         self.trackers.metrics(record)
         self.last = None if self.unwritten else (self.path.stat().st_size, record)
+
+    def _times(self, step: int) -> str:
+        """Since this process began, and until the end if it goes on as fast as since its start."""
+        began, first = self.began or (0.0, step)
+        if step == first:
+            return ""
+        left = (time.monotonic() - began) / (step - first) * (self.steps - step)
+        return f"  {_duration(process_seconds())} spent, {_duration(left)} left"
 
     def tables(self, step: int, tables: Tables) -> None:
         """Write what the model made of texts to samples/, and hand it to the trackers."""
@@ -193,6 +216,13 @@ class RunLog:
                 file.seek(start)
                 file.write(old)
                 file.truncate(end)
+
+
+def _duration(seconds: float) -> str:
+    """As 1:05, or 2:01:05."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def _line(record: dict[str, Any]) -> str:

@@ -38,6 +38,26 @@ def test_metrics_are_read_back_exactly(log):
     assert records(log) == [record(step) for step in range(1, 6)]
 
 
+def test_a_printed_line_says_the_time_spent_and_left(make_config, monkeypatch, capsys):
+    config = make_config(train={"steps": 400, "precision": "fp32"})
+    config.run_dir.mkdir()
+    clock = iter([1000.0, 1010.0, 1060.0, 8200.0, 8200.0])
+    spent = iter([70.0, 120.0, 7260.0, 7260.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(runlog, "process_seconds", lambda: next(spent))
+    log = RunLog(config, enabled=True)
+    log.start(100)  # a run that goes on
+    for step, times in {
+        110: "1:10 spent, 4:50 left",
+        200: "2:00 spent, 2:00 left",
+        300: "2:01:00 spent, 1:00:00 left",
+        400: "2:01:00 spent, 0:00 left",
+    }.items():
+        log.metrics(record(step))
+        assert times in capsys.readouterr().err
+    log.close()
+
+
 def test_every_line_says_how_many_steps_there_are_when_it_was_and_what_is_saved(log):
     before = time.time()
     log.saved(Saved(log.path.parent / "checkpoints/step-00000005", 1000, 2.0, 0.5))
