@@ -15,18 +15,26 @@ TO ?= x = a + 10 * 2
 
 .PHONY: setup train test test-fast test-cluster soak cluster-packages cluster-up cluster-down docs lint clean
 
-setup: .venv/.installed
+PIP := $(BIN)/pip install --quiet --no-compile --constraint constraints.txt
 
+setup: .venv/.developed
+
+# What training needs; most packages' modules are never imported, so none is compiled ahead.
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(PIP) torch
+	$(PIP) --editable .
+	touch $@
+
+# What tests and lint need besides.
+.venv/.developed: .venv/.installed
+	$(PIP) --editable '.[dev]'
 	touch $@
 
 # Data, training, export, evaluation, and a look at the space; each goes on from what exists.
 # Training that was told to stop ends well too: an unfinished run is not exported.
-train: setup
+train: .venv/.installed
 	$(BIN)/t5vae shards build --format python --out $(DATA) --tokenizer train:4096 --max-length 16
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.accelerator.is_available())'; then \
 	  set -x; exec $(BIN)/deepspeed --log_level error train.py $(CONFIG) data.shards=$(DATA) run.output_dir=$(RUN) \

@@ -150,6 +150,9 @@ def start_process_group(
 
     Returns:
         The accelerator of this local rank, or the CPU (over gloo) where there is none.
+
+    Raises:
+        UserError: on rank 0, where the port to meet at is taken.
     """
     accelerated = torch.accelerator.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     if not accelerated:
@@ -180,12 +183,20 @@ def start_process_group(
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if accelerated:
         torch.accelerator.set_device_index(device_index(ranks.local_rank))
-    deepspeed.init_distributed(
-        dist_backend=None if accelerated else "gloo",
-        auto_mpi_discovery=False,
-        timeout=timedelta(seconds=timeout),
-        verbose=False,
-    )
+    try:
+        deepspeed.init_distributed(
+            dist_backend=None if accelerated else "gloo",
+            auto_mpi_discovery=False,
+            timeout=timedelta(seconds=timeout),
+            verbose=False,
+        )
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise UserError(
+            f"port {os.environ['MASTER_PORT']} of this host is taken, perhaps by another run: "
+            "choose another, as with `deepspeed --master_port 29501`"
+        ) from None
     if not accelerated:
         return torch.device("cpu")
     kind = torch.accelerator.current_accelerator()

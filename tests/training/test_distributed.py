@@ -1,3 +1,6 @@
+import socket
+import subprocess
+import sys
 from dataclasses import replace
 
 import psutil
@@ -13,6 +16,7 @@ from t5vae.training.distributed import (
     network_interface,
     raise_together,
 )
+from tests.training.launching import environment
 
 DEEPSPEED = {
     "RANK": "3",
@@ -211,3 +215,17 @@ def test_a_problem_of_one_host_is_told_with_its_name(together, monkeypatch):
 def test_a_rank_that_is_shown_its_own_device_alone_takes_that(monkeypatch, visible, devices):
     monkeypatch.setattr("torch.accelerator.device_count", lambda: visible)
     assert [distributed.device_index(rank) for rank in range(4)] == devices
+
+
+def test_a_port_that_another_run_has_is_one_line():
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        code = (
+            "from t5vae.training.distributed import Ranks, start_process_group\n"
+            f"start_process_group(Ranks(0, 1, 0, 1, '127.0.0.1', {port}))"
+        )
+        program = [sys.executable, "-c", code]
+        ended = subprocess.run(program, env=environment(), capture_output=True, text=True)
+    assert f"UserError: port {port} of this host is taken" in ended.stderr.splitlines()[-1]
