@@ -65,15 +65,6 @@ def settle(
     return config, reasons
 
 
-def multiplies_bf16(device: torch.device) -> bool:
-    """Whether a device says that it has products of bf16 matrices."""
-    if device.type == "cpu":
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return True
-
-
 def settled(config: Config, precision: Precision) -> Config:
     """The configuration with this precision if it has none."""
     return config if config.train.precision else _with(config, "train", precision=precision)
