@@ -50,7 +50,8 @@ def training_flops(
             pads it to N itself.
         decoder_tokens: T, to which the labels are padded.
         scored_tokens: labels of all rows that are not pads, since logits are made for these alone;
-            default `rows * decoder_tokens`. Layers compute pads too, and these are counted.
+            default `rows * decoder_tokens`. Layers compute pads too, though not on a CPU, and
+            these are counted.
     """
     t5 = config.t5_config
     if scored_tokens is None:

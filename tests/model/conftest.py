@@ -72,3 +72,9 @@ def padded_sequences() -> Tensor:
 def codes() -> Tensor:
     generator = torch.Generator().manual_seed(2)
     return 3 * torch.randn(8, LATENT_SIZE, generator=generator, dtype=torch.float64)
+
+
+@pytest.fixture
+def padded_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models compute pads, as on an accelerator."""
+    monkeypatch.setattr(T5VAE, "_packs", lambda *_: False)

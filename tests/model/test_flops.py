@@ -11,6 +11,8 @@ from t5vae.model import T5VAE, T5VAEConfig
 from t5vae.model.bottleneck import BOTTLENECKS
 from t5vae.model.flops import flops_per_token, parameter_counts, training_flops
 
+pytestmark = pytest.mark.usefixtures("padded_layers")
+
 T5 = {
     "d_model": 12,
     "d_kv": 5,  # 3 heads of 5, in a model 12 wide

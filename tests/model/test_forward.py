@@ -154,7 +154,8 @@ def test_attention_encodes_sequences_longer_than_any_in_training(build):
 
 def test_on_latent_is_called_once_with_the_code_before_the_decoder_runs(model, ids_BT):
     events = []
-    hook = model.t5.decoder.register_forward_pre_hook(lambda *_: events.append("decoder"))
+    end = model.t5.decoder.final_layer_norm
+    hook = end.register_forward_pre_hook(lambda *_: events.append("decoder"))
     try:
         output = model(ids_BT, mode="score", on_latent=lambda z: events.append(z))
     finally:

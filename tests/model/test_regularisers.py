@@ -113,6 +113,7 @@ def seen_by(stack, call):
     return seen[0]
 
 
+@pytest.mark.usefixtures("padded_layers")
 @torch.no_grad()
 @settings(max_examples=25, deadline=None)
 @given(seed=SEEDS, rate=st.sampled_from([0.0, 0.3, 1.0]), where=st.sampled_from(["in", "out"]))
@@ -139,6 +140,7 @@ def test_dropped_tokens_become_unknown_and_pad_end_and_start_never_do(build, see
         assert (dropped_BT[~special_BT] == 7).all()
 
 
+@pytest.mark.usefixtures("padded_layers")
 @torch.no_grad()
 def test_tokens_are_dropped_at_the_given_rate(build):
     model = build(sequence_length=50)
