@@ -26,13 +26,11 @@ class Sizes:
         total: n.
         muon: those that Muon updates.
         largest_group: of the largest group that AdamW updates at once.
-        largest: of the largest single parameter.
     """
 
     total: int
     muon: int
     largest_group: int
-    largest: int
 
 
 def sizes_of(model: nn.Module, optimizer: str) -> Sizes:
@@ -46,8 +44,7 @@ def sizes_of(model: nn.Module, optimizer: str) -> Sizes:
             muon += parameter.numel()
         else:
             matrices += parameter.numel()
-    largest = max(parameter.numel() for parameter in model.parameters())
-    return Sizes(matrices + muon + others, muon, max(matrices, others), largest)
+    return Sizes(matrices + muon + others, muon, max(matrices, others))
 
 
 @dataclass(frozen=True)
@@ -196,14 +193,11 @@ def _update(config: Config, sizes: Sizes, ranks: int, accelerated: bool) -> int:
     """What an optimiser's step needs besides: copies of the second moment, in fp32.
 
     ZeRO updates a group of parameters at once, its part of them as one array; without ZeRO torch
-    takes one parameter after the other on a CPU, and all together on an accelerator.
+    takes all together. On a CPU one pass needs no copies.
     """
-    if config.optim.name == "lion":
+    if config.optim.name == "lion" or not accelerated:
         return 0
-    copies = 1 if accelerated else 2
-    if config.deepspeed.zero_stage == 0 and not accelerated:
-        return 4 * copies * sizes.largest
-    return 4 * copies * sizes.largest_group // ranks
+    return 4 * sizes.largest_group // ranks
 
 
 def _latents(rows: int, every: int, latent_size: int, accelerated: bool) -> int:

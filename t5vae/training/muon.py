@@ -32,13 +32,13 @@ def orthogonalized(matrix: Tensor, dtype: torch.dtype) -> Tensor:
         dtype: to iterate in.
 
     Returns:
-        Like `matrix`.
+        Like `matrix`, contiguous.
     """
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.mT if tall else matrix
     x = (x / (torch.linalg.matrix_norm(x) + 1e-7)).to(dtype)
     x = _by_gram(x) if x.shape[1] >= WIDE * x.shape[0] else _plainly(x)
-    return (x.mT if tall else x).to(matrix.dtype)
+    return (x.mT if tall else x).to(matrix.dtype).contiguous()
 
 
 def _plainly(x: Tensor) -> Tensor:

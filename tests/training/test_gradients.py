@@ -256,8 +256,8 @@ def recorded(engine: Any) -> Iterator[list[str]]:
 
     decoder = engine.module.t5.decoder
     hooks = [
-        decoder.register_forward_pre_hook(lambda *_: events.append("decoder starts")),
-        decoder.register_forward_hook(lambda *_: events.append("decoder ends")),
+        decoder.embed_tokens.register_forward_pre_hook(lambda *_: events.append("decoder starts")),
+        decoder.final_layer_norm.register_forward_hook(lambda *_: events.append("decoder ends")),
     ]
     with (
         patch.object(dist, "all_gather", gathering),

@@ -87,7 +87,7 @@ def test_lines_go_through_their_points():
     assert (line.constant, line.per_row, line.at(10)) == (10, 50, 510)
 
 
-N = Sizes(total=1000, muon=600, largest_group=800, largest=100)
+N = Sizes(total=1000, muon=600, largest_group=800)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def needed(config, *, rows=16, accumulation=1, ranks=4, accelerated=True, saved=
 
 
 def test_more_rows_more_stages_and_more_ranks_count(make_config):
-    sizes = Sizes(total=8 * 10**9, muon=0, largest_group=8 * 10**9, largest=10**8)
+    sizes = Sizes(total=8 * 10**9, muon=0, largest_group=8 * 10**9)
     peaks = [
         needed(make_config(deepspeed={"zero_stage": stage}, optim={"name": "adamw"}), n=sizes).peak
         for stage in (1, 2, 3)
@@ -144,7 +144,7 @@ def test_more_rows_more_stages_and_more_ranks_count(make_config):
 
 def test_gradients_take_the_place_of_activations_unless_they_must_wait(make_config):
     config = make_config(optim={"name": "adamw"}, train={"precision": "fp32"})
-    sizes = Sizes(10**7, 0, 10**7, 10**6)
+    sizes = Sizes(10**7, 0, 10**7)
     at_once = needed(config, n=sizes, saved=1e6, ranks=1).backward
     assert at_once["gradients"] == 4 * 10**7
     assert at_once["activations"] == 0

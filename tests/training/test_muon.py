@@ -39,6 +39,7 @@ def test_updates_and_momentum_are_deepspeeds(ours, shape, precision, tolerance):
         old = theirs(grad.clone(), moments[1], beta=0.9, ns_method="standard")
         torch.testing.assert_close(new, old, rtol=0, atol=tolerance)
         torch.testing.assert_close(moments[0], moments[1])
+        assert new.is_contiguous()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
