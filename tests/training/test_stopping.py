@@ -98,6 +98,7 @@ def test_a_stopped_make_train_exports_nothing_and_goes_on_when_it_is_run_again(
 ):
     run = run_of(config)
     names = {"BIN": commands, "CONFIG": config, "DATA": dataset, "RUN": run}
+    names["SET"] = f"train.steps={STEPS}"
     settings = [f"{name}={value}" for name, value in names.items()]
     make = ["make", "-C", TRAIN.parent, "--old-file=.venv/.installed", "train", *settings]
 
