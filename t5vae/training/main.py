@@ -1,7 +1,6 @@
 """One process of a training run: signals, arguments, errors; the heavy imports come last."""
 
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -10,7 +9,7 @@ from pathlib import Path
 from shards.errors import DISK_FULL, UserError
 from t5vae.config import Config, load_config
 from t5vae.training.errors import LostRankError
-from t5vae.training.preemption import StopRequest, queue_again
+from t5vae.training.preemption import StopRequest, queue_again, signals_come_too_late
 
 DEFAULT_CONFIG = "configs/quickstart.yaml"
 USAGE = """Train a T5-VAE: deepspeed train.py [CONFIG] [section.key=value ...] [--debug]
@@ -55,8 +54,6 @@ def exit_code_of(work: Callable[[], None], *, debug: bool = False) -> int:
             traceback.print_exc()
         elif os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
             print(f"error: {error}", file=sys.stderr)
-        # A launcher that sees another rank end first must not change this one's exit code.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         return 2
     except LostRankError as error:
         if debug:
@@ -65,6 +62,8 @@ def exit_code_of(work: Callable[[], None], *, debug: bool = False) -> int:
         if error.requeue:
             queue_again()
         return 1
+    finally:
+        signals_come_too_late()
     return 0
 
 

@@ -70,6 +70,16 @@ class StopRequest:
         self.requeue = self.requeue or number == signal.SIGUSR2
 
 
+def signals_come_too_late() -> None:
+    """From now on a warning, or a launcher that saw another rank end, changes no exit code.
+
+    Python's own end would put the handlers of the system back, by which a signal kills, while its
+    libraries still take a second or two to close.
+    """
+    for number in (signal.SIGUSR2, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def open_runner() -> int | None:
     """The `deepspeed` process above this one, on the same host.
 

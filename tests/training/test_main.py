@@ -1,6 +1,8 @@
 import errno
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -195,3 +197,26 @@ def test_a_lost_rank_is_one_line_and_the_job_is_asked_for_once(monkeypatch, caps
     assert program.exit_code_of(lambda: lose(True)) == 1
     assert asked == [1]
     assert capsys.readouterr().err == "error: rank 1 is lost\n" * 2
+
+
+# A signal that is sent when Python has put the system's handlers back.
+ENDS = """
+import os, signal, sys
+from t5vae.training.main import exit_code_of
+from t5vae.training.preemption import StopRequest
+
+class Last:
+    def __del__(self, kill=os.kill, pid=os.getpid()):
+        kill(pid, {number})
+
+sys.last = Last()
+StopRequest().install()
+sys.exit(exit_code_of(lambda: {work}))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
+@pytest.mark.parametrize(("work", "code"), [("None", 0), ("sys.exit(75)", 75)])
+def test_a_signal_that_comes_while_python_ends_changes_no_exit_code(number, work, code):
+    program = ENDS.format(number=int(number), work=work)
+    assert subprocess.run([sys.executable, "-c", program]).returncode == code
