@@ -227,9 +227,11 @@ def limits(x_BD: Tensor, y_ND: Tensor) -> dict[str, Callable[[], None]]:
 
         return call
 
+    exact = {"fp32": products(x_BD, y_ND, "highest")}
     if x_BD.device.type == "cpu":
-        return {"fp32": products(x_BD, y_ND, "highest")}
+        return exact
     return {
+        **exact,
         "tf32": products(x_BD, y_ND, "high"),
         "bf16": products(x_BD.bfloat16(), y_ND.bfloat16(), "highest"),
     }

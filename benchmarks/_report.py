@@ -21,13 +21,18 @@ class Target(NamedTuple):
     measured: float
     at_most: bool = False
 
+    @property
+    def is_met(self) -> bool:
+        return self.measured <= self.wanted if self.at_most else self.measured >= self.wanted
+
     def row(self) -> tuple[str, ...]:
-        met = self.measured <= self.wanted if self.at_most else self.measured >= self.wanted
         wanted = f"at {'most' if self.at_most else 'least'} {figure(self.wanted)}"
-        return self.what, wanted, figure(self.measured), "met" if met else "**not met**"
+        return self.what, wanted, figure(self.measured), "met" if self.is_met else "**not met**"
 
 
 def figure(value: float) -> str:
+    if 0 < abs(value) < 0.001:
+        return f"{value:.1e}"
     return f"{value:,.{0 if value >= 100 else 1 if value >= 10 else 3}f}"
 
 

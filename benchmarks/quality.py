@@ -77,6 +77,8 @@ FIGURES = {
     "participation ratio": "participation_ratio",
 }
 
+CONTROLS = ("trigram", "held out")
+
 ABLATION_COLUMNS = (
     *("exact match", "valid, N(0, I)", "unique", "novel", "valid, fitted Gaussian"),
     *("interpolation: valid", "similarity at z + eps/2", "participation ratio", "MMD² to N(0, I)"),
@@ -254,12 +256,8 @@ def cell(report: dict[str, Any], name: str) -> str:
     return f"{value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
-def contest(bench: Bench, minutes: float) -> str:
-    runs = {
-        name: bench.train(name, *changes, ranks=bench.place.ranks, minutes=minutes)
-        for name, changes in contenders().items()
-    }
-    reports = {name: read_report(run) for name, run in runs.items()}
+def figure_rows(reports: dict[str, dict[str, Any]]) -> list[tuple[str, ...]]:
+    """A row of each figure and the score: the reports', then the controls of "ours"."""
     controls = reports["ours"]["controls"]
     rows = []
     for title, name in FIGURES.items():
@@ -271,8 +269,18 @@ def contest(bench: Bench, minutes: float) -> str:
                 *("" if value is None else f"{value:.3f}" for value in beside),
             )
         )
+    scores = (f"**{score(report):.3f}**" for report in reports.values())
+    return [*rows, ("**score**", *scores, "", "")]
+
+
+def contest(bench: Bench, minutes: float) -> str:
+    runs = {
+        name: bench.train(name, *changes, ranks=bench.place.ranks, minutes=minutes)
+        for name, changes in contenders().items()
+    }
+    reports = {name: read_report(run) for name, run in runs.items()}
+    rows = figure_rows(reports)
     scores = {name: score(report) for name, report in reports.items()}
-    rows.append(("**score**", *(f"**{value:.3f}**" for value in scores.values()), "", ""))
     lines = {name: read_metrics(run) for name, run in runs.items()}
     rows.append(("steps", *(f"{found[-1]['step']:,}" for found in lines.values()), "", ""))
     trained = [(found[-1]["time"] - found[0]["time"]) / 60 for found in lines.values()]
@@ -286,7 +294,7 @@ def contest(bench: Bench, minutes: float) -> str:
         t5=f"width {t5.d_model}, {t5.num_layers} + {t5.num_layers} layers",
         batch=config.data.global_batch_size,
     )
-    header = ("", *reports, "trigram", "held out")
+    header = ("", *reports, *CONTROLS)
     met = target_table(targets(reports["ours"], scores, bench.place))
     return f"{text}{table(header, rows)}\n{met}"
 

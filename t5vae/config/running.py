@@ -85,6 +85,9 @@ class Train(Section):
     """A cross-entropy or gradient norm this many times its running mean is a spike; 0 for none."""
     timeout: int = Field(default=600, ge=1)
     """Seconds after which a rank that waits for others gives up, and the run ends."""
+    deterministic: bool = False
+    """Only algorithms that sum in the same order every time: a run that is resumed, or repeated,
+    then gives the same bits on an accelerator too, somewhat slower."""
     profile: tuple[int, int] | None = None
     """First and last step, from 1, of a profile: [10, 12]; null for none."""
 

@@ -139,7 +139,7 @@ def _trial(
         save = _save_seconds(engine, config)
     finally:
         stream.close()
-        _take_apart(engine)
+        take_apart(engine)
     return Pace(*all_max(start, step, evaluation, save, device=device))
 
 
@@ -179,7 +179,7 @@ def _save_seconds(engine: Any, config: Config) -> float:
     return seconds
 
 
-def _take_apart(engine: Any) -> None:
+def take_apart(engine: Any) -> None:
     """Part an engine from its weights: at stage 3 caches of DeepSpeed's keep layers for ever."""
     from deepspeed.runtime.zero import parameter_offload
 

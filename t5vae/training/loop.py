@@ -37,7 +37,7 @@ from t5vae.training.precision import settle
 from t5vae.training.preemption import StopRequest, queue_again
 from t5vae.training.probe import Findings, Probe
 from t5vae.training.profiling import Profiler, phase
-from t5vae.training.randomness import seed_everything
+from t5vae.training.randomness import be_deterministic, seed_everything
 from t5vae.training.resuming import resume
 from t5vae.training.runlog import RunLog, log_libraries_to, quiet_start
 from t5vae.training.saving import Saved, Saver
@@ -71,6 +71,8 @@ def run(config: Config, ranks: Ranks, stop: StopRequest) -> None:
     setup.make_folder(folder / "logs")
     log_file = folder / "logs" / f"rank-{ranks.rank:05d}.log"
     with quiet_start(log_file):
+        if config.train.deterministic:
+            be_deterministic()
         device = start_process_group(
             ranks,
             config.train.timeout,

@@ -1,7 +1,11 @@
-"""The generators that no key of ours replaces: of weights and dropout."""
+"""What would make two runs differ: the generators that no key of ours replaces, the order of sums.
+
+The generators are those of weights and dropout.
+"""
 
 import contextlib
 import json
+import os
 import random
 from collections.abc import Iterator
 
@@ -15,6 +19,16 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def be_deterministic() -> None:
+    """Let torch choose only algorithms that give the same bits every time, or raise RuntimeError.
+
+    To be called before anything is multiplied: cuBLAS reads its variable once.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing of it is read
 
 
 def random_state() -> tuple[dict[str, Tensor], str]:

@@ -103,11 +103,18 @@ class Errors(NamedTuple):
     gradient: float
 
 
-def measure(case: Case, implementation: str) -> Errors:
-    z_ND = draw(case).to(case.dtype).requires_grad_()
+@cache
+def right(case: Case) -> tuple[reference.Terms, Tensor]:
+    return exact(draw(case), case.options)
+
+
+def measure(case: Case, implementation: str, device: str = "cpu") -> Errors:
+    z_ND = draw(case).to(device, case.dtype).requires_grad_()
     value = mmd(z_ND, **case.options, implementation=implementation)
-    (gradient_ND,) = torch.autograd.grad(value, z_ND)
-    terms, right_ND = exact(z_ND.detach(), case.options)
+    scale = 2.0**16 if case.dtype == torch.float16 else 1.0  # as losses are, in training
+    (scaled_ND,) = torch.autograd.grad(scale * value, z_ND)
+    gradient_ND = scaled_ND.cpu().float() / scale
+    terms, right_ND = right(case)
     floor = usual_norm(case.kernel, case.prior, case.estimator, case.dimensions, case.count)
     return Errors(
         abs(value.item() - terms.value.item()) / terms.magnitude,
@@ -115,11 +122,17 @@ def measure(case: Case, implementation: str) -> Errors:
     )
 
 
-def check(errors: Errors, case: Case) -> None:
+def bounds(case: Case) -> Errors:
+    """The most that they may be."""
     flat = case.kernel == "legacy" and case.dimensions == 1000
     half = case.dtype != torch.float32
-    assert errors.value <= (1e-5 if flat else 1e-6)
-    assert errors.gradient <= (1e-2 if half else 1e-4 if flat else 1e-5)
+    return Errors(1e-5 if flat else 1e-6, 1e-2 if half else 1e-4 if flat else 1e-5)
+
+
+def check(errors: Errors, case: Case) -> None:
+    most = bounds(case)
+    assert errors.value <= most.value
+    assert errors.gradient <= most.gradient
 
 
 @pytest.mark.parametrize("case", BLOCKED, ids=str)

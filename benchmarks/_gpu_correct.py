@@ -1,0 +1,376 @@
+"""Sections of `gpu.py` that say whether what a GPU computes is right; none of them is timed.
+
+Cases and formulas are those of the tests.
+"""
+
+import gc
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from _gpu_worker import QUICKSTART, ROOT, T5_SMALL, TOY, Bench, Part
+from _report import Target, figure, table
+from torch import Tensor
+
+from t5vae.config import Config, load_config
+from t5vae.model import T5VAE
+from t5vae.training.budget import take_apart
+from t5vae.training.build import build_model, fetch, is_installed, open_stream
+from t5vae.training.distributed import Ranks, all_sum, start_process_group
+from t5vae.training.engine import build_engine, schedule, set_learning_rate, sharded
+from t5vae.training.losses import Step, micro_step, real_tokens
+from t5vae.training.plan import plan
+from tests.model.test_execution import fused_and_plain, make_model, sequences
+from tests.objective import test_epps_pulley, test_table
+from tests.objective.test_table import Case, Errors
+
+# MMD
+
+ROUNDED = Errors(1e-4, 1e-2)
+"""The most that factors of 11 bits may cost."""
+
+MMD = """\
+Cases of `tests/objective/test_table.py`: four kernels, three priors, both estimators, D of 1 to \
+1,000, {counts} codes. An error of the value is a share of the summed magnitude of its terms, one \
+of the gradient a share of its norm in fp64; degenerate are codes that are all zero, equal, \
+collapsed, huge or far apart. Beyond are cases above 1e-6 and 1e-5 (1e-2 where codes have 16 \
+bits; 1e-4 and 1e-2 where the products' factors are rounded to 11).
+
+"""
+
+
+@dataclass(frozen=True)
+class Way:
+    """How MMD is computed."""
+
+    title: str
+    implementation: str
+    dtype: torch.dtype = torch.float32
+    rounded: bool = False
+    promised: bool = True
+    """Cases beyond the bounds are a fault."""
+
+
+WAYS = (
+    Way("blocked, fp32", "blocked"),
+    Way("blocked, bf16 codes", "blocked", torch.bfloat16),
+    Way("blocked, fp16 codes", "blocked", torch.float16),
+    Way("blocked, products in tf32", "blocked", rounded=True, promised=False),
+    Way("Triton, fp16 factors", "triton", rounded=True),
+    Way("Triton, bf16 codes", "triton", torch.bfloat16, rounded=True),
+    Way("Triton, fp16 codes", "triton", torch.float16, rounded=True),
+)
+
+
+def errors(bench: Bench) -> Iterator[Part]:
+    """The MMD table."""
+    cases = test_table.BLOCKED
+    if bench.smoke:
+        cases = [case for case in cases if case.count <= 70 and case.dimensions <= 64][::4]
+    counts = sorted({case.count for case in cases})
+    text = MMD.format(counts=", ".join(map(str, counts)))
+    rows, targets = [], []
+    for way in WAYS:
+        if not bench.on_gpu and way.implementation == "triton":
+            continue
+        if bench.left < 0:
+            text += f"Without {way.title} and what would follow: the time was over.\n\n"
+            break
+        found = {case: test_table.measure(*case, bench.device) for case in with_codes(cases, way)}
+        beyond = [case for case, error in found.items() if is_beyond(error, case[0], way)]
+        rows.append((way.title, str(len(found)), *worst(found), f"{len(beyond)}"))
+        for case, _ in beyond[:3]:
+            print(f"beyond its bounds, {way.title}: {case}", flush=True)
+        if way.promised:
+            targets.append(Target(f"MMD, {way.title}: cases beyond", 0, len(beyond), at_most=True))
+    header = ("", "cases", "value", "gradient", "value, degenerate", "gradient, degenerate")
+    yield Part("table", text + table((*header, "beyond"), rows), tuple(targets))
+
+
+def with_codes(cases: list[Case], way: Way) -> Iterator[tuple[Case, str]]:
+    """The cases in a way's precision, a quarter of them in 16 bits, and its implementation."""
+    if way.dtype != torch.float32:
+        cases = cases[::4]
+    own = dict.fromkeys(case._replace(dtype=way.dtype) for case in cases)
+    with matmul_precision("high" if way.title.endswith("tf32") else "highest"):
+        for case in own:
+            yield case, way.implementation
+
+
+@contextmanager
+def matmul_precision(name: str) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def is_beyond(error: Errors, case: Case, way: Way) -> bool:
+    most = ROUNDED if way.rounded else test_table.bounds(case)
+    return not (error.value <= most.value and error.gradient <= most.gradient)
+
+
+def worst(found: dict[tuple[Case, str], Errors]) -> Iterator[str]:
+    """The largest error of the value and of the gradient, of usual codes and of degenerate ones."""
+    usual = [error for (case, _), error in found.items() if case.codes in ("usual", "prior")]
+    others = [error for (case, _), error in found.items() if case.codes not in ("usual", "prior")]
+    for group in (usual, others):
+        for values in zip(*group, strict=True) if group else ((), ()):
+            yield f"{max(values):.1e}" if values else ""
+
+
+# The other losses
+
+EPPS_PULLEY = """\
+Epps-Pulley, 256 slices and the axes, of 512 codes of 64 numbers, beside the formula in fp64.
+
+"""
+CROSS_ENTROPY = """\
+Liger's fused linear cross-entropy beside the plain one in the same precision, {vocabulary:,} \
+tokens, width 512; the gradient is the worst parameter's; memory, the fused one's over the plain \
+one's.
+
+"""
+
+
+def losses(bench: Bench) -> Iterator[Part]:
+    """Epps-Pulley against its formula, and the fused cross-entropy against the plain one."""
+    rows, targets = [], []
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        z_ND = test_epps_pulley.codes(64 if bench.smoke else 512, 64).to(dtype).float()
+        given = {"slices": 256, "generator_seed": 3}
+        value, gradient = test_epps_pulley.computed(z_ND.to(bench.device, dtype), **given)
+        right, right_ND = test_epps_pulley.reference(
+            z_ND, test_epps_pulley.directions(64, 256, True, 3)
+        )
+        off = abs(value.item() - right.item())
+        error = ((gradient.cpu().double() - right_ND).norm() / right_ND.norm()).item()
+        name = str(dtype).removeprefix("torch.")
+        rows.append((name, f"{off:.1e}", f"{error:.1e}"))
+        most = 1e-5 if dtype == torch.float32 else 1e-2
+        targets.append(Target(f"Epps-Pulley, {name}: the gradient", most, error, at_most=True))
+    header = ("codes", "the value is off by", "the gradient by, of its norm")
+    yield Part("Epps-Pulley", EPPS_PULLEY + table(header, rows), tuple(targets))
+    if bench.on_gpu and is_installed("liger-kernel"):
+        yield cross_entropy()
+
+
+def cross_entropy() -> Part:
+    rows, targets, vocabulary = [], [], 32_128
+    for dtype in (torch.float32, torch.bfloat16):
+        wide = {"d_model": 512, "d_kv": 64, "d_ff": 1024, "num_heads": 8}
+        model = make_model(vocabulary=vocabulary, **wide).to("cuda", dtype)
+        ids_BT = sequences([34, 5, 17, 30] * 64, vocabulary).cuda()
+        found = fused_and_plain(model, ids_BT, ignored=True)
+        peaks = [peak_of(model, ids_BT, fused) for fused in (False, True)]
+        name = str(dtype).removeprefix("torch.")
+        off = abs(found.fused_loss / found.loss - 1)
+        memory = f"{peaks[1] / peaks[0]:.2f}"
+        rows.append((name, f"{off:.1e}", f"{found.gradient:.1e}", memory))
+        most = 1e-5 if dtype == torch.float32 else 5e-2
+        what = f"fused cross-entropy, {name}: the gradient"
+        targets.append(Target(what, most, found.gradient, at_most=True))
+    header = (
+        "",
+        "the loss is off by",
+        "the gradient by, of its norm",
+        "peak memory over the plain",
+    )
+    text = CROSS_ENTROPY.format(vocabulary=vocabulary) + table(header, rows)
+    return Part("cross-entropy", text, tuple(targets))
+
+
+def peak_of(model: T5VAE, ids_BT: Tensor, fused: bool) -> int:
+    """Bytes that a forward and backward pass needs more than there were before."""
+    model.fused_cross_entropy = fused
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    model(ids_BT, mode="score").loss.backward()
+    return torch.cuda.max_memory_allocated() - before
+
+
+# Engines
+
+COMBINATIONS = (
+    (1, "muon", "bf16"),
+    (0, "adamw", "fp32"),
+    (2, "adamw", "bf16"),
+    (0, "muon", "fp16"),
+    (1, "adamw", "fp16"),
+    (2, "muon", "fp32"),
+    (3, "muon", "bf16"),
+    (3, "adamw", "fp32"),
+)
+"""All pairs of stage and optimiser, and of optimiser and precision; two precisions a stage."""
+REFERENCE = "0, adamw, fp32"
+COUNTED = 5
+
+ENGINES = """\
+`configs/quickstart.yaml` with a T5 of width {t5.d_model}, {t5.num_layers} + {t5.num_layers} \
+layers, {config.data.global_batch_size} lines a step, on one rank, {steps} steps each, one engine \
+after another in one process. All begin with the same weights. Planned is `t5vae plan`'s peak; \
+measured, what torch held at most above what it held before. Reads are those at which the device \
+makes the host wait, of the last {counted} steps (`torch.cuda.set_sync_debug_mode`), optimiser \
+included.
+
+"""
+READS = """\
+Where they are, stage 1, Muon, bf16, reads a step:
+
+"""
+
+
+@dataclass
+class Trained:
+    """What an engine did.
+
+    Attributes:
+        peak: bytes; 0 on a CPU.
+        reads: by place, over the last steps.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    skipped: int = 0
+    peak: int = 0
+    reads: Counter[str] = field(default_factory=Counter)
+
+
+def engines(bench: Bench) -> Iterator[Part]:
+    """Twenty steps of each combination."""
+    configs = {
+        ", ".join(map(str, each)): engine_config(bench, *each)
+        for each in COMBINATIONS
+        if bench.on_gpu or "fp16" not in each
+    }
+    # Before any engine: what is made after one of stage 3 has its weights dealt out too.
+    peaks = {
+        title: plan(config, nodes=1, gpus_per_node=1).memory.peak
+        for title, config in configs.items()
+    }
+    device = start_process_group(Ranks(0, 1, 0, 1, "127.0.0.1", 0))
+    found: dict[str, Trained] = {}
+    for title, config in configs.items():
+        if bench.left < 0:
+            break
+        found[title] = train(config, bench, device)
+        yield engine_table(configs, peaks, found)
+        if len(found) == 1:
+            reads = found[title].reads.most_common()
+            places = [(place, f"{count / COUNTED:.1f}") for place, count in reads]
+            yield Part("reads", READS + table(("place", "reads a step"), places))
+
+
+def engine_table(
+    configs: dict[str, Config], peaks: dict[str, int], found: dict[str, Trained]
+) -> Part:
+    """What the engines did so far, beside their planned peaks."""
+    config = next(iter(configs.values()))
+    text = ENGINES.format(
+        config=config, t5=config.model.t5, steps=config.train.steps, counted=COUNTED
+    )
+    if left_out := configs.keys() - found.keys():
+        text += f"{len(left_out)} more were left out: the time was over.\n\n"
+    rows, targets, over = [], [], []
+    for title, trained in found.items():
+        measured = ("", "")
+        if trained.peak:
+            over.append(peaks[title] / trained.peak)
+            measured = figure(trained.peak / 2**20), f"{over[-1]:.2f}"
+        first, *_, last = trained.losses
+        losses = (f"{first:.4f}", f"{last:.4f}", str(trained.skipped))
+        reads = f"{trained.reads.total() / COUNTED:.1f}"
+        rows.append((title, *losses, figure(peaks[title] / 2**20), *measured, reads))
+        what = f"engine {title}: the last loss over the first"
+        targets.append(Target(what, 0.98, last / first, at_most=True))
+    if REFERENCE in found:
+        right = found[REFERENCE].losses[0]
+        off = max(abs(trained.losses[0] / right - 1) for trained in found.values())
+        what = "engines: how far a first loss is from that in fp32, of it"
+        targets.append(Target(what, 0.02, off, at_most=True))
+    if over:
+        targets.append(Target("engines: planned over measured memory, the least", 1, min(over)))
+    header = ("stage, optimiser, precision", "first loss", "last loss", "steps skipped")
+    memory = ("planned, MiB", "measured, MiB", "planned over measured", "reads a step")
+    return Part("table", text + table((*header, *memory), rows), tuple(targets))
+
+
+def engine_config(bench: Bench, stage: int, optimizer: str, precision: str) -> Config:
+    return load_config(
+        QUICKSTART,
+        [
+            *(TOY if bench.smoke else T5_SMALL),
+            f"data.shards={bench.lines}",
+            f"data.global_batch_size={32 if bench.smoke else 256}",
+            f"run.output_dir={bench.scratch / 'run'}",
+            f"train.steps={10 if bench.smoke else 20}",
+            f"train.precision={precision}",
+            f"deepspeed.zero_stage={stage}",
+            f"optim.name={optimizer}",
+            "optim.muon_precision=fp32",
+            "optim.warmup=0",
+        ],
+    )
+
+
+def train(config: Config, bench: Bench, device: torch.device) -> Trained:
+    """Steps as the training loop takes them, logging and saving apart."""
+    found = Trained()
+    gc.collect()
+    if bench.on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        found.peak = -torch.cuda.memory_allocated()
+    dataset, steps = config.data.open(), config.train.steps
+    with sharded(config, 1):
+        model = build_model(config, dataset, device)
+    engine = build_engine(model, config, 1)
+    with open_stream(config, dataset, 0, 1, device) as stream:
+        for number in range(steps):
+            position = stream.consumed
+            (batch,), _ = fetch(stream, 1)
+            set_learning_rate(engine, schedule(number, steps, config.optim))
+            counting = number >= steps - COUNTED
+            with host_reads(found.reads if counting and bench.on_gpu else None):
+                (tokens,) = all_sum(real_tokens(batch), device=device)
+                shared = Step(number + 1, position, tokens, config.objective.mmd.weight, 1)
+                losses = micro_step(engine, batch, 0, shared, config, device)
+                engine.step()
+            found.losses.append(losses.nll / tokens + shared.mmd_weight * losses.mmd)
+            found.skipped += not engine.was_step_applied()
+    if bench.on_gpu:
+        found.peak += torch.cuda.max_memory_allocated()
+    take_apart(engine)
+    return found
+
+
+@contextmanager
+def host_reads(found: Counter[str] | None) -> Iterator[None]:
+    """Count where the host waits for a CUDA device, by file and line; None counts nothing."""
+    if found is None:
+        yield
+        return
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    found.update(place_of(w) for w in told if "synchronizing CUDA operation" in str(w.message))
+
+
+def place_of(warning: warnings.WarningMessage) -> str:
+    """Its file, below the root or the packages' folder, and line."""
+    path = Path(warning.filename)
+    parts = path.parts
+    for root in ("site-packages", "site", ROOT.name):
+        if root in parts:
+            path = Path(*parts[len(parts) - parts[::-1].index(root) :])
+            break
+    return f"{path}:{warning.lineno}"

@@ -1,0 +1,258 @@
+"""Sections of `gpu.py` that time what surrounds training: MMD, and encoding and decoding.
+
+Shapes: N codes, D latent size.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from statistics import mean, median
+from typing import Any
+
+import _latent_work as ways
+import torch
+from _gpu_worker import QUICKSTART, T5_SMALL, TOY, Bench, Part
+from _mmd_peers import (
+    COMPILED_ROWS,
+    CONTENDERS,
+    Contender,
+    Peak,
+    Timed,
+    block,
+    check,
+    inputs,
+    with_gradient,
+)
+from _mmd_peers import limits as two_products
+from _model_work import Place
+from _report import Target, figure, table
+from torch import Tensor
+
+from t5vae.config import load_config
+from t5vae.latent import LatentSpace
+from t5vae.model import T5VAE
+from t5vae.training.build import is_installed, model_config
+
+TURNS = 7
+
+# MMD
+
+SIZES = ((4096, 256), (32768, 256), (512, 128), (4096, 1000))
+PRECISION = {"triton": "bf16", "triton_imq": "bf16"}
+"""Of a contender's products, where it is not fp32."""
+NAMES = ("multi_rbf", "imq", "triton", "triton_imq", "gemm", "geomloss", "gemm_compiled")
+OF_CUBLAS, OF_BLOCKED = 1.7, 1.3
+
+PRODUCTS = """\
+Forward and backward, over two products of 4 N² D operations in all by cuBLAS in that precision, \
+into buffers that are there; medians of up to {turns} turns, each of which times all. Triton's \
+products have factors of fp16, at the rate of bf16.
+
+"""
+
+
+@dataclass
+class Found:
+    """Of a contender at a size: seconds, and ratios to two products by precision, turn by turn."""
+
+    seconds: list[float] = field(default_factory=list)
+    ratios: dict[str, list[float]] = field(default_factory=dict)
+    bytes: int = 0
+
+
+def products(bench: Bench) -> Iterator[Part]:
+    """MMD beside cuBLAS and its peers."""
+    sizes = ((64, 16),) if bench.smoke else SIZES
+    targets: list[Target] = []
+    gains = []
+    for number, (N, D) in enumerate(sizes):
+        seconds = bench.left / (len(sizes) - number)
+        found = compare(bench, N, D, NAMES, time.time() + seconds)
+        head = PRODUCTS.format(turns=TURNS) if number == 0 else ""
+        yield Part(f"{N} {D}", head + product_table(f"N = {N:,}, D = {D:,}", found))
+        for name, own in found.items():
+            blocked = found["imq" if name.endswith("imq") else "multi_rbf"]
+            if name in PRECISION:
+                gains.append(median(blocked.seconds) / median(own.seconds))
+            if N >= 4096 and D <= 256 and (name in PRECISION or own is blocked):
+                precision = PRECISION.get(name, "fp32")
+                what = f"{CONTENDERS[name].title}, N = {N:,}: over two products in {precision}"
+                ratio = median(own.ratios[precision])
+                targets.append(Target(what, OF_CUBLAS, ratio, at_most=True))
+    if gains:
+        what = "Triton: times as fast as blocked, at the best size"
+        targets.append(Target(what, OF_BLOCKED, max(gains)))
+        what = "Triton: times as fast as blocked, at the worst size"
+        targets.append(Target(what, 1, min(gains)))
+    yield Part("targets", "", tuple(targets))
+
+
+def can_run(name: str, bench: Bench) -> bool:
+    on_device = "triton" not in name or (bench.on_gpu and is_installed("triton"))
+    return on_device and all(map(is_installed, CONTENDERS[name].packages))
+
+
+def compare(bench: Bench, N: int, D: int, names: tuple[str, ...], end: float) -> dict[str, Found]:
+    """Turns of all that can run here, until that time at most; one of each at least."""
+    draw = torch.Generator().manual_seed(0)
+    z_ND, p_ND = torch.randn(2, N, D, generator=draw).to(bench.device)
+    device = z_ND.device
+    limits = {name: Timed(call, device) for name, call in two_products(z_ND, z_ND).items()}
+    calls: dict[str, Timed] = {}
+    found: dict[str, Found] = {}
+    for name in names:
+        if can_run(name, bench) and (name != "gemm_compiled" or time.time() < end):
+            call = prepared(CONTENDERS[name], z_ND, p_ND)
+            found[name] = Found(bytes=peak_of(call, device))
+            calls[name] = Timed(call, device)
+    for turn in range(TURNS + 1):
+        least = {name: limit.seconds() for name, limit in limits.items()}
+        for name, call in calls.items():
+            seconds = call.seconds()
+            if turn:
+                found[name].seconds.append(seconds)
+                for precision, limit in least.items():
+                    found[name].ratios.setdefault(precision, []).append(seconds / limit)
+        if turn and time.time() > end:
+            break
+    return found
+
+
+def prepared(contender: Contender, z_ND: Tensor, p_ND: Tensor) -> Callable[[], object]:
+    """Its forward and backward pass, after a check of what it computes on some rows."""
+    loss = contender.loss
+    if contender.compiled:
+        loss = torch.compile(loss, dynamic=False)
+    rows = min(len(z_ND), COMPILED_ROWS if contender.compiled else 256)
+    check(contender, loss, *inputs(contender, z_ND[:rows], p_ND[:rows]), torch.get_num_threads())
+    z_BD, other = inputs(contender, z_ND, p_ND)
+    trained_BD = z_BD.clone().requires_grad_()
+    return lambda: with_gradient(loss, trained_BD, other)
+
+
+def peak_of(call: Callable[[], object], device: torch.device) -> int:
+    call()
+    peak = Peak(device)
+    call()
+    return peak.extra()
+
+
+def product_table(title: str, found: dict[str, Found]) -> str:
+    precisions = list(next(iter(found.values())).ratios)
+    rows = [
+        (
+            CONTENDERS[name].title,
+            figure(1000 * median(own.seconds)),
+            *(figure(median(own.ratios[precision])) for precision in precisions),
+            figure(own.bytes / 2**20),
+        )
+        for name, own in found.items()
+    ]
+    header = (title, "ms", *(f"over {precision}" for precision in precisions), "MiB")
+    return table(header, rows)
+
+
+# A rank's share
+
+RANKS = 64
+GATHERS = ((65536, 256), (65536, 1024))
+
+GATHER = """\
+What the first of {ranks} ranks does with the codes of all, once they are gathered: its {rows:,} \
+rows against N, multi_rbf and imq, `blocked`, forward and backward, over the two products of its \
+own rows. A gather brings it 4 N (D + 1) bytes.
+
+"""
+
+
+def gather(bench: Bench) -> Iterator[Part]:
+    """MMD of one rank of many, whose gather is over."""
+    sizes = ((256, 16),) if bench.smoke else GATHERS
+    rows = []
+    for N, D in sizes:
+        draw = torch.Generator().manual_seed(0)
+        z_ND = torch.randn(N, D, generator=draw).to(bench.device)
+        b = N // RANKS
+        limit = Timed(two_products(z_ND[:b], z_ND)["fp32"], z_ND.device)
+        for kernel in ("multi_rbf", "imq"):
+            contender = block(kernel, kernel)._replace(ranks=RANKS)
+            timed = Timed(prepared(contender, z_ND, z_ND), z_ND.device)
+            turns = [(timed.seconds(), limit.seconds()) for _ in range(TURNS + 1)][1:]
+            own, least = zip(*turns, strict=True)
+            over = median(a / b for a, b in turns)
+            times = (figure(1000 * median(own)), figure(1000 * median(least)), figure(over))
+            rows.append(
+                (f"{kernel}, N = {N:,}, D = {D:,}", *times, figure(4 * N * (D + 1) / 2**20))
+            )
+    header = ("", "ms", "two products in fp32, ms", "over them", "gathered, MiB")
+    text = GATHER.format(ranks=RANKS, rows=sizes[0][0] // RANKS)
+    yield Part("table", text + table(header, rows))
+
+
+# Encoding and decoding
+
+LINES, PLAIN_LINES, FEW = 100_000, 10_000, 64
+PLAIN, ORIGINAL = "plain, in batches", "the original's way"
+WANTED = {PLAIN: 1.0, ORIGINAL: 50.0}
+OTHERS: dict[str, dict[str, Callable[..., object]]] = {
+    "encode": {PLAIN: ways.encode_plain, ORIGINAL: ways.encode_original},
+    "decode": {PLAIN: ways.decode_plain, ORIGINAL: ways.decode_original},
+}
+
+CODES = """\
+`LatentSpace` of a T5-small with random weights, fp32, batches of {batch}; {lines:,} lines of \
+{tokens:.1f} tokens on average, which decode to {decoded:.1f} of at most {length}: all by ours, \
+{plain:,} by transformers' calls in batches in the given order, {few} by the original's way, one \
+by one and without a cache. Each once, after a few lines.
+
+"""
+
+
+@torch.no_grad()
+def codes(bench: Bench) -> Iterator[Part]:
+    """Encode and decode lines in three ways."""
+    count, plain, few = (64, 32, 4) if bench.smoke else (LINES, PLAIN_LINES, FEW)
+    space, texts = untrained_space(bench, count)
+    place = Place(torch.device(bench.device), torch.float32)
+    ids = space.tokenize(texts)
+    z_ND = space.encode(texts)
+    decoded = space.decode_ids(z_ND[:plain])
+    text = CODES.format(
+        length=space.model.config.sequence_length,
+        batch=space.batch_size,
+        lines=len(texts),
+        tokens=mean(map(len, ids)),
+        decoded=mean(map(len, decoded)),
+        plain=plain,
+        few=few,
+    )
+    rows: list[tuple[str, ...]] = []
+    targets = []
+    for what, others in OTHERS.items():
+        given = texts if what == "encode" else z_ND
+        ours = rate(getattr(space, what), given, place)
+        rows.append((f"{what}: `LatentSpace`", figure(ours), "1"))
+        for way, run in others.items():
+            some = given[: plain if way == PLAIN else few]
+            theirs = rate(lambda some, run=run: run(space, some, place), some, place)
+            rows.append((f"{what}: {way}", figure(theirs), figure(ours / theirs)))
+            targets.append(Target(f"{what}: times as fast as {way}", WANTED[way], ours / theirs))
+        header = ("", "texts a second", "LatentSpace is times as fast")
+        yield Part("table", text + table(header, rows), tuple(targets))
+
+
+def rate(run: Callable[[Any], object], given: Sequence, place: Place) -> float:
+    """Texts a second."""
+    run(given[:FEW])
+    return len(given) / place.seconds(run, given)
+
+
+def untrained_space(bench: Bench, count: int) -> tuple[LatentSpace, list[str]]:
+    """A space, and lines for it."""
+    sizes = TOY if bench.smoke else T5_SMALL
+    config = load_config(QUICKSTART, [*sizes, f"data.shards={bench.lines}"])
+    dataset = config.data.open()
+    torch.manual_seed(0)
+    model = T5VAE(model_config(config, dataset)).eval().to(bench.device)
+    texts = dataset.texts("train", dataset.first("train", count))
+    return LatentSpace(model, dataset.tokenizer()), texts
