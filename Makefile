@@ -13,7 +13,7 @@ BIN := .venv/bin
 FROM ?= x = a - 1
 TO ?= x = a + 10 * 2
 
-.PHONY: setup train test test-fast test-cluster soak cluster-packages cluster-up cluster-down docs lint clean
+.PHONY: setup train test test-fast test-cluster soak cluster-packages cluster-up cluster-down docs lint gpu clean
 
 PIP := $(BIN)/pip install --quiet --no-compile --constraint constraints.txt
 
@@ -85,6 +85,12 @@ cluster-down:
 # The tables of configuration keys in docs/training.md.
 docs: setup
 	$(BIN)/python -m t5vae.config.reference docs/training.md
+
+# Is it right, fast and good on this machine's GPU: tables in runs/gpu, as they come.
+GPU_MINUTES ?= 9
+gpu: setup
+	$(BIN)/python benchmarks/gpu.py --prepare
+	$(BIN)/python benchmarks/gpu.py --minutes $(GPU_MINUTES)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -6,12 +6,13 @@ Shapes: N codes, D latent size.
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from statistics import mean, median
 from typing import Any
 
 import _latent_work as ways
 import torch
-from _gpu_worker import QUICKSTART, T5_SMALL, TOY, Bench, Part
+from _gpu_worker import QUICKSTART, T5_SMALL, TOY, Bench, Part, tried
 from _mmd_peers import (
     COMPILED_ROWS,
     CONTENDERS,
@@ -58,6 +59,7 @@ class Found:
     seconds: list[float] = field(default_factory=list)
     ratios: dict[str, list[float]] = field(default_factory=dict)
     bytes: int = 0
+    failure: str = ""
 
 
 def products(bench: Bench) -> Iterator[Part]:
@@ -72,6 +74,8 @@ def products(bench: Bench) -> Iterator[Part]:
         yield Part(f"{N} {D}", head + product_table(f"N = {N:,}, D = {D:,}", found))
         for name, own in found.items():
             blocked = found["imq" if name.endswith("imq") else "multi_rbf"]
+            if own.failure or blocked.failure:
+                continue
             if name in PRECISION:
                 gains.append(median(blocked.seconds) / median(own.seconds))
             if N >= 4096 and D <= 256 and (name in PRECISION or own is blocked):
@@ -102,9 +106,11 @@ def compare(bench: Bench, N: int, D: int, names: tuple[str, ...], end: float) ->
     found: dict[str, Found] = {}
     for name in names:
         if can_run(name, bench) and (name != "gemm_compiled" or time.time() < end):
-            call = prepared(CONTENDERS[name], z_ND, p_ND)
-            found[name] = Found(bytes=peak_of(call, device))
-            calls[name] = Timed(call, device)
+            call = tried(prepared, CONTENDERS[name], z_ND, p_ND)
+            found[name] = Found(failure=call) if isinstance(call, str) else Found()
+            if not isinstance(call, str):
+                found[name].bytes = peak_of(call, device)
+                calls[name] = Timed(call, device)
     for turn in range(TURNS + 1):
         least = {name: limit.seconds() for name, limit in limits.items()}
         for name, call in calls.items():
@@ -138,9 +144,11 @@ def peak_of(call: Callable[[], object], device: torch.device) -> int:
 
 
 def product_table(title: str, found: dict[str, Found]) -> str:
-    precisions = list(next(iter(found.values())).ratios)
+    precisions = list(dict.fromkeys(chain(*(own.ratios for own in found.values()))))
     rows = [
-        (
+        (CONTENDERS[name].title, own.failure)
+        if own.failure
+        else (
             CONTENDERS[name].title,
             figure(1000 * median(own.seconds)),
             *(figure(median(own.ratios[precision])) for precision in precisions),

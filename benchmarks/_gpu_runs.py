@@ -17,7 +17,7 @@ from t5vae.training.runlog import read_metrics
 
 # Killed and resumed
 
-STEPS, EVERY, KILLED = 160, 50, 60
+STEPS, EVERY, KILLED = 160, 80, 90
 SAME = ("loss", "reconstruction", "mmd", "eval/nats_per_token", "eval/exact_match")
 
 RESUMED = """\

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from _bare_loop import variants, wait
-from _gpu_worker import QUICKSTART, T5_BASE, TOY, Bench, Part
+from _gpu_worker import QUICKSTART, T5_BASE, TOY, Bench, Part, tried
 from _report import Target, figure, table
 
 from shards import Batch
@@ -72,7 +72,7 @@ WAYS = (
 
 @dataclass(frozen=True)
 class Found:
-    """Of one way: seconds a step, and shares; None where they cannot be had."""
+    """Of one way: seconds a step, shares (None where they cannot be had), and bytes at most."""
 
     whole: float
     bare: float
@@ -86,25 +86,23 @@ def step(bench: Bench) -> Iterator[Part]:
     """Each way, whole and bare."""
     # DeepSpeed keeps the groups of its first engine: one process group has to serve all runs.
     dist.destroy_process_group = lambda *_: None
-    ways = WAYS[:2] if bench.smoke else WAYS
-    found: dict[str, Found] = {}
+    ways = WAYS[:1] if bench.smoke else WAYS
+    found: dict[str, Found | str] = {}
     targets: list[Target] = []
     rows = 32 if bench.smoke else 512
-    text = ""
     for way in ways:
         if bench.left < (0 if bench.smoke else 15):
-            text += f"Not timed, since the time was over: {way.title} and what would follow.\n\n"
+            text = f"Not timed, since the time was over: {way.title} and what would follow.\n"
+            yield Part("left out", text)
             break
         settings = way.settings
         if bench.smoke:
             settings = tuple(PLAIN if setting == FUSED else setting for setting in settings)
         config = step_config(bench, rows, settings)
-        own = found[way.title] = measure(config, bench)
-        if way.first:
+        own = found[way.title] = tried(measure, config)
+        if way.first and isinstance(own, Found):
             targets = list(targets_of(way.title, own))
         yield Part("table", page(config, found), tuple(targets))
-    if text:
-        yield Part("left out", text)
 
 
 def step_config(bench: Bench, rows: int, settings: tuple[str, ...]) -> Config:
@@ -124,11 +122,12 @@ def step_config(bench: Bench, rows: int, settings: tuple[str, ...]) -> Config:
     )
 
 
-def measure(config: Config, bench: Bench) -> Found:
+def measure(config: Config) -> Found:
     """The whole loop's metrics and trace, and the bare loop's clock."""
     device = start_process_group(ALONE, compiles=config.model.compile)
     folder = config.run_dir
     shutil.rmtree(folder, ignore_errors=True)
+    before = release(device)
     run(config, ALONE, StopRequest())
     release(device)
     steps = config.train.steps - PROFILED
@@ -143,15 +142,18 @@ def measure(config: Config, bench: Bench) -> Found:
         mfu=median(line["mfu"] for line in timed) if "mfu" in timed[0] else None,
         waits=max(0.0, 1 - busy / whole) if busy else None,
         data_wait=median(line["data_wait"] for line in timed),
-        bytes=timed[-1]["memory_bytes"],
+        bytes=timed[-1]["memory_bytes"] - before,
     )
 
 
-def release(device: torch.device) -> None:
+def release(device: torch.device) -> int:
+    """Forget what is over; the bytes that the device still holds."""
     gc.collect()
-    if device.type != "cpu":
-        torch.accelerator.empty_cache()
-        torch.accelerator.reset_peak_memory_stats(device)
+    if device.type == "cpu":
+        return 0
+    torch.accelerator.empty_cache()
+    torch.accelerator.reset_peak_memory_stats(device)
+    return torch.accelerator.memory_allocated(device)
 
 
 def real_batches(config: Config, device: torch.device) -> list[Batch]:
@@ -201,7 +203,7 @@ def targets_of(title: str, found: Found) -> Iterator[Target]:
         yield Target(f"{title}: the device waits", WAITS, found.waits, at_most=True)
 
 
-def page(config: Config, found: dict[str, Found]) -> str:
+def page(config: Config, found: dict[str, Found | str]) -> str:
     text = STEP.format(
         rows=config.data.global_batch_size,
         precision=config.train.precision,
@@ -211,7 +213,9 @@ def page(config: Config, found: dict[str, Found]) -> str:
         profiled=PROFILED,
     )
     rows = [
-        (
+        (title, own)
+        if isinstance(own, str)
+        else (
             title,
             figure(1000 * own.whole),
             figure(1000 * own.bare),

@@ -16,10 +16,11 @@ import traceback
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple, TypeVar
 
 from _report import Target
 
+T = TypeVar("T")
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 
@@ -84,6 +85,16 @@ class Bench(NamedTuple):
 Section = Callable[[Bench], Iterator[Part]]
 
 
+def tried(run: Callable[..., T], *arguments: Any) -> T | str:
+    """What a call returns, or in one line how it failed; the traceback is in the log."""
+    try:
+        return run(*arguments)
+    except Exception as error:
+        traceback.print_exc()
+        first = (str(error).strip() or "no message").splitlines()[0]
+        return f"{type(error).__name__}: {first}"
+
+
 def device() -> tuple[str, str]:
     """Its kind, and its name."""
     if os.environ.get("DS_ACCELERATOR") == "cpu":
@@ -117,16 +128,14 @@ def pair(section: str) -> tuple[str, str]:
 
 def carry_out(section: Section, bench: Bench, answers: IO[str]) -> None:
     bench.scratch.mkdir(parents=True, exist_ok=True)
-    try:
+
+    def tell() -> None:
         for part in section(bench):
             send(answers, {"part": part})
-        ended = "whole"
-    except Exception as error:
-        traceback.print_exc()
-        first = (str(error).strip() or "no message").splitlines()[0]
-        ended = f"failed: {type(error).__name__}: {first}"
+
+    failure = tried(tell)
     gc.collect()
-    send(answers, {"ended": ended})
+    send(answers, {"ended": f"failed: {failure}" if failure else "whole"})
 
 
 def send(answers: IO[str], answer: dict) -> None:

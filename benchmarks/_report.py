@@ -38,7 +38,8 @@ def figure(value: float) -> str:
 
 def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     rule = ("---", *("---:" for _ in header[1:]))
-    return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *rows)) + "\n"
+    whole = (row + ("",) * (len(header) - len(row)) for row in rows)
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, rule, *whole)) + "\n"
 
 
 def target_table(targets: Iterable[Target]) -> str:

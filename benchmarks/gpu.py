@@ -21,16 +21,12 @@ import tempfile
 import threading
 import time
 from contextlib import suppress
-from itertools import chain
 from pathlib import Path
 from queue import Empty, Queue
 from typing import IO, Any, NamedTuple
 
 from _data import generated_lines, write_lines
 from _report import Target, installed, machine, target_table
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # `shards` is the package, not the script
-from shards import build
 
 ROOT = Path(__file__).parents[1]
 WORKER = Path(__file__).with_name("_gpu_worker.py")
@@ -63,12 +59,19 @@ STAGES: dict[str, tuple[tuple[str, ...], ...]] = {
     "Good": (("quality",),),
 }
 """In this order; a stage's lanes run side by side, so nothing is timed where there are two."""
+SMOKE = {
+    "All": (
+        ("errors", "losses", "products", "step", "codes", "gather", "quality", "engines"),
+        ("resumed",),
+    ),
+}
+"""At toy size nothing is timed, and what costs most is to import. After its engines of stage 3 a
+process makes no others."""
 
 HEAD = """\
 # On a GPU
 
-Printed by `python benchmarks/gpu.py` on {device}: {machine} "Planned", "wanted" and limits are \
-explained where they stand.
+Printed by `python benchmarks/gpu.py` on {device}: {machine}
 
 """
 
@@ -177,12 +180,9 @@ class Call:
 
     def run(self, only: list[str], end: float) -> None:
         """Carry out these sections until that time."""
-        chosen = [
-            [tuple(n for n in lane if n in only) for lane in lanes] for lanes in STAGES.values()
-        ]
+        plan = SMOKE if self.order["smoke"] else STAGES
+        chosen = [[tuple(n for n in lane if n in only) for lane in each] for each in plan.values()]
         stages = [kept for lanes in chosen if (kept := [lane for lane in lanes if lane])]
-        if self.order["smoke"]:  # at toy size nothing is timed
-            stages = [list(chain(*stages))]
         try:
             ahead = self._start(stages[0])
             for number, lanes in enumerate(stages):
@@ -247,6 +247,9 @@ def share(end: float, seconds: list[float]) -> float:
 
 def prepare(data: Path, smoke: bool) -> None:
     """Build the shards that the sections need, unless they are there."""
+    sys.path.insert(0, str(ROOT))  # `shards` is the package, not the script
+    from shards import build  # needs packages that reading does not
+
     source, form, pieces = None, "python", 4096
     data.mkdir(parents=True, exist_ok=True)
     if smoke:
@@ -260,7 +263,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--minutes", type=float, default=9, help="all of it, start-up included")
     parser.add_argument("--only", default=",".join(SECTIONS), help="some of %(default)s")
-    parser.add_argument("--data", type=Path, default=ROOT / "data" / "gpu", help="of --prepare")
+    parser.add_argument("--data", type=Path, help="of --prepare; default data/gpu")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu", help="for the tables")
     parser.add_argument("--prepare", action="store_true", help="build what is needed, and end")
     parser.add_argument("--smoke", action="store_true", help="at toy size, on the CPU")
@@ -270,21 +273,22 @@ def main() -> int:
         parser.error(f"--only {','.join(sorted(unknown))}: choose from {','.join(SECTIONS)}")
     if not args.minutes > 0:
         parser.error(f"--minutes {args.minutes:g}: give more than 0")
+    data = args.data or (args.out / "data" if args.smoke else ROOT / "data" / "gpu")
+    there = (data / "short-lines" / "index.json").is_file()
+    if args.prepare or (args.smoke and not there):
+        prepare(data, args.smoke)
+    elif not there:
+        parser.error(f"nothing is prepared in {data}: use --prepare --data {data}")
     if args.prepare:
-        prepare(args.data, args.smoke)
         return 0
-    args.out.mkdir(parents=True, exist_ok=True)
     if args.smoke:
         os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
-        args.data = args.out / "data"
-        prepare(args.data, smoke=True)
-    elif not (args.data / "short-lines" / "index.json").is_file():
-        parser.error(f"nothing is prepared in {args.data}: use --prepare --data {args.data}")
+    args.out.mkdir(parents=True, exist_ok=True)
     board = Board(args.out)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    end = time.time() + 60 * args.minutes
+    end = time.time() + 60 * args.minutes - GRACE
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
-        Call(args.data, Path(scratch), args.smoke, board).run(args.only, end)
+        Call(data, Path(scratch), args.smoke, board).run(args.only, end)
     print(f"\n{args.out / 'gpu.md'}")
     if board.failed:
         print(f"failed: {', '.join(board.failed)}; see {args.out}/*.log", file=sys.stderr)

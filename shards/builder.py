@@ -24,7 +24,8 @@ from shards.index import Index, open_index
 from shards.order import CHUNK
 from shards.pack import write_splits
 from shards.progress import say, stage
-from shards.spool import Spool, fsync, open_spool
+from shards.records import fsync
+from shards.spool import Spool, open_spool
 from shards.stages import EQUAL_PIECES, Cut, Read, Tokenize, group_files, in_valid
 from shards.tokenizers import (
     TokenEncoder,

@@ -1,8 +1,9 @@
-"""Small files of text: written whole or not at all, and read as lines of JSON."""
+"""Files written whole or not at all, and small ones of text, read as lines of JSON."""
 
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,24 @@ def write_whole(path: Path, text: str) -> None:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def written(path: Path) -> Iterator[Path]:
+    """A name to write a file under, which then appears at `path` whole and on disk."""
+    temporary = path.with_name(f"{path.name}.part")
+    yield temporary
+    fsync(temporary)
+    os.replace(temporary, path)
+
+
+def fsync(path: Path) -> None:
+    """Wait until a file or folder is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_records(path: Path, records: list[dict[str, Any]]) -> None:

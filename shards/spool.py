@@ -7,10 +7,8 @@ a range of keys, a bucket, can be worked on apart from the others.
 A run is an Arrow file of one record batch with the columns key and hash, uint64, and item.
 """
 
-import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +19,7 @@ import pyarrow.compute as pc
 import xxhash
 
 from shards.order import key_state, splitmix64
+from shards.records import written
 
 RUN_BYTES = 64 * 2**20  # of items held in memory until they are written as a run
 BUCKET_BYTES = 16 * 2**20
@@ -143,24 +142,6 @@ def open_spool(folder: Path, groups: Sequence[Mapping[str, int]], kind: str, ded
     ]
     items, size = (sum(counts[what] for counts in groups) for what in ("items", "bytes"))
     return Spool(runs, kind, dedupe, items, max(FEWEST_BUCKETS, -(-size // BUCKET_BYTES)))
-
-
-@contextmanager
-def written(path: Path) -> Iterator[Path]:
-    """A name to write a file under, which then appears at `path` whole and on disk."""
-    temporary = path.with_name(f"{path.name}.part")
-    yield temporary
-    fsync(temporary)
-    os.replace(temporary, path)
-
-
-def fsync(path: Path) -> None:
-    """Wait until a file or folder is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _run_path(folder: Path, group: int, run: int) -> Path:

@@ -12,7 +12,8 @@ import pyarrow.compute as pc
 
 from shards.corpora import File, Reading
 from shards.progress import Advance
-from shards.spool import FEWEST_BUCKETS, Spool, SpoolWriter, written
+from shards.records import written
+from shards.spool import FEWEST_BUCKETS, Spool, SpoolWriter
 from shards.workers import Counts, Job
 
 if TYPE_CHECKING:

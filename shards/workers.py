@@ -17,7 +17,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, ClassVar
 
 from shards.progress import Advance, Unit, stage
-from shards.spool import written
+from shards.records import written
 
 Counts = dict[str, Any]
 TICK = 0.2  # seconds between looks at the workers' progress
