@@ -23,6 +23,8 @@ from _report import Target
 T = TypeVar("T")
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
+TESTS = [str(ROOT / "tests" / folder) for folder in ("objective", "model")]
+"""Folders of modules with cases and formulas; an installed package may be called `tests` too."""
 
 
 def t5(**sizes: int) -> tuple[str, ...]:
@@ -107,7 +109,7 @@ def device() -> tuple[str, str]:
 
 
 def main(modules: list[str]) -> None:
-    sys.path.insert(0, str(ROOT))  # `shards` is the package, not the script
+    sys.path[:0] = [str(ROOT), *TESTS]  # `shards` is the package, not the script
     with os.fdopen(os.dup(1), "w") as answers:
         os.dup2(2, 1)  # what libraries print belongs in the log
         sections = {name: vars(import_module(module)) for name, module in map(pair, modules)}

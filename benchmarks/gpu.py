@@ -30,7 +30,7 @@ from _report import Target, installed, machine, target_table
 
 ROOT = Path(__file__).parents[1]
 WORKER = Path(__file__).with_name("_gpu_worker.py")
-PACKAGES = ("torch", "triton", "transformers", "deepspeed", "liger-kernel")
+PACKAGES = ("torch", "triton", "transformers", "deepspeed", "liger_kernel")
 GRACE = 5.0
 """Seconds that a section may take longer than it has before it is ended."""
 TOY_SECONDS = 3600.0
@@ -101,7 +101,7 @@ class Worker:
     def _listen(self, lines: IO[str]) -> None:
         for line in lines:
             self.answers.put(json.loads(line))
-        self.answers.put({"ended": "failed: its process ended", "gone": True})
+        self.answers.put({"ended": "failed: its process ended"})
 
     def order(self, **order: Any) -> None:
         assert self.process.stdin is not None
@@ -120,7 +120,7 @@ class Board:
 
     def __init__(self, out: Path):
         self.out, self.lock = out, threading.Lock()
-        self.device = ""
+        self.machine, self.device = machine(installed(sys.executable, PACKAGES)), ""
         self.failed: list[str] = []
 
     def put(self, name: str, part: list[Any]) -> None:
@@ -160,7 +160,7 @@ class Board:
                 texts.append(section_text(name, found))
                 for part in found["parts"].values():
                     targets += [Target(*target) for target in part["targets"]]
-        head = HEAD.format(device=self.device, machine=machine(installed(sys.executable, PACKAGES)))
+        head = HEAD.format(device=self.device, machine=self.machine)
         met = target_table(targets) if targets else ""
         return head + "\n".join((met, *filter(None, texts)))
 
@@ -179,6 +179,7 @@ class Call:
         self.order = {"data": str(data.resolve()), "out": str(board.out.resolve()), "smoke": smoke}
         self.scratch, self.board = scratch, board
         self.workers: list[Worker] = []
+        self.over = False
 
     def run(self, only: list[str], end: float) -> None:
         """Carry out these sections until that time."""
@@ -201,6 +202,7 @@ class Call:
                 for thread in threads:
                     thread.join()
         finally:
+            self.over = True
             for worker in self.workers:
                 worker.close()
 
@@ -220,7 +222,7 @@ class Call:
             self.board.end(name, ended, time.time() - began)
             if ended != "whole":
                 worker.close()
-                if lane[place + 1 :]:
+                if lane[place + 1 :] and not self.over:
                     (worker,) = self._start([lane[place + 1 :]])
 
     def _listen(self, name: str, worker: Worker, end: float) -> str:
@@ -268,9 +270,7 @@ def main() -> int:
     parser.add_argument("--data", type=Path, help="of --prepare; default data/gpu")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu", help="for the tables")
     parser.add_argument("--prepare", action="store_true", help="build what is needed, and end")
-    parser.add_argument(
-        "--smoke", action="store_true", help="at toy size, on the CPU, however long"
-    )
+    parser.add_argument("--smoke", action="store_true", help="at toy size, on the CPU")
     args = parser.parse_args()
     args.only = args.only.split(",")
     if unknown := set(args.only) - set(SECTIONS):

@@ -19,7 +19,10 @@ def gpu(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     import gpu
+    from _gpu_worker import TESTS
 
+    for folder in TESTS:
+        monkeypatch.syspath_prepend(folder)
     return gpu
 
 
