@@ -78,16 +78,13 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 def resumed(bench: Bench) -> Iterator[Part]:
     """Two runs, of which one is killed: losses, figures and weights bit for bit."""
+    precision = "bf16" if bench.on_gpu else "fp32"  # not the clock's choice, once for each
     settings = (
         *(TOY if bench.smoke else ()),
         *(f"data.shards={bench.lines}", "data.global_batch_size=64", "train.deterministic=true"),
-        *(
-            f"train.steps={STEPS}",
-            f"checkpoint.every={EVERY}",
-            f"eval.every={EVERY}",
-            "log.every=1",
-        ),
-        *("eval.sequences=100", "eval.decoded=16", "checkpoint.keep_last=9"),
+        *(f"train.precision={precision}", "optim.muon_precision=fp32", f"train.steps={STEPS}"),
+        *(f"checkpoint.every={EVERY}", f"eval.every={EVERY}", "log.every=1"),
+        *("eval.sequences=100", "eval.decoded=16"),
     )
     whole = Launch(bench, "whole", *settings)
     killed = Launch(bench, "killed", *settings, by_deepspeed=True)
