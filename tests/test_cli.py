@@ -1,7 +1,6 @@
 """The `t5vae` command: help, what it refuses, and how. Real models are in training/test_runs.py."""
 
 import json
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -45,15 +44,6 @@ COMMANDS = {
     "shards verify": [],
     "shards inspect": ["--json"],
 }
-
-
-@pytest.fixture(autouse=True)
-def _own_signals():
-    numbers = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
-    before = {number: signal.getsignal(number) for number in numbers}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)

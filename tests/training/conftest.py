@@ -1,8 +1,7 @@
 """A small dataset, configurations to train on it, and ranks without a process group."""
 
-import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -193,13 +192,3 @@ def save(
         return together(world).run(save_rank)[0].result()
 
     return save_step
-
-
-@pytest.fixture
-def own_signals() -> Iterator[None]:
-    """Gives the signals back that a test takes over."""
-    numbers = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
-    before = {number: signal.getsignal(number) for number in numbers}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)

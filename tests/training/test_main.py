@@ -11,7 +11,6 @@ from t5vae.training import main as program
 from t5vae.training.errors import LostRankError
 from t5vae.training.setup import identity, prepare_run_dir
 
-pytestmark = pytest.mark.usefixtures("own_signals")
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_STEP_ID", "SLURM_LOCALID")
 
 RANKS = {

@@ -13,8 +13,6 @@ import pytest
 
 from t5vae.training.preemption import StopRequest, queue_again, requeue_job
 
-pytestmark = pytest.mark.usefixtures("own_signals")
-
 
 def told(*numbers: int) -> StopRequest:
     """A request after these signals reached this process."""

@@ -167,7 +167,7 @@ def test_resume_after_kill_and_after_sigterm_repeats_the_metrics_bit_for_bit(
 
 
 @pytest.fixture
-def _alone(monkeypatch, own_signals):
+def _alone(monkeypatch):
     """This process as one that no launcher started."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_LOCALID"):
         monkeypatch.delenv(name, raising=False)
