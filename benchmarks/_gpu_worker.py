@@ -1,6 +1,6 @@
 """A process of `gpu.py`: it imports what its sections need, then carries out one after another.
 
-    _gpu_worker.py MODULE ...
+    _gpu_worker.py SECTION=MODULE ...
 
 It reads orders from standard input, a JSON object a line, and answers in the same way: first that
 it is there, and what its device is; of each order the parts of its section as they are ready, and

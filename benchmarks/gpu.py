@@ -13,6 +13,7 @@ earlier calls.
 
 import argparse
 import json
+import math
 import os
 import signal
 import subprocess
@@ -27,6 +28,10 @@ from typing import IO, Any, NamedTuple
 
 from _data import generated_lines, write_lines
 from _report import Target, installed, machine, target_table
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # `shards` is the package, not the script
+from shards import UserError
+from shards.records import write_whole
 
 ROOT = Path(__file__).parents[1]
 WORKER = Path(__file__).with_name("_gpu_worker.py")
@@ -146,8 +151,8 @@ class Board:
         (self.out / f"{name}.json").unlink(missing_ok=True)
 
     def _write(self, name: str, found: dict[str, Any]) -> None:
-        (self.out / f"{name}.json").write_text(json.dumps(found, indent=1))
-        (self.out / "gpu.md").write_text(self.page())
+        write_whole(self.out / f"{name}.json", json.dumps(found, indent=1))
+        write_whole(self.out / "gpu.md", self.page())
 
     def page(self) -> str:
         targets, texts = [], []
@@ -251,7 +256,6 @@ def share(end: float, seconds: list[float]) -> float:
 
 def prepare(data: Path, smoke: bool) -> None:
     """Build the shards that the sections need, unless they are there."""
-    sys.path.insert(0, str(ROOT))  # `shards` is the package, not the script
     from shards import build  # needs packages that reading does not
 
     source, form, pieces = None, "python", 4096
@@ -275,19 +279,22 @@ def main() -> int:
     args.only = args.only.split(",")
     if unknown := set(args.only) - set(SECTIONS):
         parser.error(f"--only {','.join(sorted(unknown))}: choose from {','.join(SECTIONS)}")
-    if not args.minutes > 0:
+    if not 0 < args.minutes < math.inf:
         parser.error(f"--minutes {args.minutes:g}: give more than 0")
     data = args.data or (args.out / "data" if args.smoke else ROOT / "data" / "gpu")
     there = (data / "short-lines" / "index.json").is_file()
-    if args.prepare or (args.smoke and not there):
-        prepare(data, args.smoke)
-    elif not there:
-        parser.error(f"nothing is prepared in {data}: use --prepare --data {data}")
-    if args.prepare:
-        return 0
+    try:
+        if args.prepare or (args.smoke and not there):
+            prepare(data, args.smoke)
+        elif not there:
+            parser.error(f"nothing is prepared in {data}: use --prepare --data {data}")
+        if args.prepare:
+            return 0
+        args.out.mkdir(parents=True, exist_ok=True)
+    except (UserError, OSError) as error:
+        parser.error(str(error))
     if args.smoke:
         os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
-    args.out.mkdir(parents=True, exist_ok=True)
     board = Board(args.out)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     seconds = TOY_SECONDS if args.smoke else 60 * args.minutes - GRACE

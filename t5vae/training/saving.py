@@ -15,6 +15,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from shards.records import fsync
 from t5vae.training import checkpoint
 from t5vae.training.fragments import fragments, scalars, write
 from t5vae.training.randomness import random_state
@@ -136,11 +137,11 @@ def _write(path: Path, tensors: dict[str, Tensor], plain: str) -> dict[str, Any]
 
 def _commit(tmp: Path, target: Path, manifest: dict[str, Any]) -> None:
     _write_manifest(tmp / checkpoint.MANIFEST, checkpoint.seal(manifest))
-    _sync_folder(tmp)
+    fsync(tmp)
     if target.exists():
         checkpoint.set_aside(target)
     tmp.rename(target)
-    _sync_folder(target.parent)
+    fsync(target.parent)
 
 
 def _write_manifest(path: Path, content: bytes) -> None:
@@ -148,11 +149,3 @@ def _write_manifest(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -94,6 +94,8 @@ def test_every_section_is_in_one_lane_and_has_a_function(gpu):
     [
         (("--only", "nothing"), "--only nothing: choose from errors,"),
         (("--minutes", "0"), "--minutes 0: give more than 0"),
+        (("--minutes", "inf"), "--minutes inf: give more than 0"),
+        (("--prepare", "--data", "/dev/null/x"), "Not a directory: '/dev/null/x'"),
         (("--data", "nowhere"), "nothing is prepared in nowhere: use --prepare --data nowhere"),
     ],
 )

@@ -106,7 +106,7 @@ def _pause_in_saves(pause: dict[str, Any] | None, saves: SimpleNamespace) -> Non
                 here("half-way through the write")
             return super().write(content)
 
-    sync = saving._sync_folder
+    sync = saving.fsync
 
     def sync_folder(folder: Path) -> None:
         here("before the rename" if folder.suffix == ".tmp" else "after the rename")
@@ -120,7 +120,7 @@ def _pause_in_saves(pause: dict[str, Any] | None, saves: SimpleNamespace) -> Non
 
     saving.write = around(saving.write, "before the write", "before the gather")
     saving._commit = around(saving._commit, "before the manifest")
-    saving._sync_folder = sync_folder
+    saving.fsync = sync_folder
     fragments.open = lambda path, mode: HalfWritten(io.FileIO(path, mode))
     checkpoint.shutil = SimpleNamespace(rmtree=rmtree)
 

@@ -214,7 +214,7 @@ def test_after_a_save_that_failed_the_next_one_is_whole(make_saver, make_engine,
     assert names(saver.folder) == ["step-00000050"]
 
 
-@pytest.mark.parametrize("part", ["_write_manifest", "_sync_folder"])
+@pytest.mark.parametrize("part", ["_write_manifest", "fsync"])
 def test_what_fails_while_it_is_committed_leaves_no_checkpoint(folder, save, monkeypatch, part):
     monkeypatch.setattr(saving, part, no_space)
     with pytest.raises(OSError, match=FULL):
