@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import platform
+import socket
 import subprocess
 import sys
 import tempfile
@@ -64,13 +65,14 @@ def train(run: Run, folder: Path, *overrides: str, **environment: str) -> Losses
     }
     arguments = [*(f"{key}={value}" for key, value in settings.items()), *overrides]
     python = Path(sys.executable)
-    deepspeed = [str(python.with_name("deepspeed")), "--num_accelerators", str(run.ranks)]
-    start = [str(python)] if run.ranks == 1 else [*deepspeed, "--log_level", "error"]
+    options = {"num_accelerators": run.ranks, "master_port": _free_port(), "log_level": "error"}
+    deepspeed = [python.with_name("deepspeed"), *(f"--{k}={v}" for k, v in options.items())]
+    start = [python] if run.ranks == 1 else deepspeed
     launchers = ("RANK", "WORLD_SIZE", "MASTER_", "LOCAL_", "SLURM_", "CROSS_")
     inherited = {name: v for name, v in os.environ.items() if not name.startswith(launchers)}
     fixed = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*start, str(ROOT / "train.py"), str(ROOT / "configs/quickstart.yaml"), *arguments],
+        [*start, ROOT / "train.py", ROOT / "configs/quickstart.yaml", *arguments],
         env={**inherited, **fixed, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -99,6 +101,12 @@ def difference(losses: Losses, expected: Losses) -> str:
         return ""
     step, name, was, now = min(pairs)
     return f"{len(pairs)} figures differ, the first at step {step}: {name} {was!r}, now {now!r}"
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
 
 
 def _cpu() -> str:
