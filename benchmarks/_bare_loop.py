@@ -24,21 +24,18 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # `shards` is the package, not the script
 from shards import Batch, Dataset
+from t5vae.cluster.agreement import all_sum
+from t5vae.cluster.process_group import start_process_group
+from t5vae.cluster.ranks import Ranks, find_ranks
 from t5vae.config import Config, load_config
+from t5vae.metrics.runlog import RunLog
 from t5vae.model import Regularisers, row_keys
 from t5vae.model.noise import NOISE, keyed_normal
 from t5vae.objective import PendingMMD, start_gather
 from t5vae.training.build import build_model
-from t5vae.training.distributed import (
-    Ranks,
-    all_sum,
-    find_ranks,
-    start_process_group,
-)
 from t5vae.training.engine import build_engine
-from t5vae.training.losses import Losses, Step, latent_diagnostics, micro_step, real_tokens
 from t5vae.training.precision import settle
-from t5vae.training.runlog import RunLog
+from t5vae.training.step import Losses, Step, latent_diagnostics, micro_step, real_tokens
 
 BLOCK = 2
 """Steps of one variant before the next has its turn."""

@@ -218,7 +218,7 @@ class Contender(NamedTuple):
 
 CONTENDERS = {
     "limit": Contender(limit, "numpy"),
-    "t5vae": Contender(t5vae, "shards.stream"),
+    "t5vae": Contender(t5vae, "shards.read.stream"),
     "webdataset": Contender(webdataset, "webdataset", write_webdataset),
     "mosaic": Contender(mosaic, "streaming", write_mosaic),
     "litdata": Contender(litdata, "litdata", write_litdata),

@@ -21,15 +21,17 @@ from test_execution import fused_and_plain, make_model, sequences
 from test_table import Case, Errors
 from torch import Tensor
 
+from t5vae.cluster.agreement import all_sum
+from t5vae.cluster.process_group import start_process_group
+from t5vae.cluster.ranks import Ranks
 from t5vae.config import Config, load_config
 from t5vae.model import T5VAE
 from t5vae.objective import sliced_epps_pulley
+from t5vae.planning.plan import plan
 from t5vae.training.budget import take_apart
 from t5vae.training.build import build_model, fetch, is_installed, open_stream
-from t5vae.training.distributed import Ranks, all_sum, start_process_group
 from t5vae.training.engine import build_engine, schedule, set_learning_rate, sharded
-from t5vae.training.losses import Step, micro_step, real_tokens
-from t5vae.training.plan import plan
+from t5vae.training.step import Step, micro_step, real_tokens
 
 # MMD
 

@@ -7,9 +7,9 @@ from _gpu_runs import Launch, metrics
 from _gpu_worker import TOY, Bench, Part
 from _report import table
 
+from t5vae.checkpoint.export import export
 from t5vae.config import load_config
 from t5vae.evaluation import evaluate_run
-from t5vae.training.export import export
 
 AFTER = 45.0
 """Seconds for the export and the evaluation."""

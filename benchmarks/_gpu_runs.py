@@ -11,9 +11,10 @@ import psutil
 from _gpu_worker import QUICKSTART, ROOT, TOY, Bench, Part
 from _report import Target, table
 
-from t5vae.training.checkpoint import list_checkpoints, read_manifest
-from t5vae.training.distributed import free_port
-from t5vae.training.runlog import read_metrics
+from t5vae.checkpoint.manifest import read_manifest
+from t5vae.checkpoint.retention import list_checkpoints
+from t5vae.cluster.process_group import free_port
+from t5vae.metrics.reading import read_metrics
 
 # Killed and resumed
 

@@ -22,14 +22,15 @@ from _gpu_worker import QUICKSTART, T5_BASE, TOY, Bench, Part, tried
 from _report import Target, figure, table
 
 from shards import Batch
+from t5vae.cluster.process_group import start_process_group
+from t5vae.cluster.ranks import Ranks
+from t5vae.cluster.stopping import StopRequest
 from t5vae.config import Config, load_config
+from t5vae.metrics.reading import read_metrics
 from t5vae.training.budget import take_apart
 from t5vae.training.build import build_model, fetch, open_stream
-from t5vae.training.distributed import Ranks, start_process_group
 from t5vae.training.engine import build_engine
 from t5vae.training.loop import run
-from t5vae.training.preemption import StopRequest
-from t5vae.training.runlog import read_metrics
 
 ALONE = Ranks(0, 1, 0, 1, "127.0.0.1", 0)
 LOG_EVERY = 10

@@ -15,8 +15,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # `shards` is the package, not the script
 from shards import ShardStream
+from t5vae.cluster.process_group import free_port
 from t5vae.config import Config, load_config
-from t5vae.training.distributed import free_port
 
 ROOT = Path(__file__).parents[1]
 BARE_LOOP = ROOT / "benchmarks" / "_bare_loop.py"

@@ -22,14 +22,16 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # `shards` is the package, not the script
 from shards import Batch
+from t5vae.cluster.agreement import all_max, all_sum
+from t5vae.cluster.process_group import start_process_group
+from t5vae.cluster.ranks import find_ranks
 from t5vae.config import load_config
 from t5vae.model import T5VAEConfig
 from t5vae.training.build import build_model, model_config
-from t5vae.training.distributed import all_max, all_sum, find_ranks, start_process_group
 from t5vae.training.engine import build_engine
-from t5vae.training.losses import Step, micro_step, real_tokens
 from t5vae.training.muon import STEPS, WIDE
 from t5vae.training.precision import settle
+from t5vae.training.step import Step, micro_step, real_tokens
 
 Product = tuple[int, int, int]
 """m, k, n of [m, k] @ [k, n]."""

@@ -24,7 +24,7 @@ from t5vae.config import Config
 from t5vae.model import T5VAE, T5VAEConfig, row_keys
 from t5vae.model.noise import keyed_normal
 from t5vae.objective import start_gather
-from t5vae.training.losses import Step, micro_step, real_tokens
+from t5vae.training.step import Step, micro_step, real_tokens
 
 LENGTH, LATENT = 20, 128
 SHORTEST = 5

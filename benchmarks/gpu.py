@@ -30,8 +30,8 @@ from _data import generated_lines, write_lines
 from _report import Target, installed, machine, target_table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # `shards` is the package, not the script
-from shards import UserError
-from shards.records import write_whole
+from t5vae.common.errors import UserError
+from t5vae.common.files import write_whole
 
 ROOT = Path(__file__).parents[1]
 WORKER = Path(__file__).with_name("_gpu_worker.py")

@@ -30,7 +30,7 @@ from _model_work import Place, Size
 from _report import Target, installed, machine, publish, table
 from torch.profiler import ProfilerActivity, profile
 
-from shards.errors import UserError
+from t5vae.common.errors import UserError
 from t5vae.config import load_config
 from t5vae.latent import LatentSpace
 

@@ -26,11 +26,11 @@ from _report import Target, figure, installed, machine, table, target_table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # `shards` is the package, not the script
 from shards import open_index
+from t5vae.cluster.process_group import free_port
 from t5vae.config import load_config
 from t5vae.evaluation import read_report
 from t5vae.evaluation.tables import value_at
-from t5vae.training.distributed import free_port
-from t5vae.training.runlog import read_metrics
+from t5vae.metrics.reading import read_metrics
 
 ROOT = Path(__file__).parents[1]
 DOC = ROOT / "docs" / "quality.md"

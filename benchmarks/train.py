@@ -39,9 +39,10 @@ from _limit import PROFILED
 from _report import Target, figure, installed, machine, publish, table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # `shards` is the package, not the script
-from t5vae.training.checkpoint import list_checkpoints, read_manifest
+from t5vae.checkpoint.manifest import read_manifest
+from t5vae.checkpoint.retention import list_checkpoints
+from t5vae.metrics.reading import read_metrics
 from t5vae.training.precision import settle
-from t5vae.training.runlog import read_metrics
 
 DOC = ROOT / "docs" / "benchmarks" / "train.md"
 

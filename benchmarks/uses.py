@@ -24,8 +24,8 @@ from sklearn.metrics import roc_auc_score
 from torch import Generator, Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # `shards` is the package, not the script
-from shards.corpora import Corpus as Source
-from shards.errors import UserError
+from shards.write.corpora import Corpus as Source
+from t5vae.common.errors import UserError
 from t5vae.evaluation.metrics import exact_match, quality
 from t5vae.evaluation.trigram import Trigram
 from t5vae.latent import LatentSpace, checker, measure

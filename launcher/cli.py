@@ -13,7 +13,7 @@ from launcher.jobs import Cluster
 from launcher.submission import check, ranks_per_node, script, sweep
 from launcher.submission import submit as submit_jobs
 from launcher.table import table
-from shards import UserError
+from t5vae.common.errors import UserError
 from t5vae.config import Config, Launcher, load_config
 
 app = typer.Typer(

@@ -19,8 +19,8 @@ from typing import Literal
 
 import psutil
 
-from shards import UserError
-from shards.records import read_records, write_records
+from t5vae.common.errors import UserError
+from t5vae.common.files import read_records, write_records
 
 Cluster = Literal["slurm", "local"]
 

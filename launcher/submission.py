@@ -18,7 +18,7 @@ from submitit.slurm.slurm import _make_sbatch_string
 
 from launcher.jobs import Cluster, Job, cancel, holder, now
 from launcher.task import Training
-from shards import UserError
+from t5vae.common.errors import UserError
 from t5vae.config import Config, load_config
 
 # What a job submitted from inside another would inherit; slurm/train.sh says why.

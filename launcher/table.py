@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from launcher.jobs import Job, State
-from shards import UserError
-from shards.records import read_records
+from t5vae.common.errors import UserError
+from t5vae.common.files import read_records
 from t5vae.config import load_config
 
 COLUMNS = (

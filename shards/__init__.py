@@ -4,38 +4,38 @@
 >>> for batch in shards.ShardStream("data/lines", seed=0, global_batch_size=128):
 ...     batch.ids  # int64 [128, T]
 
-Names are loaded when first used, so that `from shards import UserError` costs nothing. No module
-may bear the name of a function here (hence `builder`): importing it would hide the function.
+Names are loaded when first used, so that `import shards` costs nothing. No module or room may bear
+the name of a function here (hence `write`, not `build`): importing it would hide the function.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from shards.builder import build
-    from shards.cache import Cache
-    from shards.dataset import Dataset, open_dataset
-    from shards.dealer import Batch
-    from shards.errors import DamageError, UserError
-    from shards.index import Index, open_index
-    from shards.stream import ShardStream
-    from shards.tokenizers import load_tokenizer
-    from shards.verifier import Report, verify
+    from shards.format.index import Index, open_index
+    from shards.format.tokenizers import load_tokenizer
+    from shards.read.dataset import Dataset, open_dataset
+    from shards.read.dealer import Batch
+    from shards.read.stream import ShardStream
+    from shards.read.verifier import Report, verify
+    from shards.storage.cache import Cache
+    from shards.write.builder import build
+    from t5vae.common.errors import DamageError, UserError
 
 _HOME = {
-    "Batch": "dealer",
-    "Cache": "cache",
-    "DamageError": "errors",
-    "Dataset": "dataset",
-    "Index": "index",
-    "Report": "verifier",
-    "ShardStream": "stream",
-    "UserError": "errors",
-    "build": "builder",
-    "load_tokenizer": "tokenizers",
-    "open_dataset": "dataset",
-    "open_index": "index",
-    "verify": "verifier",
+    "Batch": "shards.read.dealer",
+    "Cache": "shards.storage.cache",
+    "DamageError": "t5vae.common.errors",
+    "Dataset": "shards.read.dataset",
+    "Index": "shards.format.index",
+    "Report": "shards.read.verifier",
+    "ShardStream": "shards.read.stream",
+    "UserError": "t5vae.common.errors",
+    "build": "shards.write.builder",
+    "load_tokenizer": "shards.format.tokenizers",
+    "open_dataset": "shards.read.dataset",
+    "open_index": "shards.format.index",
+    "verify": "shards.read.verifier",
 }
 
 __all__ = [
@@ -58,6 +58,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'shards' has no attribute {name!r}")
-    value = getattr(import_module(f"shards.{_HOME[name]}"), name)
+    value = getattr(import_module(_HOME[name]), name)
     globals()[name] = value
     return value

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from shards.errors import UserError
+from t5vae.common.errors import UserError
 
 if TYPE_CHECKING:
-    from shards.index import Index
+    from shards.format.index import Index
 
 LENGTHS = (8, 12, 16, 20, 24, 32, 48, 64, 128, 256, 512)
 
@@ -75,7 +75,7 @@ def build(
     Example: `t5vae shards build tweets.txt --out data/tweets --tokenizer train:8192
     --max-length 32`
     """
-    from shards.builder import build as build_dataset
+    from shards.write.builder import build as build_dataset
 
     index = build_dataset(
         source,
@@ -99,7 +99,7 @@ def verify(path: Folder) -> None:
 
     Example: `t5vae shards verify s3://bucket/tweets`
     """
-    from shards.verifier import verify as verify_dataset
+    from shards.read.verifier import verify as verify_dataset
 
     report = verify_dataset(path)
     for problem in report.problems:
@@ -158,7 +158,7 @@ def inspect(
 
     import numpy as np
 
-    from shards.index import open_index
+    from shards.format.index import open_index
 
     if position is not None:
         rows = _replay(paths, weight or [1.0] * len(paths), position, batch, seed)
@@ -200,8 +200,8 @@ def _replay(
     Raises:
         UserError: the weights are not one for each path, or the datasets make no mixture.
     """
-    from shards.dataset import open_dataset
-    from shards.stream import ShardStream
+    from shards.read.dataset import open_dataset
+    from shards.read.stream import ShardStream
 
     if len(weights) != len(paths):
         raise UserError(

@@ -7,7 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from shards.errors import UserError
+from t5vae.common.errors import UserError
 from t5vae.config import Config, Source, keys, load_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"

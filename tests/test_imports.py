@@ -101,7 +101,7 @@ if TYPE_CHECKING:
     ]
     assert unit("t5vae.model.noise.row_keys") == "t5vae.model"
     assert unit("t5vae.T5VAE") == "t5vae"
-    assert unit("shards.errors.UserError") == "shards"
+    assert unit("t5vae.common.errors.UserError") == "shards"
 
 
 def test_every_module_lies_in_a_part_that_has_rules():
@@ -145,7 +145,7 @@ def test_the_launcher_touches_no_accelerator_and_no_process_group(path):
     "module",
     [
         *("launcher.cli", "t5vae.config", "shards", "shards.cli"),
-        *("t5vae.curves.listing", "t5vae.curves.picture", "t5vae.curves.terminal"),
+        *("t5vae.metrics.listing", "t5vae.metrics.picture", "t5vae.metrics.terminal"),
     ],
 )
 def test_importing_on_a_login_node_does_not_load_torch(module):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from shards.cli import app as shards_app
-from shards.errors import DISK_FULL, UserError
+from t5vae.common.errors import DISK_FULL, UserError
 
 if TYPE_CHECKING:
     from rich.console import Console

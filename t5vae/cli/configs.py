@@ -84,8 +84,8 @@ def plan(
     from t5vae.config import load_config
 
     loaded = load_config(config, overrides or [])
-    from t5vae.training.plan import plan as make_plan
-    from t5vae.training.plan import shown
+    from t5vae.planning.plan import plan as make_plan
+    from t5vae.planning.plan import shown
 
     quiet_transformers()
     launcher = loaded.launcher

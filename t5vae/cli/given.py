@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shards.errors import UserError
 from t5vae.cli.app import quiet_transformers
+from t5vae.common.errors import UserError
 
 if TYPE_CHECKING:
     from t5vae.latent import LatentSpace

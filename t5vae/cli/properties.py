@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from shards.errors import UserError
 from t5vae.cli.app import Json, app, console, print_json
 from t5vae.cli.given import (
     PANEL,
@@ -22,6 +21,7 @@ from t5vae.cli.given import (
     given_texts,
     load,
 )
+from t5vae.common.errors import UserError
 
 if TYPE_CHECKING:
     from t5vae.latent.optimize import Candidate, Optimized
@@ -246,7 +246,7 @@ def _chunks(texts: list[str], title: str) -> Iterator[list[str]]:
     if len(texts) <= CHUNK:
         yield texts
         return
-    from shards.progress import stage
+    from t5vae.common.progress import stage
 
     with stage(title, len(texts)) as advance:
         for at in range(0, len(texts), CHUNK):

@@ -5,7 +5,6 @@ from typing import Annotated, Any
 
 import typer
 
-from shards.errors import UserError
 from t5vae.cli.app import (
     ConfigFile,
     Json,
@@ -17,6 +16,7 @@ from t5vae.cli.app import (
     quiet_transformers,
 )
 from t5vae.cli.given import Space
+from t5vae.common.errors import UserError
 
 
 @app.command()
@@ -48,14 +48,14 @@ def checkpoints(
 
     Example: `t5vae checkpoints runs/quickstart --verify`
     """
-    from t5vae.training import checkpoint
+    from t5vae.checkpoint import retention
 
     folder = Path(run) / "checkpoints"
     if not folder.is_dir():
         raise UserError(f"{run} is not a run folder: it has no checkpoints/")
     for name in remove or []:
-        typer.echo(f"removed {checkpoint.remove(folder, name)}", err=True)
-    found = checkpoint.describe(folder, hashes=verify)
+        typer.echo(f"removed {retention.remove(folder, name)}", err=True)
+    found = retention.describe(folder, hashes=verify)
     if json:
         print_json({"checkpoints": found})
     else:
@@ -94,7 +94,7 @@ def export(
 
     Example: `t5vae export runs/quickstart --dtype bf16`
     """
-    from t5vae.training.export import export as export_run
+    from t5vae.checkpoint.export import export as export_run
 
     quiet_transformers()
     folder, checkpoint, known = export_run(run, step=step, dtype=dtype, finished=finished)
@@ -122,8 +122,8 @@ def evaluate(
 
     Example: `t5vae eval runs/quickstart --samples 10000`
     """
+    from t5vae.checkpoint.card import write_card
     from t5vae.evaluation import evaluate_run, table
-    from t5vae.training.card import write_card
 
     quiet_transformers()
     report, home, known = evaluate_run(

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from shards.errors import UserError
 from t5vae.cli.app import Json, app, console, print_json
 from t5vae.cli.given import (
     PANEL,
@@ -23,6 +22,7 @@ from t5vae.cli.given import (
     given_texts,
     load,
 )
+from t5vae.common.errors import UserError
 
 if TYPE_CHECKING:
     from rich.text import Text

@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from shards.errors import UserError
 from t5vae.cli.app import Json, Run, app, console, print_json
+from t5vae.common.errors import UserError
 
 
 @app.command()
@@ -23,7 +23,7 @@ def runs(
     """
     from dataclasses import asdict
 
-    from t5vae.curves.listing import list_runs, table
+    from t5vae.metrics.listing import list_runs, table
 
     rows = list_runs(folder)
     if json:
@@ -56,16 +56,16 @@ def plot(
 
     Example: `t5vae plot runs/quickstart runs/wide --key loss --key mmd --out curves.png`
     """
-    from t5vae.curves import panels
+    from t5vae.metrics import panels
 
     if out is not None:
-        from t5vae.curves import picture
+        from t5vae.metrics import picture
 
         picture.check_out(out)
         picture.write_picture(panels.plan(runs, key, x), out)
         typer.echo(f"curves: {out}")
         return
-    from t5vae.curves import terminal
+    from t5vae.metrics import terminal
 
     width = shutil.get_terminal_size((100, 24)).columns
     colored = sys.stdout.isatty() and "NO_COLOR" not in os.environ
@@ -82,7 +82,7 @@ def track(
 
     Example: `t5vae track runs/quickstart --wandb`
     """
-    from t5vae.training.trackers import track as send
+    from t5vae.metrics.trackers import track as send
 
     if not (wandb or tensorboard):
         raise UserError("where to? give --wandb, --tensorboard, or both")

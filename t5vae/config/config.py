@@ -5,8 +5,8 @@ from pathlib import Path
 import yaml
 from pydantic import model_validator
 
-from shards.errors import UserError
-from shards.records import write_whole
+from t5vae.common.errors import UserError
+from t5vae.common.files import write_whole
 from t5vae.config.launching import Launcher
 from t5vae.config.learning import Model, Objective, Optim
 from t5vae.config.running import Checkpoint, Data, DeepSpeed, Eval, Log, Run, Train

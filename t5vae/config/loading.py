@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from shards.errors import UserError
+from t5vae.common.errors import UserError
 from t5vae.config.config import Config
 
 

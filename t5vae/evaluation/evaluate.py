@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from shards.errors import UserError
+from t5vae.common.errors import UserError
 from t5vae.evaluation import metrics
 from t5vae.evaluation.alarms import alarms
 from t5vae.evaluation.bootstrap import Ratio, half_sampled, intervals

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from t5vae.curves.picture import INK, STYLE
+from t5vae.metrics.picture import INK, STYLE
 
 SIZE = (5.2, 3.4)  # inches
 BLUE, GREY = "#1f77b4", "#9a9a9a"

@@ -7,15 +7,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from shards import Dataset, UserError, open_dataset
-from shards.records import write_whole
-from shards.tokenizers import fingerprint
+from shards import Dataset, open_dataset
+from shards.format.tokenizers import fingerprint
+from t5vae.common.errors import UserError
+from t5vae.common.files import write_whole
 from t5vae.config import Eval, load_config
-from t5vae.curves import panels, picture
 from t5vae.evaluation.evaluate import SCHEMA_VERSION, evaluate
 from t5vae.evaluation.page import page
 from t5vae.latent import LatentSpace
 from t5vae.latent.workspace import Workspace
+from t5vae.metrics import panels, picture
 
 REPORT, PAGE = "eval.json", "eval.html"
 SAMPLES, SAMPLES_ON_AN_ACCELERATOR = 2000, 10_000

@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Callable
 
-from shards.errors import UserError
+from t5vae.common.errors import UserError
 from t5vae.latent.functions import imported, molecule_parser, python_tree
 
 Checker = Callable[[str], bool]

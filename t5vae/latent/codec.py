@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from shards.errors import UserError
+from t5vae.common.errors import UserError
 from t5vae.latent.decoding import decode, generate
 from t5vae.latent.threads import Threads
 from t5vae.model import T5VAE

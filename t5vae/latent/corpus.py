@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from shards import Dataset
-from shards.corpora import SUFFIXES, WITH_COLUMN, Reading
-from shards.corpora import Corpus as Source
-from shards.errors import UserError
-from shards.progress import say, stage
-from shards.records import write_whole
-from shards.workfolder import work_folder
+from shards.write.corpora import SUFFIXES, WITH_COLUMN, Reading
+from shards.write.corpora import Corpus as Source
+from t5vae.common.errors import UserError
+from t5vae.common.files import write_whole
+from t5vae.common.progress import say, stage
+from t5vae.common.workfolder import work_folder
 from t5vae.latent.codec import Codec
 
 FORMAT_VERSION = 1

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shards.errors import UserError
+from t5vae.common.errors import UserError
 from t5vae.latent.codec import Codec
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from shards.errors import UserError
-from shards.files import first_line
-from shards.tokenizers import load_tokenizer
+from shards.format.tokenizers import load_tokenizer
+from t5vae.common.errors import UserError
+from t5vae.common.files import first_line
 from t5vae.model import T5VAE
 
 

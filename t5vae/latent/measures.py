@@ -6,7 +6,7 @@ from collections.abc import Callable
 from numbers import Real
 from typing import Any
 
-from shards.errors import UserError
+from t5vae.common.errors import UserError
 from t5vae.latent.functions import imported, molecule_parser, python_tree
 
 Measure = Callable[[str], float]

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torch.nn.utils.rnn import pad_sequence
 
-from shards.errors import UserError
+from t5vae.common.errors import UserError
 from t5vae.latent.checkers import Checker
 from t5vae.latent.codec import Codec, Ids
 from t5vae.latent.distances import distance

@@ -6,7 +6,7 @@ Shapes: N rows, D latent size, S steps of a path.
 import torch
 from torch import Tensor
 
-from shards.errors import UserError
+from t5vae.common.errors import UserError
 
 METHODS = ("linear", "slerp")
 

@@ -13,9 +13,9 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Generator, Tensor, nn
 
-from shards.errors import UserError
-from shards.progress import stage
-from t5vae.latent.kept import damaged, read_tensors, write_tensors
+from t5vae.common.errors import UserError
+from t5vae.common.progress import stage
+from t5vae.latent.artifacts import damaged, read_tensors, write_tensors
 
 FORMAT_VERSION = 1
 PRIORS = ("normal", "gaussian", "gmm", "flow")

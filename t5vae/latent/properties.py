@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shards.errors import UserError
-from t5vae.latent.kept import damaged, read_tensors, write_tensors
+from t5vae.common.errors import UserError
+from t5vae.latent.artifacts import damaged, read_tensors, write_tensors
 
 KINDS = ("ridge", "mlp")
 FEWEST = 10

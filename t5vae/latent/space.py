@@ -12,7 +12,7 @@ import torch
 from torch import Generator, Tensor
 from transformers import PreTrainedTokenizerBase
 
-from shards.errors import UserError
+from t5vae.common.errors import UserError
 from t5vae.latent import directions, distances, properties
 from t5vae.latent.checkers import Checker, checker
 from t5vae.latent.codec import Codec

@@ -5,8 +5,8 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet
 
-from shards.corpora import SUFFIXES
-from shards.errors import UserError
+from shards.write.corpora import SUFFIXES
+from t5vae.common.errors import UserError
 
 
 def read_values(path: str, column: str, values: str) -> tuple[list[str], list[float]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from shards import Dataset
-from shards.errors import UserError
+from t5vae.common.errors import UserError
 from t5vae.config import load_config
 from t5vae.latent.codec import Codec
 from t5vae.latent.corpus import Corpus, SplitTexts, encode_corpus, read_manifest

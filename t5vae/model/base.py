@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from shards.errors import UserError
-from shards.tokenizers import load_tokenizer
+from shards.format.tokenizers import load_tokenizer
+from t5vae.common.errors import UserError
 from t5vae.model.configuration import ARCHITECTURES, T5VAEConfig
 from t5vae.model.head import untie
 

@@ -17,15 +17,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from shards import Dataset, ShardStream, UserError
+from shards import Dataset, ShardStream
+from t5vae.checkpoint.saving import Saver
+from t5vae.cluster.agreement import all_max, all_sum, from_first, raise_together
+from t5vae.common.errors import UserError
+from t5vae.common.progress import process_seconds
 from t5vae.config import Config, Train, load_config
 from t5vae.training import setup
 from t5vae.training.build import fetch, open_stream
-from t5vae.training.distributed import all_max, all_sum, from_first, process_seconds, raise_together
 from t5vae.training.engine import set_learning_rate
-from t5vae.training.losses import Step, micro_step, real_tokens
-from t5vae.training.probe import Probe
-from t5vae.training.saving import Saver
+from t5vae.training.midrun import Probe
+from t5vae.training.step import Step, micro_step, real_tokens
 
 WARM_UP = 3  # steps at most
 SECONDS = 3.0  # of warm-up at most, and of steps that are timed

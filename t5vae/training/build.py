@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from shards import Batch, Dataset, ShardStream, UserError
+from shards import Batch, Dataset, ShardStream
+from t5vae.common.errors import UserError
 from t5vae.config import Config
 from t5vae.model import T5VAE, T5VAEConfig, read_base, t5_settings
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from shards.errors import UserError
+from t5vae.common.errors import UserError
 from t5vae.config import Config, Optim
 from t5vae.training.muon import muon_on_cpu
 

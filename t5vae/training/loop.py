@@ -8,21 +8,27 @@ from typing import IO, Any
 import torch
 import torch.distributed as dist
 
-from shards import Dataset, ShardStream, UserError
+from shards import Dataset, ShardStream
+from t5vae.checkpoint import retention
+from t5vae.checkpoint.randomness import be_deterministic, seed_everything
+from t5vae.checkpoint.resuming import resume
+from t5vae.checkpoint.saving import Saved, Saver
+from t5vae.cluster import attempts, run_folder
+from t5vae.cluster.agreement import all_sum, check_shared, from_first, raise_together
+from t5vae.cluster.preflight import Meeting
+from t5vae.cluster.process_group import limit_waiting, start_process_group
+from t5vae.cluster.ranks import Ranks
+from t5vae.cluster.scheduler import queue_again
+from t5vae.cluster.stopping import StopRequest
+from t5vae.common.errors import UserError
+from t5vae.common.quiet import log_libraries_to, quiet_start
 from t5vae.config import Config
+from t5vae.metrics.runlog import RunLog
 from t5vae.objective import mmd_weight
-from t5vae.training import attempts, checkpoint, setup
+from t5vae.training import setup
+from t5vae.training.anomalies import Watch, gone_wrong
 from t5vae.training.budget import fix_steps, with_steps_before
 from t5vae.training.build import build_model, fetch, open_stream
-from t5vae.training.distributed import (
-    Ranks,
-    all_sum,
-    check_shared,
-    from_first,
-    limit_waiting,
-    raise_together,
-    start_process_group,
-)
 from t5vae.training.engine import (
     build_engine,
     gradient_norm,
@@ -30,18 +36,11 @@ from t5vae.training.engine import (
     set_learning_rate,
     sharded,
 )
-from t5vae.training.health import Meeting
-from t5vae.training.losses import Step, latent_diagnostics, micro_step, real_tokens, step_metrics
 from t5vae.training.meter import Meter, peak_flops, work_of
+from t5vae.training.midrun import Findings, Probe
 from t5vae.training.precision import settle
-from t5vae.training.preemption import StopRequest, queue_again
-from t5vae.training.probe import Findings, Probe
 from t5vae.training.profiling import Profiler, phase
-from t5vae.training.randomness import be_deterministic, seed_everything
-from t5vae.training.resuming import resume
-from t5vae.training.runlog import RunLog, log_libraries_to, quiet_start
-from t5vae.training.saving import Saved, Saver
-from t5vae.training.watch import Watch, gone_wrong
+from t5vae.training.step import Step, latent_diagnostics, micro_step, real_tokens, step_metrics
 
 
 def run(config: Config, ranks: Ranks, stop: StopRequest) -> None:
@@ -68,7 +67,7 @@ def run(config: Config, ranks: Ranks, stop: StopRequest) -> None:
             )
         return
 
-    setup.make_folder(folder / "logs")
+    run_folder.make_folder(folder / "logs")
     log_file = folder / "logs" / f"rank-{ranks.rank:05d}.log"
     with quiet_start(log_file):
         if config.train.deterministic:
@@ -232,12 +231,13 @@ def _lock(config: Config, ranks: Ranks) -> tuple[IO[str] | None, int]:
     lock, attempt, problem = None, 0, None
     if ranks.is_first:
         try:
-            lock = setup.prepare_run_dir(config)
+            anew = config.checkpoint.resume == "never"
+            lock = run_folder.lock_run(config.run_dir, anew=anew)
             attempt = attempts.begin(config, ranks.hosts)
         except UserError as error:
             problem = error
     raise_together(problem)
-    check_shared(config.run_dir / setup.LOCK)
+    check_shared(config.run_dir / run_folder.LOCK)
     return lock, attempt
 
 
@@ -257,7 +257,7 @@ def _finish_save(saver: Saver, config: Config, log: RunLog, *, last: bool) -> No
         return
     if log.enabled:
         keep = config.checkpoint
-        checkpoint.retain(
+        retention.retain(
             saver.folder, last=keep.keep_last, every=keep.keep_every, best=keep.keep_best
         )
     log.saved(saved)

@@ -6,10 +6,11 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from shards.errors import DISK_FULL, UserError
+from t5vae.cluster.errors import LostRankError
+from t5vae.cluster.scheduler import is_first_of_host, queue_again
+from t5vae.cluster.stopping import StopRequest, signals_come_too_late
+from t5vae.common.errors import DISK_FULL, UserError
 from t5vae.config import Config, load_config
-from t5vae.training.errors import LostRankError
-from t5vae.training.preemption import StopRequest, queue_again, signals_come_too_late
 
 DEFAULT_CONFIG = "configs/quickstart.yaml"
 USAGE = """Train a T5-VAE: deepspeed train.py [CONFIG] [section.key=value ...] [--debug]
@@ -52,7 +53,7 @@ def exit_code_of(work: Callable[[], None], *, debug: bool = False) -> int:
             raise
         if debug:
             traceback.print_exc()
-        elif os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
+        elif is_first_of_host(os.environ):
             print(f"error: {error}", file=sys.stderr)
         return 2
     except LostRankError as error:
@@ -76,9 +77,10 @@ def train(config: Config) -> None:
     """
     stop = StopRequest()
     stop.install()
-    from t5vae.training.distributed import find_ranks, leave_process_group, lost_ranks
+    from t5vae.cluster.process_group import leave_process_group, lost_ranks
+    from t5vae.cluster.ranks import find_ranks
+    from t5vae.common.quiet import quiet_start
     from t5vae.training.loop import run
-    from t5vae.training.runlog import quiet_start
 
     ranks = find_ranks(dict(os.environ))
     try:
@@ -96,7 +98,7 @@ def train(config: Config) -> None:
         raise LostRankError(
             f"rank {names} of {ranks.world_size}{hosts} is lost: it ended, or did not answer in "
             "time; the same command goes on from the newest checkpoint",
-            # Where only a process ended, srun tells this one to end too. A first host that is lost
-            # takes the job's script with it: SLURM sees that itself.
+            # Where only a process ended, the scheduler tells this one to end too. A first host that
+            # is lost takes the job's script with it, which the scheduler sees itself.
             requeue=ranks.is_first and (stop.requeue or not stop.requested),
         ) from error

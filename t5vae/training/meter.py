@@ -11,7 +11,7 @@ import torch
 
 from shards import Batch
 from t5vae.model import T5VAEConfig, training_flops
-from t5vae.training.losses import real_tokens
+from t5vae.training.step import real_tokens
 
 PEAKS = {
     "B200": 2250e12,

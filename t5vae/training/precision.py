@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 
 from shards import Dataset
+from t5vae.cluster.agreement import all_max
 from t5vae.config import Config
 from t5vae.model import T5VAEConfig
 from t5vae.training.build import model_config
-from t5vae.training.distributed import all_max
 
 Precision = Literal["fp32", "bf16"]
 Product = tuple[int, int, int]

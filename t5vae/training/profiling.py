@@ -6,8 +6,8 @@ from collections.abc import Callable
 from torch.profiler import profile
 from torch.profiler import record_function as phase
 
+from t5vae.common.quiet import quiet_start
 from t5vae.config import Config
-from t5vae.training.runlog import quiet_start
 
 PHASES = ("data", "forward", "mmd", "backward", "optimizer", "evaluation", "save")
 OPERATORS = 20  # rows of the second table

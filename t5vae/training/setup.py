@@ -1,36 +1,27 @@
 """What follows from a configuration, what is checked before a process group exists, the folder."""
 
-import errno
-import fcntl
 import json
-import os
-import secrets
 import shutil
-import subprocess
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
-from shards import Dataset, UserError
+from shards import Dataset
+from t5vae.checkpoint.manifest import FORMAT, check_identity, verify
+from t5vae.checkpoint.retention import newest_manifest
+from t5vae.common.errors import UserError
 from t5vae.config import Config
 from t5vae.latent import checker
 from t5vae.model import T5VAE, check_tokenizer, flops_per_token, parameter_counts
+from t5vae.planning.memory import sizes_of, state_bytes
 from t5vae.training.build import is_installed, model_config
-from t5vae.training.checkpoint import FORMAT, check_identity, newest_manifest, verify
-from t5vae.training.distributed import host_name
-from t5vae.training.memory import sizes_of, state_bytes
-from t5vae.training.preemption import job_id
-
-LOCK = ".lock"
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 def describe(config: Config, dataset: Dataset | None, world_size: int) -> dict[str, Any]:
     """What follows from a configuration: batch, epochs, parameters, operations, memory.
 
     Nothing is allocated. Operations are those of training, a token of the longest sequences;
-    memory is that of weights, gradients and the optimiser's state, see `t5vae.training.plan` for
+    memory is that of weights, gradients and the optimiser's state, see `t5vae.planning.plan` for
     all of it. Without a dataset, what depends on the data is left out.
     """
     with torch.device("meta"):
@@ -137,90 +128,6 @@ def _check_what_watches(config: Config, dataset: Dataset) -> None:
             "log.tensorboard needs the package tensorboard: pip install 't5vae[tensorboard]', or "
             "leave it out"
         )
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder of the run.
-
-    Raises:
-        UserError: if it cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {folder}: {error.strerror}") from None
-
-
-def prepare_run_dir(config: Config) -> IO[str]:
-    """Make the run's folder and lock it; rank 0 alone. The lock dies with this process.
-
-    The lock's file then says who holds it, with a token like no other, by which other ranks know
-    the folder. File systems without locks, as Lustre may be, go by that alone.
-
-    Raises:
-        UserError: if another process trains in it, or `checkpoint.resume` is "never" and it holds
-            checkpoints.
-    """
-    folder = config.run_dir
-    make_folder(folder / "checkpoints")
-    job = job_id()
-    try:
-        lock = open(folder / LOCK, "a+")  # noqa: SIM115 (held until the run ends)
-        lock.seek(0)
-        before = _holder(lock.read())
-        held = _is_locked(lock) or (before.get("job") not in (None, job) and _is_running(before))
-        if not held:
-            holder = {"job": job, "host": host_name(), "token": secrets.token_hex(16)}
-            lock.truncate(0)
-            lock.write(json.dumps(holder) + "\n")
-            lock.flush()
-            os.fsync(lock.fileno())  # so that other hosts read it
-    except OSError as error:
-        raise UserError(f"cannot use the run folder {folder}: {error.strerror}") from None
-    if held:
-        lock.close()
-        who = f" (job {before['job']} on {before['host']})" if before.get("job") else ""
-        raise UserError(
-            f"another process{who} is training in {folder}; wait for it, or set run.output_dir"
-        )
-    if config.checkpoint.resume == "never" and any((folder / "checkpoints").iterdir()):
-        lock.close()
-        raise UserError(
-            f"{folder} holds checkpoints and checkpoint.resume is never; "
-            "set it to auto, or choose another run.output_dir"
-        )
-    return lock
-
-
-def _holder(text: str) -> dict[str, Any]:
-    """Who wrote a lock's file; empty where nobody did, or an older version."""
-    try:
-        holder = json.loads(text)
-    except ValueError:
-        return {}
-    return holder if isinstance(holder, dict) else {}
-
-
-def _is_locked(lock: IO[str]) -> bool:
-    """Lock a file; whether another process has it already."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-    return False
-
-
-def _is_running(holder: dict[str, Any]) -> bool:
-    """Whether SLURM runs its job now."""
-    states = "--states=RUNNING,SUSPENDED,COMPLETING"
-    command = ["squeue", "--noheader", states, f"--jobs={holder['job']}"]
-    try:
-        return bool(subprocess.run(command, capture_output=True, timeout=60).stdout.strip())
-    except (FileNotFoundError, subprocess.TimeoutExpired):
-        return False
 
 
 def is_finished(config: Config, identity: dict[str, Any]) -> bool:

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 import shards
+from tests.small_runs import dataset, make_config, python_lines, together  # noqa: F401
 
 ROOT = Path(__file__).parents[2]
 TRAIN = ROOT / "slurm" / "train.sh"
@@ -20,12 +21,6 @@ BIN = Path(sys.executable).parent
 PATIENCE = 240  # seconds until something is given up, far more than anything needs
 OF_SLURM = ("slurmd", "slurmstepd", "slurm_script", "srun")
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.cluster)
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +41,7 @@ def cluster() -> Iterator[ModuleType]:
 
 
 @pytest.fixture(scope="session")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     lines = [f"value_{i} = function_{i % 7}({i})" for i in range(400)]
     (folder / "lines.txt").write_text("\n".join(lines) + "\n")
@@ -57,12 +52,12 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Slurm:
     """SLURM's commands and ours, from a shell of a user in a folder of its own."""
 
-    def __init__(self, folder: Path, dataset: Path):
+    def __init__(self, folder: Path, corpus: Path):
         self.folder = folder
         self.config = folder / "tiny.yaml"
         t5 = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
         whole = {
-            "data": {"shards": str(dataset), "global_batch_size": 8},
+            "data": {"shards": str(corpus), "global_batch_size": 8},
             "model": {"t5": t5, "latent_size": 8, "token_size": 4},
             "train": {"steps": 40, "precision": "fp32", "timeout": 15},
             "optim": {"muon_precision": "fp32"},
@@ -139,9 +134,9 @@ def read(path: Path) -> list[dict]:
 
 
 @pytest.fixture
-def slurm(cluster: ModuleType, dataset: Path, tmp_path: Path) -> Iterator[Slurm]:
+def slurm(cluster: ModuleType, corpus: Path, tmp_path: Path) -> Iterator[Slurm]:
     """A user's shell; at the end no job is left, nobody's process on any node, and all are well."""
-    user = Slurm(tmp_path, dataset)
+    user = Slurm(tmp_path, corpus)
     yield user
     user("scancel", "--user=root")
     user.wait(lambda: not user("squeue", "--noheader"))
@@ -157,9 +152,9 @@ def programs(cluster: ModuleType) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def pace(cluster: ModuleType, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> float:
+def pace(cluster: ModuleType, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> float:
     """Steps a second of the small run on two hosts."""
-    user = Slurm(tmp_path_factory.mktemp("pace"), dataset)
+    user = Slurm(tmp_path_factory.mktemp("pace"), corpus)
     job = user.sbatch("train.steps=400")
     assert user.end(job) == "COMPLETED", user.log(job)
     first, *_, last = read(user.run / "metrics.jsonl")

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.cluster
+
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 LOSSES = ("loss", "reconstruction", "mmd")
@@ -159,21 +161,21 @@ def test_a_sweep_is_an_array_with_a_folder_for_each_run(slurm, cluster):
 
 
 @pytest.mark.soak
-def test_a_host_without_the_shards_is_named_and_can_be_left_out(slurm, cluster, dataset):
-    assert cluster.in_node("node2", "mount", "-t", "tmpfs", "none", str(dataset)).returncode == 0
+def test_a_host_without_the_shards_is_named_and_can_be_left_out(slurm, cluster, corpus):
+    assert cluster.in_node("node2", "mount", "-t", "tmpfs", "none", str(corpus)).returncode == 0
     try:
         job = slurm.sbatch()
         assert slurm.end(job) == "FAILED"
         (error,) = set(re.findall(r"^error: .*", slurm.log(job), re.M))
         assert error.startswith("error: node2: ")
-        assert str(dataset) in error
+        assert str(corpus) in error
 
         slurm.launch("submit", slurm.config, "--exclude-unhealthy")
         slurm.wait(lambda: slurm.steps() == 40)
         assert slurm.attempts()[-1]["hosts"] == ["node1", "node3"]
         assert "takes over, without node2" in slurm.launch("logs", str(int(job) + 1))
     finally:
-        cluster.in_node("node2", "umount", str(dataset))
+        cluster.in_node("node2", "umount", str(corpus))
 
 
 @pytest.mark.soak

@@ -6,8 +6,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from shards.errors import UserError
-from shards.tokenizers import train_tokenizer
+from shards.format.tokenizers import train_tokenizer
+from t5vae.common.errors import UserError
 from t5vae.evaluation import evaluate, table
 from t5vae.latent import LatentSpace
 from t5vae.model import T5VAE, T5VAEConfig

@@ -2,7 +2,7 @@ import sys
 
 import pytest
 
-from shards.errors import UserError
+from t5vae.common.errors import UserError
 from t5vae.latent import checker
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import shards
-from shards.errors import UserError
-from shards.tokenizers import load_tokenizer
+from shards.format.tokenizers import load_tokenizer
+from t5vae.common.errors import UserError
 from t5vae.latent import corpus
 from t5vae.latent.codec import Codec
 from t5vae.latent.corpus import Corpus, FileTexts, GivenTexts, SplitTexts, encode_corpus

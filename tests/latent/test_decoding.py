@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from shards.errors import UserError
-from shards.tokenizers import load_tokenizer
+from shards.format.tokenizers import load_tokenizer
+from t5vae.common.errors import UserError
 from t5vae.latent.codec import Codec
 from t5vae.latent.decoding import _drawn
 from t5vae.model import T5VAE

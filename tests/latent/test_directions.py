@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from shards.errors import UserError
+from t5vae.common.errors import UserError
 from t5vae.latent.directions import direction
 from tests.latent.tiny import Digits
 

@@ -4,7 +4,7 @@ import sys
 import numpy as np
 import pytest
 
-from shards.errors import UserError
+from t5vae.common.errors import UserError
 from t5vae.latent.checkers import checker
 from t5vae.latent.measures import measure
 

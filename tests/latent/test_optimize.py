@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from shards.errors import UserError
-from shards.tokenizers import load_tokenizer
+from shards.format.tokenizers import load_tokenizer
+from t5vae.common.errors import UserError
 from t5vae.latent.codec import Codec
 from t5vae.latent.distances import distance
 from t5vae.latent.optimize import _nats_per_token, optimize

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from shards.errors import UserError
+from t5vae.common.errors import UserError
 from t5vae.latent.paths import grid, path
 
 

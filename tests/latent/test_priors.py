@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Generator
 
-from shards.errors import UserError
+from t5vae.common.errors import UserError
 from t5vae.latent.priors import PRIORS, Flow, fit_prior, load_prior, save_prior
 
 MADE_FROM = {"model_sha256": "abc"}

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from shards.errors import UserError
-from t5vae.latent.kept import write_tensors
+from t5vae.common.errors import UserError
+from t5vae.latent.artifacts import write_tensors
 from t5vae.latent.properties import FORMAT_VERSION, fit_property, load_property, save_property
 
 ABOUT = {"name": "p", "kind": "ridge", "r2": 0.5, "n": 10, "scale": 1.0}

@@ -4,8 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from shards.errors import UserError
-from shards.tokenizers import load_tokenizer, train_tokenizer
+from shards.format.tokenizers import load_tokenizer, train_tokenizer
+from t5vae.common.errors import UserError
 from t5vae.latent import LatentSpace
 from tests.latent.tiny import random_model
 

@@ -5,7 +5,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from shards.errors import UserError
+from t5vae.common.errors import UserError
 from t5vae.latent.tables import read_values
 
 CSV = 'name,smiles,logS\na,CCO,-0.5\nb,"C,C",2\nc,,1\nd,N,\ne,O,nan\n'

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from shards.tokenizers import load_tokenizer
+from shards.format.tokenizers import load_tokenizer
 from t5vae.latent.codec import Codec
 from t5vae.latent.threads import SHORT, Threads
 from tests.latent.tiny import LINES, random_model

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from shards.errors import UserError
+from t5vae.common.errors import UserError
 from t5vae.latent import LatentSpace, priors, workspace
 from t5vae.latent.priors import Flow, Gaussian
 from t5vae.latent.workspace import Workspace

@@ -6,7 +6,7 @@ import torch
 import yaml
 
 import shards
-from shards.tokenizers import load_tokenizer
+from shards.format.tokenizers import load_tokenizer
 from t5vae.model import T5VAE, T5VAEConfig
 
 T5 = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}

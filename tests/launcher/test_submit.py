@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from submitit.core.utils import DelayedSubmission
 
-from shards import UserError
+from t5vae.common.errors import UserError
 from t5vae.config import load_config
 
 
@@ -270,7 +270,7 @@ def test_a_job_with_a_broken_node_is_queued_without_it_by_one_rank(
     config_file, slurm, monkeypatch, capsys, is_first
 ):
     from launcher.task import Training
-    from t5vae.training.errors import UnhealthyError
+    from t5vae.cluster.errors import UnhealthyError
 
     def train(config):
         raise UnhealthyError("node2: no shards", ["node2"], is_first_healthy=is_first)

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM, BartConfig, ByT5Tokenizer, T5EncoderModel
 
-from shards.errors import UserError
-from shards.tokenizers import train_tokenizer
+from shards.format.tokenizers import train_tokenizer
+from t5vae.common.errors import UserError
 from t5vae.model import T5VAE, T5VAEConfig, check_tokenizer, read_base, t5_settings
 
 LINES = [f"value_{i} = function_{i % 7}(a, {i})" for i in range(200)]

@@ -18,8 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from t5vae.cluster.process_group import free_port, start_process_group
+from t5vae.cluster.ranks import Ranks
 from t5vae.model import T5VAE, T5VAEConfig
-from t5vae.training.distributed import Ranks, free_port, start_process_group
 
 WORLD = 2
 LENGTHS = [[9, 3, 7], [6, 1, 2, 6, 5]]  # of each rank's sequences

@@ -57,10 +57,10 @@ def parts(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """A thousand lines make many groups, runs and buckets."""
-    monkeypatch.setattr("shards.stages.LEAST_GROUP", 2000)
-    monkeypatch.setattr("shards.spool.RUN_BYTES", 2000)
-    monkeypatch.setattr("shards.spool.BUCKET_BYTES", 1500)
-    monkeypatch.setattr("shards.stages.BATCH_BYTES", 300)
+    monkeypatch.setattr("shards.write.stages.LEAST_GROUP", 2000)
+    monkeypatch.setattr("shards.write.spool.RUN_BYTES", 2000)
+    monkeypatch.setattr("shards.write.spool.BUCKET_BYTES", 1500)
+    monkeypatch.setattr("shards.write.stages.BATCH_BYTES", 300)
 
 
 @pytest.fixture(scope="session")

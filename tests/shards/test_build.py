@@ -9,9 +9,9 @@ import pytest
 import webdataset
 
 import shards
-from shards import UserError
-from shards.pack import blocks
-from shards.tokenizers import fingerprint
+from shards.format.tokenizers import fingerprint
+from shards.write.pack import blocks
+from t5vae.common.errors import UserError
 
 OPTIONS = {"tokenizer": "byte", "max_length": 48, "block_size": 16, "valid_fraction": 0.1}
 

@@ -7,8 +7,9 @@ import pytest
 from typer.testing import CliRunner
 
 import shards
-from shards import ShardStream, UserError
+from shards import ShardStream
 from shards.cli import app
+from t5vae.common.errors import UserError
 from t5vae.config import Data, Run
 
 BATCH = 24

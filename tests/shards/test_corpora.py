@@ -15,8 +15,8 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards import UserError
-from shards.corpora import Corpus, Reading, combine
+from shards.write.corpora import Corpus, Reading, combine
+from t5vae.common.errors import UserError
 
 LINES = ["a = 1", "naïve = 'ü'  ", "  indented"]
 PACK = {"txt": bytes, "gz": gzip.compress, "zst": zstandard.compress}
@@ -71,7 +71,7 @@ def test_lines_end_at_newlines_alone_wherever_a_chunk_ends(tmp_path_factory, con
     path.write_bytes(content.encode())
     expected = [line.rstrip("\r\n") for line in io.StringIO(content, newline="\n")]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("shards.readers.CHUNK", chunk)
+        patch.setattr("shards.write.readers.CHUNK", chunk)
         pass_over = reading(Corpus(path))
         texts = [text for texts in pass_over for text in texts]
     assert texts == [line for line in expected if line.strip()]

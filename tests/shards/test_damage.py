@@ -7,7 +7,8 @@ import pytest
 import webdataset
 
 import shards
-from shards import DamageError, ShardStream, UserError
+from shards import ShardStream
+from t5vae.common.errors import DamageError, UserError
 
 SHARD = "train-00001.tar"
 

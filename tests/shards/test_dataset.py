@@ -4,8 +4,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import shards
-from shards import UserError, open_dataset
-from shards.dataset import CYCLE, Mixing
+from shards import open_dataset
+from shards.read.dataset import CYCLE, Mixing
+from t5vae.common.errors import UserError
 
 
 @pytest.fixture(scope="module")

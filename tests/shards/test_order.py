@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards.order import Order, permutation, splitmix64
+from shards.read.order import Order, permutation, splitmix64
 
 
 def sizes(full: int, short: int) -> np.ndarray:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from shards import UserError
-from shards.records import read_records, write_records, write_whole
+from t5vae.common.errors import UserError
+from t5vae.common.files import read_records, write_records, write_whole
 
 RECORDS = [{"step": n, "text": "é\u2028"} for n in range(100)]
 

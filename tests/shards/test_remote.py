@@ -24,9 +24,11 @@ from fsspec.registry import known_implementations
 from typer.testing import CliRunner
 
 import shards
-from shards import DamageError, ShardStream, UserError, cache
-from shards.cache import Cache, Copies
+from shards import ShardStream
 from shards.cli import app
+from shards.storage import cache
+from shards.storage.cache import Cache, Copies
+from t5vae.common.errors import DamageError, UserError
 
 
 @dataclass
@@ -130,7 +132,7 @@ def site(dataset, tmp_path):
 def node(tmp_path, monkeypatch) -> Path:
     """The node's cache."""
     monkeypatch.setenv("T5VAE_CACHE", str(tmp_path / "node"))
-    monkeypatch.setattr("shards.remote.PAUSES", (0.01, 0.02))
+    monkeypatch.setattr("shards.storage.remote.PAUSES", (0.01, 0.02))
     return tmp_path / "node"
 
 

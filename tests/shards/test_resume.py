@@ -14,7 +14,7 @@ import pytest
 import webdataset
 
 import shards
-from shards import UserError
+from t5vae.common.errors import UserError
 
 OPTIONS = {
     "tokenizer": "train:300",
@@ -26,7 +26,7 @@ OPTIONS = {
 }
 BUILD = """
 import os, signal, sys
-import shards, shards.spool, shards.stages
+import shards, shards.write.spool, shards.write.stages
 
 source, out, options, fatal = sys.argv[1:]
 
@@ -36,9 +36,9 @@ def watch(event, arguments):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
-    shards.stages.LEAST_GROUP = 2000
-    shards.spool.RUN_BYTES = 2000
-    shards.spool.BUCKET_BYTES = 1500
+    shards.write.stages.LEAST_GROUP = 2000
+    shards.write.spool.RUN_BYTES = 2000
+    shards.write.spool.BUCKET_BYTES = 1500
     sys.addaudithook(watch)
     shards.build(source, out, **eval(options))
 """

@@ -3,7 +3,7 @@ from concurrent.futures import ThreadPoolExecutor
 import psutil
 import pytest
 
-from shards.store import OPEN_FILES, LocalStore, open_store
+from shards.storage.store import OPEN_FILES, LocalStore, open_store
 
 FILES = 2 * OPEN_FILES
 

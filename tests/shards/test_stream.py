@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import shards
-from shards import ShardStream, UserError
+from shards import ShardStream
+from t5vae.common.errors import UserError
 
 G = 12
 BATCH = 24

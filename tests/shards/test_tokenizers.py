@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import CanineTokenizer, PreTrainedTokenizerFast, T5Tokenizer
 
-from shards import UserError, load_tokenizer
-from shards.tokenizers import fingerprint, make_encoder, train_tokenizer
+from shards import load_tokenizer
+from shards.format.tokenizers import fingerprint, make_encoder, train_tokenizer
+from t5vae.common.errors import UserError
 
 LINES = [f"self.assertEqual(value[{i}], {i % 7}):" for i in range(200)]
 TRAINED = train_tokenizer(LINES, 400)

@@ -3,9 +3,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from shards.index import BLOCK
-from shards.order import Order
-from shards.windows import TABLED, Windows
+from shards.format.index import BLOCK
+from shards.read.order import Order
+from shards.read.windows import TABLED, Windows
 
 
 def reader_of(lengths: list[np.ndarray], dtype: str, pad_id: int):

@@ -23,13 +23,15 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 from torch.multiprocessing.spawn import ProcessException, start_processes
 
-from shards import Batch, ShardStream, UserError
+from shards import Batch, ShardStream
+from t5vae.checkpoint.fragments import fragments
+from t5vae.cluster.process_group import free_port
+from t5vae.cluster.ranks import Ranks
+from t5vae.cluster.stopping import StopRequest
+from t5vae.common.errors import UserError
 from t5vae.config import Config, load_config
 from t5vae.training import loop
-from t5vae.training.distributed import Ranks, free_port
-from t5vae.training.fragments import fragments
-from t5vae.training.losses import Losses, Step
-from t5vae.training.preemption import StopRequest
+from t5vae.training.step import Losses, Step
 
 
 @dataclass

@@ -52,7 +52,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _count_saves(disk: dict[str, str]) -> SimpleNamespace:
-    from t5vae.training.saving import Saver
+    from t5vae.checkpoint.saving import Saver
 
     saves = SimpleNamespace(started=0)
     start = Saver.start
@@ -78,7 +78,7 @@ def _fill(ballast: Path) -> None:
 
 
 def _pause_in_saves(pause: dict[str, Any] | None, saves: SimpleNamespace) -> None:
-    from t5vae.training import checkpoint, fragments, saving
+    from t5vae.checkpoint import fragments, retention, saving
 
     def here(point: str) -> None:
         assert point in POINTS
@@ -122,7 +122,7 @@ def _pause_in_saves(pause: dict[str, Any] | None, saves: SimpleNamespace) -> Non
     saving._commit = around(saving._commit, "before the manifest")
     saving.fsync = sync_folder
     fragments.open = lambda path, mode: HalfWritten(io.FileIO(path, mode))
-    checkpoint.shutil = SimpleNamespace(rmtree=rmtree)
+    retention.shutil = SimpleNamespace(rmtree=rmtree)
 
 
 def _watch_steps(record: str | None, stop_at: dict[str, Any] | None) -> None:

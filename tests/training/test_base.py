@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, T5Config, T5ForConditionalGeneration
 
-from shards import UserError, open_index
+from shards import open_index
+from t5vae.checkpoint.export import export
+from t5vae.common.errors import UserError
 from t5vae.training import build, setup
-from t5vae.training.export import export
 
 TRAIN = Path(__file__).parents[2] / "train.py"
 CPU = torch.device("cpu")

@@ -17,10 +17,11 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
+from t5vae.checkpoint.manifest import consolidated_weights
 from t5vae.config import Config, Train, load_config
-from t5vae.training import budget, checkpoint
+from t5vae.training import budget
 from t5vae.training.budget import Pace, with_steps_before
-from tests.training.launching import exact_metrics, free_port, small_config
+from tests.launching import exact_metrics, free_port, small_config
 
 ROOT = Path(__file__).parents[2]
 MINUTES, LONGER = 0.03, "zero 1, muon"
@@ -135,9 +136,9 @@ def rank_main(rank: int, folder: Path) -> None:
     All in one process group, from which no run may take anything over: a trial's engine must be
     gone when the run's own is built.
     """
+    from t5vae.cluster.ranks import Ranks
+    from t5vae.cluster.stopping import StopRequest
     from t5vae.training import loop
-    from t5vae.training.distributed import Ranks
-    from t5vae.training.preemption import StopRequest
 
     ranks = Ranks(rank, 2, rank, 2, "127.0.0.1", int(os.environ["PORT"]))
     start_process_group, destroy, build = (
@@ -199,7 +200,7 @@ def test_a_run_of_minutes_is_that_of_its_steps_bit_for_bit(runs, name):
     assert kept.minutes == MINUTES
     assert exact_metrics(by_minutes) == exact_metrics(fixed)
     last = f"checkpoints/step-{kept.steps:08d}"
-    weights = [checkpoint.consolidated_weights(run / last) for run in (by_minutes, fixed)]
+    weights = [consolidated_weights(run / last) for run in (by_minutes, fixed)]
     assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
     assert sorted(path.name for path in by_minutes.iterdir()) == sorted(
         path.name for path in fixed.iterdir()

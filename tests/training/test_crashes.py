@@ -21,10 +21,10 @@ from typing import Any
 import pytest
 
 from shards import open_index
-from t5vae.training import checkpoint
-from t5vae.training.runlog import read_metrics
-from tests.training._slow_saves import POINTS, RANK_0_ALONE
-from tests.training.launching import (
+from t5vae.checkpoint import retention
+from t5vae.checkpoint.manifest import verify
+from t5vae.metrics.reading import read_metrics
+from tests.launching import (
     SLOW_SAVES,
     Ranks,
     exact_metrics,
@@ -36,6 +36,7 @@ from tests.training.launching import (
     steps_saved,
     torchrun,
 )
+from tests.training._slow_saves import POINTS, RANK_0_ALONE
 
 pytestmark = pytest.mark.distributed
 
@@ -200,8 +201,8 @@ def kill_until_done(
         if resumed is not None:
             assert resumed >= furthest - most_lost, (furthest, history)
         furthest = max(furthest, last_step(run))
-        for left in checkpoint.list_checkpoints(run / "checkpoints"):
-            assert checkpoint.verify(left) is None, history
+        for left in retention.list_checkpoints(run / "checkpoints"):
+            assert verify(left) is None, history
     assert exact_metrics(run) == exact_metrics(golden.run), history
     assert sequences_read(config.parent) == golden.sequences, history
     assert list((run / "checkpoints").glob("*.*")) == []
@@ -319,7 +320,7 @@ def test_a_damaged_file_makes_the_checkpoint_before_the_newest(copy_of, name, da
     name = name.replace("manifest", "manifest.json")
     damage(folder / f"step-{STEPS:08d}" / name)
     told: list[str] = []
-    newest = checkpoint.newest_valid(folder, told.append)
+    newest = retention.newest_valid(folder, told.append)
     assert newest == folder / f"step-{STEPS - EVERY:08d}"
     assert len(told) == 1
     assert told[0].startswith(f"step-{STEPS:08d} is damaged ")
@@ -343,7 +344,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_refused_and_nothing_is_delet
     golden, copy_of, start_two
 ):
     run, override = copy_of
-    folders = checkpoint.list_checkpoints(run / "checkpoints")
+    folders = retention.list_checkpoints(run / "checkpoints")
     for folder in folders:
         truncate(folder / "rank-00000.safetensors")
     files = Counter(path.name for path in run.rglob("*") if path.is_file())
@@ -393,7 +394,7 @@ def test_a_full_disk_stops_a_run_or_costs_a_checkpoint_and_nothing_else(
     assert f"step-{2 * EVERY:08d}" in line
     assert "Traceback" not in stopped.output()
     assert [path.name for path in folder.iterdir()] == [f"step-{EVERY:08d}"]
-    assert checkpoint.verify(folder / f"step-{EVERY:08d}") is None
+    assert verify(folder / f"step-{EVERY:08d}") is None
 
     ballast.unlink()
     settings.append("checkpoint.on_error=continue")
@@ -410,7 +411,7 @@ def test_a_full_disk_stops_a_run_or_costs_a_checkpoint_and_nothing_else(
     assert last.end() == [2, 2], last.output()
     (line,) = last.errors()
     assert f"step-{STEPS:08d} could not be saved" in line
-    assert checkpoint.verify(folder / f"step-{STEPS - EVERY:08d}") is None
+    assert verify(folder / f"step-{STEPS - EVERY:08d}") is None
 
 
 # Signals, and ranks that are lost.
@@ -501,7 +502,7 @@ def check_started_from(weights: Path, run: Path, metrics: list[dict[str, Any]]) 
     fell = level(metrics[:1]) - level(metrics[-10:])
     assert fell > 1
     assert first["nats_per_token"] == pytest.approx(level(metrics[-10:]), abs=fell / 4)
-    manifest = checkpoint.newest_manifest(run / "checkpoints")
+    manifest = retention.newest_manifest(run / "checkpoints")
     assert manifest is not None
     assert manifest["weights_from"] == str(weights)
 
@@ -577,7 +578,7 @@ def test_another_tokenizer_is_refused_with_both_fingerprints(
     refused = start_two(golden.config, *settings, f"data.shards={other_dataset}")
     assert refused.end() == [2, 2], refused.output()
     (line,) = refused.errors()
-    manifest = checkpoint.newest_manifest(golden.run / "checkpoints")
+    manifest = retention.newest_manifest(golden.run / "checkpoints")
     assert manifest is not None
     assert f'{what} "{manifest[what]}", this run has "' in line
     assert (run / "metrics.jsonl").read_bytes() == (golden.run / "metrics.jsonl").read_bytes()

@@ -15,9 +15,10 @@ import torch
 import yaml
 
 import shards
-from t5vae.training import checkpoint
-from t5vae.training.runlog import read_metrics
-from tests.training.launching import TIMINGS
+from t5vae.checkpoint import retention
+from t5vae.checkpoint.manifest import consolidated_weights, open_fragments, read_manifest, verify
+from t5vae.metrics.reading import read_metrics
+from tests.launching import TIMINGS
 
 pytestmark = pytest.mark.distributed
 
@@ -103,12 +104,12 @@ class Folder(NamedTuple):
         return [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines]
 
     def last(self, out: str) -> Path:
-        return checkpoint.list_checkpoints(self.path / out / "checkpoints")[-1]
+        return retention.list_checkpoints(self.path / out / "checkpoints")[-1]
 
 
 def state_of(saved: Path) -> dict[tuple[str, str], torch.Tensor]:
     """Weights and moments of a checkpoint, flattened, by kind and parameter."""
-    found = checkpoint.open_fragments(saved)
+    found = open_fragments(saved)
     keys = [key for key in found.ranges if key[0] != "random"]
     return {key: found.read(*key, 0, found.length(*key)) for key in keys}
 
@@ -186,7 +187,7 @@ def test_a_run_that_goes_on_in_new_processes_repeats_metrics_weights_and_moments
     golden = f"{name}.golden"
     assert len(exact.metrics(golden)) == EXACT_STEPS
     assert exact.metrics(name) == exact.metrics(golden)
-    manifests = [checkpoint.read_manifest(exact.last(out)) for out in (name, golden)]
+    manifests = [read_manifest(exact.last(out)) for out in (name, golden)]
     for key in ("step", "scalars", "data", "watch", "layout"):
         assert manifests[0][key] == manifests[1][key], key
     found, wanted = state_of(exact.last(name)), state_of(exact.last(golden))
@@ -198,8 +199,8 @@ def test_a_run_that_goes_on_in_new_processes_repeats_metrics_weights_and_moments
 
 @pytest.mark.parametrize("name", [name for name in EXACT if "fp16" in name])
 def test_the_loss_scale_of_fp16_moved_before_and_after_the_stop(exact, name):
-    saved = checkpoint.list_checkpoints(exact.path / name / "checkpoints")
-    states = [checkpoint.read_manifest(path)["scalars"]["loss_scale"] for path in saved]
+    saved = retention.list_checkpoints(exact.path / name / "checkpoints")
+    states = [read_manifest(path)["scalars"]["loss_scale"] for path in saved]
     at_the_stop, at_the_end = (state["cur_scale"] for state in states)
     assert at_the_stop != 2**14
     assert at_the_end != at_the_stop
@@ -365,10 +366,10 @@ def test_a_run_goes_on_in_another_precision(elastic, name):
 @pytest.mark.parametrize("bottleneck", INITIAL)
 def test_every_stage_starts_from_the_same_weights(elastic, bottleneck):
     """Nothing is learned at a rate of 1e-30."""
-    wanted = checkpoint.consolidated_weights(elastic.last(f"{bottleneck} 1"))
+    wanted = consolidated_weights(elastic.last(f"{bottleneck} 1"))
     assert all(weight.isfinite().all() for weight in wanted.values())
     for stage in STAGES:
-        found = checkpoint.consolidated_weights(elastic.last(f"{bottleneck} {stage}"))
+        found = consolidated_weights(elastic.last(f"{bottleneck} {stage}"))
         assert found.keys() == wanted.keys()
         for name, weight in wanted.items():
             torch.testing.assert_close(found[name], weight, rtol=0, atol=1e-20)
@@ -482,5 +483,5 @@ def test_a_run_ended_by_bad_steps_saves_none_of_the_last_and_goes_on_from_what_i
     lines = poisoned.metrics(name)
     assert [line["step"] for line in lines] == list(range(1, POISON_STEPS + 1))
     assert all(line["loss"] is not None for line in lines[-3:])
-    for saved in checkpoint.list_checkpoints(poisoned.path / name / "checkpoints"):
-        assert checkpoint.verify(saved) is None
+    for saved in retention.list_checkpoints(poisoned.path / name / "checkpoints"):
+        assert verify(saved) is None

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shards.errors import UserError
+from t5vae.common.errors import UserError
 from t5vae.config import Config, Optim
 from t5vae.model import T5VAE, T5VAEConfig
 from t5vae.training.engine import (

@@ -24,13 +24,14 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.multiprocessing.spawn import ProcessException, start_processes
 
 from shards import Batch
+from t5vae.cluster.process_group import free_port, start_process_group
+from t5vae.cluster.ranks import Ranks
 from t5vae.config import Config
 from t5vae.model import T5VAE, Regularisers, row_keys
 from t5vae.objective import PendingMMD, mmd, reference, sliced_epps_pulley
 from t5vae.training import build
-from t5vae.training.distributed import Ranks, free_port, start_process_group
 from t5vae.training.engine import build_engine, set_learning_rate
-from t5vae.training.losses import Losses, Step, micro_step
+from t5vae.training.step import Losses, Step, micro_step
 
 WORLDS, STAGES = (1, 2, 4), (0, 1, 2, 3)
 ROWS, LONGEST, VOCABULARY = 8, 16, 40  # rows of a micro step, over all ranks

@@ -7,9 +7,10 @@ import sys
 import pytest
 
 from shards import open_index
+from t5vae.cluster.errors import LostRankError
+from t5vae.cluster.run_folder import lock_run
 from t5vae.training import main as program
-from t5vae.training.errors import LostRankError
-from t5vae.training.setup import identity, prepare_run_dir
+from t5vae.training.setup import identity
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_STEP_ID", "SLURM_LOCALID")
 
@@ -136,7 +137,7 @@ def test_a_run_folder_of_another_run_is_one_line_with_both_values(
     capsys, config_file, make_config, dataset, save
 ):
     config = make_config()
-    prepare_run_dir(config).close()
+    lock_run(config.run_dir).close()
     save(config.run_dir / "checkpoints", 10, identity(config, open_index(dataset)))
     before = {path: path.stat().st_mtime_ns for path in config.run_dir.rglob("*")}
     line = error_line(capsys, config_file, "data.global_batch_size=32")
@@ -167,7 +168,7 @@ def lose_ranks(monkeypatch, make_config, *, told=None):
     for name, value in RANKS.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("t5vae.training.loop.run", run)
-    monkeypatch.setattr("t5vae.training.distributed.lost_ranks", lambda ranks: [1])
+    monkeypatch.setattr("t5vae.cluster.process_group.lost_ranks", lambda ranks: [1])
     with pytest.raises(LostRankError) as caught:
         program.train(make_config())
     return caught.value
@@ -202,7 +203,7 @@ def test_a_lost_rank_is_one_line_and_the_job_is_asked_for_once(monkeypatch, caps
 ENDS = """
 import os, signal, sys
 from t5vae.training.main import exit_code_of
-from t5vae.training.preemption import StopRequest
+from t5vae.cluster.stopping import StopRequest
 
 class Last:
     def __del__(self, kill=os.kill, pid=os.getpid()):

@@ -11,9 +11,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from t5vae.cluster.agreement import from_first
 from t5vae.config import Config
 from t5vae.training import precision
-from t5vae.training.distributed import from_first
 from t5vae.training.precision import model_products, product_seconds, settle, settled
 
 CPU = torch.device("cpu")

@@ -18,12 +18,14 @@ from transformers import AutoModel, AutoTokenizer
 
 import t5vae.model  # noqa: F401 (registers T5VAE with transformers)
 from t5vae import cli
+from t5vae.checkpoint import retention
+from t5vae.checkpoint.manifest import consolidated_weights
+from t5vae.cluster.run_folder import lock_run
 from t5vae.config import load_config
-from t5vae.training import checkpoint, setup
+from t5vae.metrics.reading import read_metrics
 from t5vae.training.main import main as train_main
-from t5vae.training.runlog import read_metrics
-from tests.training import launching
-from tests.training.launching import (
+from tests import launching
+from tests.launching import (
     SAVES,
     SPEEDS,
     TRAIN,
@@ -157,10 +159,7 @@ def test_resume_after_kill_and_after_sigterm_repeats_the_metrics_bit_for_bit(
     assert "resuming from" in resumed.output()
     assert f"step-{last:08d}" in resumed.output()
     assert exact_metrics(run) == exact_metrics(golden.run)
-    ends = [
-        checkpoint.consolidated_weights(path / "checkpoints/step-00000040")
-        for path in (run, golden.run)
-    ]
+    ends = [consolidated_weights(path / "checkpoints/step-00000040") for path in (run, golden.run)]
     assert ends[0].keys() == ends[1].keys()
     for name, weight in ends[0].items():
         assert torch.equal(weight, ends[1][name]), name
@@ -218,7 +217,7 @@ def test_a_folder_in_use_is_refused_by_all_ranks_with_one_line_and_exit_code_2(
     write_config, deepspeed
 ):
     config = write_config()
-    with setup.prepare_run_dir(load_config(config)):
+    with lock_run(load_config(config).run_dir):
         refused = deepspeed(config)
         assert refused.end() == 2, refused.output()
     lines = [line for line in refused.output().splitlines() if line.startswith("error: ")]
@@ -312,7 +311,7 @@ def test_an_export_is_a_transformers_model_and_is_made_once(golden, t5vae_comman
 
     model = AutoModel.from_pretrained(export).eval()
     tokenizer = AutoTokenizer.from_pretrained(export)
-    saved = checkpoint.consolidated_weights(golden.run / "checkpoints/step-00000040")
+    saved = consolidated_weights(golden.run / "checkpoints/step-00000040")
     parameters = dict(model.named_parameters())
     assert parameters.keys() == saved.keys()
     for name, weight in parameters.items():
@@ -398,7 +397,7 @@ def test_export_sets_a_damaged_checkpoint_aside_and_takes_the_one_before(
     out, _ = t5vae_command("export", run)
     assert "step-00000030" in out
 
-    for path in checkpoint.list_checkpoints(run / "checkpoints"):
+    for path in retention.list_checkpoints(run / "checkpoints"):
         (path / "manifest.json").unlink()
     _, err = t5vae_command("export", run, code=2)
     assert "no valid checkpoint" in err

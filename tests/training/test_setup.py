@@ -10,10 +10,13 @@ import pytest
 import torch
 import yaml
 
-from shards import UserError, open_index
+from shards import open_index
+from t5vae.checkpoint.retention import list_checkpoints
+from t5vae.cluster import run_folder
+from t5vae.cluster.run_folder import LOCK, lock_run
+from t5vae.common.errors import UserError
 from t5vae.config import Config, load_config
 from t5vae.training import build, setup
-from t5vae.training.checkpoint import list_checkpoints
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -154,11 +157,11 @@ def test_a_full_disk_is_refused_before_the_start(make_config, monkeypatch, tmp_p
 
 def test_a_run_folder_is_made_and_locked(make_config):
     config = make_config()
-    with setup.prepare_run_dir(config):
+    with lock_run(config.run_dir):
         assert (config.run_dir / "checkpoints").is_dir()
-        message = refusal(setup.prepare_run_dir, config)
+        message = refusal(lock_run, config.run_dir)
         assert str(config.run_dir) in message
-    setup.prepare_run_dir(config).close()
+    lock_run(config.run_dir).close()
 
 
 def test_a_lock_dies_with_its_process(make_config):
@@ -166,34 +169,34 @@ def test_a_lock_dies_with_its_process(make_config):
     ready, tell = os.pipe()
     child = os.fork()
     if child == 0:
-        lock = setup.prepare_run_dir(config)
+        lock = lock_run(config.run_dir)
         os.write(tell, b"held")
         signal.pause()
         lock.close()
     os.close(tell)
     try:
         assert os.read(ready, 4) == b"held"
-        assert "another process" in refusal(setup.prepare_run_dir, config)
+        assert "another process" in refusal(lock_run, config.run_dir)
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         os.close(ready)
-    setup.prepare_run_dir(config).close()
+    lock_run(config.run_dir).close()
 
 
 def test_a_run_folder_that_cannot_be_made_is_refused(make_config, tmp_path):
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "run"):
         run = {"name": "small", "output_dir": str(path)}
-        assert str(path) in refusal(setup.prepare_run_dir, make_config(run=run))
+        assert str(path) in refusal(lock_run, make_config(run=run).run_dir)
 
 
 def test_resume_never_refuses_a_folder_with_checkpoints(make_config, save):
     config = make_config(checkpoint={"resume": "never"})
-    setup.prepare_run_dir(config).close()
+    lock_run(config.run_dir).close()
     save(config.run_dir / "checkpoints", 10)
-    assert "never" in refusal(setup.prepare_run_dir, config)
-    setup.prepare_run_dir(make_config()).close()
+    assert "never" in refusal(lambda folder: lock_run(folder, anew=True), config.run_dir)
+    lock_run(make_config().run_dir).close()
 
 
 def test_a_run_is_finished_when_its_newest_checkpoint_has_all_steps(make_config, index, save):
@@ -326,7 +329,7 @@ def test_the_resolved_configuration_is_saved_and_loads_as_the_same(make_config):
 def hold(config, **holder):
     """Leave a lock that nobody has, as a file system without locks shows it."""
     (config.run_dir / "checkpoints").mkdir(parents=True)
-    (config.run_dir / setup.LOCK).write_text(json.dumps({"host": "node3", **holder}))
+    (config.run_dir / LOCK).write_text(json.dumps({"host": "node3", **holder}))
 
 
 @pytest.fixture
@@ -347,8 +350,8 @@ def test_the_lock_says_who_holds_it(make_config, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     monkeypatch.setenv("SLURMD_NODENAME", "node3")
     config = make_config()
-    with setup.prepare_run_dir(config):
-        assert "(job 77 on node3)" in refusal(setup.prepare_run_dir, config)
+    with lock_run(config.run_dir):
+        assert "(job 77 on node3)" in refusal(lock_run, config.run_dir)
 
 
 def test_a_run_that_another_job_trains_is_refused_even_where_files_have_no_locks(
@@ -357,25 +360,25 @@ def test_a_run_that_another_job_trains_is_refused_even_where_files_have_no_locks
     def unlockable(*arguments):
         raise OSError(errno.ENOSYS, "Function not implemented")
 
-    monkeypatch.setattr(setup.fcntl, "flock", unlockable)
+    monkeypatch.setattr(run_folder.fcntl, "flock", unlockable)
     config = make_config()
     hold(config, job="77")
     squeue("77 RUNNING")
-    assert "(job 77 on node3)" in refusal(setup.prepare_run_dir, config)
+    assert "(job 77 on node3)" in refusal(lock_run, config.run_dir)
     monkeypatch.setenv("SLURM_JOB_ID", "77")
-    setup.prepare_run_dir(config).close()
+    lock_run(config.run_dir).close()
 
 
 def test_a_lock_of_a_job_that_ended_is_taken(make_config, squeue):
     config = make_config()
     hold(config, job="77")
     squeue("")
-    setup.prepare_run_dir(config).close()
+    lock_run(config.run_dir).close()
 
 
 @pytest.mark.parametrize("text", ["", "{", "0123abcd", "[1]", "{}"])
 def test_a_lock_with_any_content_can_be_taken(make_config, text):
     config = make_config()
     hold(config)
-    (config.run_dir / setup.LOCK).write_text(text)
-    setup.prepare_run_dir(config).close()
+    (config.run_dir / LOCK).write_text(text)
+    lock_run(config.run_dir).close()

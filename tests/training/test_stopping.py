@@ -9,11 +9,11 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
+from t5vae.cluster.run_folder import lock_run
 from t5vae.config import load_config
-from t5vae.training import setup
-from t5vae.training.runlog import read_metrics
-from tests.training import launching
-from tests.training.launching import (
+from t5vae.metrics.reading import read_metrics
+from tests import launching
+from tests.launching import (
     BIN,
     PATIENCE,
     TRAIN,
@@ -56,7 +56,7 @@ def check_saved(launch: Launch, run: Path, ranks: list[psutil.Process]) -> None:
     """The ranks end, with all of their steps saved and the run's folder free."""
     assert not psutil.wait_procs(ranks, PATIENCE)[1], launch.output()
     assert steps_saved(run)[-1] == read_metrics(run)[-1]["step"] < STEPS
-    setup.prepare_run_dir(load_config(run / "config.yaml")).close()
+    lock_run(load_config(run / "config.yaml").run_dir).close()
 
 
 def test_ranks_outlive_their_runners_shell_and_end_with_the_runner(launch, config):

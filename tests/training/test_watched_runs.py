@@ -8,10 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from t5vae.checkpoint import retention
+from t5vae.checkpoint.manifest import consolidated_weights
 from t5vae.cli import main
-from t5vae.training import checkpoint
-from t5vae.training.runlog import read_metrics
-from tests.training.launching import T5, rank_starter, run_of, small_config
+from t5vae.metrics.reading import read_metrics
+from tests.launching import T5, rank_starter, run_of, small_config
 
 pytestmark = pytest.mark.distributed
 
@@ -63,7 +64,7 @@ def test_evaluation_changes_no_loss(watched):
         )
         assert plain == evaluated, name
     weights = [
-        checkpoint.consolidated_weights(run.run / "checkpoints/step-00000010")
+        consolidated_weights(run.run / "checkpoints/step-00000010")
         for run in (watched.plain, watched.evaluated)
     ]
     assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
@@ -88,7 +89,7 @@ def test_evaluations_are_at_their_interval_and_with_every_checkpoint(watched):
 
 
 def test_the_best_checkpoint_is_kept(watched):
-    saved = checkpoint.describe(watched.evaluated.run / "checkpoints", hashes=False)
+    saved = retention.describe(watched.evaluated.run / "checkpoints", hashes=False)
     held_out = {
         line["step"]: line["eval/nats_per_token"]
         for line in watched.evaluated.lines
@@ -98,7 +99,7 @@ def test_the_best_checkpoint_is_kept(watched):
     assert {checkpoint["step"] for checkpoint in saved} == {best, 10}
     for entry in saved:
         assert entry["held_out"] == held_out[entry["step"]]
-    plain = checkpoint.describe(watched.plain.run / "checkpoints", hashes=False)
+    plain = retention.describe(watched.plain.run / "checkpoints", hashes=False)
     assert [(entry["step"], entry["held_out"]) for entry in plain] == [(10, None)]
 
 

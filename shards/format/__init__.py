@@ -1,0 +1,1 @@
+"""What lies on disk: the index, blocks, the tokenizer."""

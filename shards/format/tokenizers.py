@@ -1,0 +1,299 @@
+"""Tokenizers: load one, train one, turn texts into flat arrays of token ids."""
+
+import hashlib
+import json
+import re
+from abc import ABC, abstractmethod
+from bisect import bisect_right
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import accumulate, chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+
+from t5vae.common.errors import UserError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase
+
+PAD, EOS, UNK = "<pad>", "</s>", "<unk>"  # ids 0, 1, 2, as in T5
+WORD = re.compile(r"\w")
+
+
+def load_tokenizer(name_or_folder: str | Path) -> "PreTrainedTokenizerBase":
+    """Load a tokenizer that pads and that ends each sequence with its end token.
+
+    Args:
+        name_or_folder: "byte" (ByT5's: needs no file), a folder, or a Hugging Face name.
+
+    Raises:
+        UserError: nothing loadable there, or no pad or end token.
+    """
+    from transformers import AutoTokenizer, ByT5Tokenizer
+
+    name = str(name_or_folder)
+    if name == "byte":
+        return ByT5Tokenizer()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # transformers raises a dozen kinds for a wrong name or file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"cannot load the tokenizer {name!r}: give a folder, a Hugging Face name, 'byte' or "
+            f"'train:N' ({reason})"
+        ) from None
+    if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer {name!r} has no pad or no end token: T5 needs both")
+    if tokenizer("a")["input_ids"][-1:] != [tokenizer.eos_token_id]:
+        raise UserError(f"the tokenizer {name!r} does not end a sequence with its end token")
+    return tokenizer
+
+
+def pieces_to_train(tokenizer: str) -> int | None:
+    """N of "train:N", None for any other tokenizer.
+
+    Raises:
+        UserError: N is no number of at least 259 (256 bytes and 3 special tokens).
+    """
+    if not tokenizer.startswith("train:"):
+        return None
+    count = tokenizer.removeprefix("train:")
+    if not count.isdecimal() or int(count) < 259:
+        raise UserError(f"tokenizer {tokenizer!r}: write train:N with N at least 259")
+    return int(count)
+
+
+def train_tokenizer(texts: Iterable[str], pieces: int) -> "PreTrainedTokenizerBase":
+    """Train a byte-level BPE tokenizer, lossless for every string without special tokens.
+
+    Text is split into words, numbers and runs of punctuation first, as for GPT-2: pieces that
+    cross punctuation make shorter sequences, but of syntax that a model learns less well.
+
+    Args:
+        texts: the training texts.
+        pieces: size of the vocabulary; a small corpus may yield fewer.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=pieces,
+        special_tokens=[PAD, EOS, UNK],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    bpe.post_processor = processors.TemplateProcessing(
+        single=f"$A {EOS}", pair=f"$A {EOS} $B {EOS}", special_tokens=[(EOS, 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        pad_token=PAD,
+        eos_token=EOS,
+        unk_token=UNK,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+class Encoder(Protocol):
+    """Turns sequences into token ids; small and picklable, for use in other processes.
+
+    An item is a text or, where the kind is "tokens", the bytes of a little-endian int32 array.
+    """
+
+    def encode(self, items: list) -> tuple[np.ndarray, np.ndarray]:
+        """Tokenize items, end tokens included.
+
+        Returns:
+            tokens: int32 [sum of lengths], all sequences one after the other.
+            lengths: int64 [len(items)].
+        """
+
+    def usable(self, items: list) -> np.ndarray:
+        """Which items make a sequence: bool [len(items)].
+
+        Not texts that spell out a special or added token or leave no token but the end, and not
+        ids outside the vocabulary or with a pad or end token amid others.
+        """
+
+    def cut(self, item: Any, max_length: int) -> list:
+        """Cut an item into items that have at most max_length tokens each, end token included.
+
+        A text's pieces make up the text; only characters that do not fit by themselves are left
+        out, which may leave no piece.
+        """
+
+
+def make_encoder(tokenizer: "PreTrainedTokenizerBase", kind: Literal["text", "tokens"]) -> Encoder:
+    """The encoder of a tokenizer; its kind is a `Corpus`'s."""
+    from tokenizers import Tokenizer
+    from transformers import ByT5Tokenizer
+
+    if kind == "tokens":
+        return TokenEncoder.of(tokenizer)
+    names = {str(token) for token in tokenizer.added_tokens_decoder.values()}
+    special = re.compile("|".join(map(re.escape, sorted(names | {tokenizer.eos_token}))))
+    if isinstance(tokenizer, ByT5Tokenizer):
+        return ByteEncoder(special)
+    if not tokenizer.is_fast:
+        return SlowEncoder(special, tokenizer)
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_padding()
+    backend.no_truncation()
+    return FastEncoder(special, backend)
+
+
+@dataclass(frozen=True)
+class TextEncoder(ABC):
+    """What the encoders of texts have in common.
+
+    Attributes:
+        special: finds the special tokens spelled out in a text.
+    """
+
+    special: re.Pattern[str]
+
+    @abstractmethod
+    def encode(self, items: list[str]) -> tuple[np.ndarray, np.ndarray]: ...
+
+    @abstractmethod
+    def ends(self, text: str) -> list[int]:
+        """The offset in a text at which each of its tokens, special ones left out, ends."""
+
+    def usable(self, items: list[str]) -> np.ndarray:
+        clean = np.ones(len(items), bool)
+        if self.special.search("\n".join(items)):  # rarely
+            clean[:] = [not self.special.search(text) for text in items]
+        odd = [i for i, text in enumerate(items) if not WORD.search(text)]  # may leave no token
+        if odd:
+            nothing = self.encode([""])[1]
+            clean[odd] &= self.encode([items[i] for i in odd])[1] > nothing
+        return clean
+
+    def cut(self, item: str, max_length: int) -> list[str]:
+        ends = [0, *self.ends(item)]
+        pieces = []
+        start = 0
+        while start < len(item):
+            last = bisect_right(ends, start) + max_length - 2
+            end = ends[last] if last < len(ends) - 1 else len(item)
+            while end > start and (tokens := self._tokens(item[start:end])) > max_length:
+                fitting = start + (end - start) * max_length // tokens
+                whole = ends[bisect_right(ends, fitting) - 1]  # does not break a token
+                end = whole if whole > start else fitting
+            if end > start:
+                pieces.append(item[start:end])
+            start = max(end, start + 1)
+        return pieces
+
+    def _tokens(self, text: str) -> int:
+        return int(self.encode([text])[1][0])
+
+
+@dataclass(frozen=True)
+class FastEncoder(TextEncoder):
+    """Tokenizes with the tokenizers library alone."""
+
+    backend: "Tokenizer"
+
+    def encode(self, items: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        return _flat([encoding.ids for encoding in self.backend.encode_batch_fast(items)])
+
+    def ends(self, text: str) -> list[int]:
+        offsets = self.backend.encode(text, add_special_tokens=False).offsets
+        return list(accumulate((end for _, end in offsets), max))
+
+
+@dataclass(frozen=True)
+class SlowEncoder(TextEncoder):
+    """Tokenizes with a tokenizer of transformers."""
+
+    tokenizer: "PreTrainedTokenizerBase"
+
+    def encode(self, items: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        return _flat([self.tokenizer(text, verbose=False)["input_ids"] for text in items])
+
+    def ends(self, text: str) -> list[int]:
+        tokens = len(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return [len(text) * i // tokens for i in range(1, tokens + 1)]  # as if all were as long
+
+
+@dataclass(frozen=True)
+class ByteEncoder(TextEncoder):
+    """ByT5's: a token a byte."""
+
+    def encode(self, items: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        content = np.frombuffer(b"".join(text.encode() + b"\xff" for text in items), np.uint8)
+        ends = np.flatnonzero(content == 0xFF)  # no byte of UTF-8
+        tokens = content.astype(np.int32) + 3
+        tokens[ends] = 1
+        return tokens, np.diff(ends, prepend=-1)
+
+    def ends(self, text: str) -> list[int]:
+        sizes = [len(character.encode()) for character in text]
+        return np.repeat(np.arange(1, len(text) + 1), sizes).tolist()
+
+
+@dataclass(frozen=True)
+class TokenEncoder:
+    """Ends and checks sequences that are token ids already."""
+
+    vocabulary: int
+    pad_id: int
+    eos_id: int
+
+    @classmethod
+    def of(cls, tokenizer: "PreTrainedTokenizerBase") -> "TokenEncoder":
+        """The encoder of ids of a tokenizer."""
+        return cls(len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id)
+
+    def plain(self, items: list[bytes]) -> list[bytes]:
+        """Items without the end token and pads at their ends: equal sequences become equal."""
+        return [self._content(item).tobytes() for item in items]
+
+    def encode(self, items: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        end = np.array([self.eos_id], np.int32)
+        rows = [ids for item in items for ids in (self._content(item), end)]
+        lengths = np.fromiter(map(len, rows[::2]), np.int64, len(items)) + 1
+        return np.concatenate(rows or [end[:0]]), lengths
+
+    def usable(self, items: list[bytes]) -> np.ndarray:
+        return np.fromiter(map(self._is_usable, map(self._content, items)), bool, len(items))
+
+    def cut(self, item: bytes, max_length: int) -> list[bytes]:
+        ids = self._content(item)
+        size = max_length - 1
+        return [ids[start : start + size].tobytes() for start in range(0, len(ids), size)]
+
+    def _is_usable(self, ids: np.ndarray) -> bool:
+        odd = (ids >= self.vocabulary) | (ids == self.pad_id) | (ids == self.eos_id)
+        return len(ids) > 0 and not odd.any()
+
+    def _content(self, item: bytes) -> np.ndarray:
+        """An item's ids, int32 [length], up to its end token or the pads at its end."""
+        ids = np.frombuffer(item, "<i4")
+        ids = ids[: np.flatnonzero(ids != self.pad_id).max(initial=-1) + 1]
+        return ids[:-1] if len(ids) and ids[-1] == self.eos_id else ids
+
+
+def _flat(rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+    return np.fromiter(chain.from_iterable(rows), np.int32, int(lengths.sum())), lengths
+
+
+def fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """A sha256 of what determines the tokenizer's ids: the same before and after saving."""
+    if tokenizer.is_fast:
+        content = json.loads(tokenizer.backend_tokenizer.to_str())
+        for call_state in ("padding", "truncation"):  # left behind by the last call
+            content.pop(call_state, None)
+    else:
+        content = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
+    canonical = json.dumps(content, sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()

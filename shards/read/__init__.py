@@ -1,0 +1,1 @@
+"""From shards to batches, in an order that depends on nothing but seed and position."""

@@ -1,0 +1,211 @@
+"""A node's cache of remote files: whole, verified, and shared by all processes of the node.
+
+FOLDER/VERSION/NAME is the copy of a dataset's file; beside it lie NAME.lock, and NAME.part while it
+is being made.
+"""
+
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from t5vae.common.errors import DamageError, UserError
+
+if TYPE_CHECKING:
+    from shards.storage.remote import RemoteFile
+
+CHUNK = 16 * 2**20
+LOCK, PART = ".lock", ".part"
+
+
+class CacheError(UserError):
+    """The cache cannot take a file; the line says why, and how to mend it."""
+
+
+def _default_folder() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("T5VAE_CACHE") or f"{home}/t5vae").expanduser()
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A folder of this node for copies of remote files.
+
+    Attributes:
+        folder: by default $T5VAE_CACHE, else t5vae in $XDG_CACHE_HOME or ~/.cache.
+        limit_bytes: the most it may hold: 256 GiB by default.
+    """
+
+    folder: Path = field(default_factory=_default_folder)
+    limit_bytes: int = 256 * 2**30
+
+
+class Copies:
+    """The copies of one dataset's files.
+
+    Args:
+        cache: the node's.
+        version: the sha256 of the dataset's index.json.
+
+    Attributes:
+        folder: where the copies lie.
+    """
+
+    def __init__(self, cache: Cache, version: str):
+        self.cache = cache
+        self.folder = cache.folder / version
+        self._used: set[str] = set()
+
+    def make(
+        self, name: str, sha256: str, source: "Callable[[], RemoteFile]", wait: bool = True
+    ) -> bool:
+        """Copy a file, unless there is a copy.
+
+        Args:
+            name: the file's.
+            sha256: what its content must have.
+            source: opens the remote file.
+            wait: for another process that is at it.
+
+        Returns:
+            Whether there is a copy now: False only without `wait`.
+
+        Raises:
+            CacheError: no space.
+            DamageError: twice, the content was another.
+            OSError: the remote file cannot be read.
+        """
+        copy = self.folder / name
+        if copy.exists():
+            return True
+        with self._locked(copy, wait) as mine:
+            if not mine or copy.exists():
+                return mine
+            part = Path(f"{copy}{PART}")  # what a killed process left of it is overwritten
+            try:
+                for _ in range(2):
+                    with source() as file:
+                        if self._write(part, file) == sha256:
+                            with self._writing():
+                                part.rename(copy)
+                            return True
+            finally:
+                part.unlink(missing_ok=True)
+        raise DamageError(f"{file.url} is not what index.json names (its sha256 differs)")
+
+    def make_folder(self, name: str, contents: Callable[[], dict[str, bytes]]) -> Path:
+        """Copy a folder of small files, unless there is a copy.
+
+        Raises:
+            CacheError: no space.
+            OSError: as `contents` raises it.
+        """
+        copy = self.folder / name
+        if not copy.is_dir():
+            with self._locked(copy):
+                if not copy.is_dir():
+                    self._write_folder(copy, contents())
+        return copy
+
+    def mark_used(self, name: str) -> None:
+        """Let the cache know that a copy is in use, once a process: those unused longest go."""
+        if name not in self._used:
+            self._used.add(name)
+            with suppress(OSError):
+                os.utime(self.folder / name)
+
+    def remove(self, name: str) -> bool:
+        """Remove a copy; whether there was one."""
+        try:
+            (self.folder / name).unlink()
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _write(self, part: Path, source: "RemoteFile") -> str:
+        digest = hashlib.sha256()
+        with self._writing():
+            file = open(part, "wb", buffering=0)  # noqa: SIM115 closed below
+        with file:
+            self._reserve(file.fileno(), source.size)
+            while chunk := source.read(CHUNK):
+                digest.update(chunk)
+                rest = memoryview(chunk)
+                with self._writing():
+                    while rest:
+                        rest = rest[file.write(rest) :]
+            with self._writing():
+                file.truncate()
+                os.fsync(file.fileno())
+        return digest.hexdigest()
+
+    def _write_folder(self, copy: Path, contents: dict[str, bytes]) -> None:
+        part = Path(f"{copy}{PART}")
+        with self._writing():
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir()
+            for name, content in contents.items():
+                (part / name).write_bytes(content)
+            part.rename(copy)
+
+    def _reserve(self, part: int, size: int) -> None:
+        """Set a part's size, so that others count it, after making room for it."""
+        with self._locked(self.cache.folder / "all"):
+            used = 0
+            others = []
+            for path, stat in _files(self.cache.folder):
+                used += stat.st_size
+                if path.parent.parent == self.cache.folder and path.parent != self.folder:
+                    others.append((stat.st_mtime, stat.st_size, path))
+            excess = used + size - self.cache.limit_bytes
+            if excess > sum(bytes for _, bytes, _ in others):
+                raise CacheError(
+                    f"the cache {self.cache.folder} is full (its limit is "
+                    f"{self.cache.limit_bytes:,} bytes)"
+                )
+            for _, bytes, path in sorted(others):
+                if excess <= 0:
+                    break
+                path.unlink(missing_ok=True)  # a process that has it open goes on reading it
+                excess -= bytes
+            with self._writing():
+                os.truncate(part, size)
+
+    @contextmanager
+    def _locked(self, path: Path, wait: bool = True) -> Iterator[bool]:
+        """Hold a file's lock, or yield False if another holds it; a killed process holds none."""
+        with self._writing():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = open(f"{path}{LOCK}", "wb")  # noqa: SIM115 closed below
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                mine = False
+            else:
+                mine = True
+            yield mine
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise CacheError(
+                f"cannot write to the cache {self.cache.folder}: {error.strerror}: free some space "
+                "or choose another folder (T5VAE_CACHE)"
+            ) from None
+
+
+def _files(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            path = Path(parent, name)
+            if path.suffix != LOCK:
+                with suppress(FileNotFoundError):  # renamed or removed just now
+                    yield path, path.stat()

@@ -1,0 +1,92 @@
+"""Files of a corpus as streams: opened wherever they lie, hashed, decompressed."""
+
+import gzip
+import hashlib
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO, Any
+
+from t5vae.common.files import first_line
+
+CHUNK = 2**20  # bytes
+
+
+class Tap(io.RawIOBase):
+    """A stream's bytes, counted and hashed on their way."""
+
+    def __init__(self, stream: IO[bytes]):
+        self._stream = stream
+        self._hash = hashlib.sha256()
+        self._count = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        with storage_errors():
+            count = self._stream.readinto(buffer)  # type: ignore[attr-defined]
+        self._hash.update(memoryview(buffer)[:count])
+        self._count += count
+        return count
+
+    def tell(self) -> int:
+        return self._count
+
+    def hexdigest(self) -> str:
+        """The sha256 of all bytes so far."""
+        return self._hash.hexdigest()
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
+
+
+def is_url(source: object) -> bool:
+    """Whether a source is one for fsspec."""
+    return "://" in str(source)
+
+
+def open_raw(path: str) -> IO[bytes]:
+    """Open a path or an fsspec URL.
+
+    Raises:
+        OSError: that fails.
+    """
+    if not is_url(path):
+        return open(path, "rb")
+    with storage_errors():
+        from fsspec.core import url_to_fs
+
+        filesystem, inner = url_to_fs(path)
+        return filesystem.open(inner, "rb")
+
+
+@contextmanager
+def storage_errors() -> Iterator[None]:
+    """Raise the errors of fsspec and of what is behind it, each with its own kinds, as OSError."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(first_line(error)) from error
+
+
+def decompressed(raw: io.RawIOBase, path: str) -> IO[bytes]:
+    """The bytes in a file, by its name's ending (.gz, .zst); a file cut short raises."""
+    buffered = io.BufferedReader(raw, CHUNK)
+    if path.endswith(".gz"):
+        return gzip.GzipFile(fileobj=buffered)  # type: ignore[return-value]
+    if path.endswith(".zst"):
+        import pyarrow
+
+        stream = pyarrow.input_stream(buffered, compression="zstd")  # reads all frames, sees a cut
+        return io.BufferedReader(stream)
+    return buffered
+
+
+def drain(stream: IO[bytes] | io.RawIOBase) -> None:
+    """Read what is left."""
+    while stream.read(CHUNK):
+        pass

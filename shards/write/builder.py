@@ -1,0 +1,314 @@
+"""Build a dataset: read, drop duplicates, shuffle, split, tokenize, pack.
+
+Everything passes through files in a work folder, sorted by keys (`shards.write.spool`), so that
+memory does not grow with the corpus, tasks go to any number of processes, and a build that was
+halted goes on. What comes out depends on the input and the options alone.
+"""
+
+import hashlib
+import os
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, astuple, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from shards.format.index import Index, open_index
+from shards.format.tokenizers import (
+    TokenEncoder,
+    fingerprint,
+    load_tokenizer,
+    make_encoder,
+    pieces_to_train,
+    train_tokenizer,
+)
+from shards.read.order import CHUNK
+from shards.write.corpora import Corpus, combine
+from shards.write.pack import write_splits
+from shards.write.spool import Spool, open_spool
+from shards.write.stages import EQUAL_PIECES, Cut, Read, Tokenize, group_files, in_valid
+from shards.write.workers import Counts, carry_out, take_up
+from t5vae.common.errors import UserError
+from t5vae.common.files import fsync
+from t5vae.common.progress import say, stage
+from t5vae.common.workfolder import work_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SAMPLE_BYTES = 128 * 2**20  # of text that a tokenizer is trained on
+LARGEST_BLOCK, BLOCK_TOKENS = 4096, 2**18
+WORK_VERSION = 1  # of what lies in a work folder
+
+Dtype = Literal["uint16", "uint32"]
+Overflow = Literal["drop", "truncate", "split"]
+Format = Literal["text", "jsonl", "csv", "parquet", "python", "webdataset"]
+
+
+def build(
+    source: str | Path | None,
+    out: str | Path,
+    *,
+    tokenizer: str | Path,
+    max_length: int,
+    format: Format = "text",
+    column: str | None = None,
+    valid_fraction: float = 0.02,
+    overflow: Overflow = "drop",
+    dedupe: bool = True,
+    seed: int = 0,
+    workers: int = 1,
+    block_size: int | None = None,
+    shard_size: int = 256 * 2**20,
+) -> Index:
+    """Build a dataset folder from a corpus; the same input and options give the same bytes.
+
+    A text's split depends on the text alone, so that a grown corpus moves none to the other split.
+    What is done is kept in a folder `.NAME.build` beside `out`: the same call goes on where one
+    was halted. A folder already built from the same input with the same options is left as it is.
+
+    Args:
+        source, format, column: the corpus, see `shards.write.corpora.Corpus`; the source "-" is
+            standard input.
+        out: the dataset folder to make.
+        tokenizer: a Hugging Face name, a folder, "byte", or "train:N" (byte-level BPE of N pieces,
+            trained on up to 128 MiB of the train split).
+        max_length: the most tokens a sequence may have, its end token counted.
+        valid_fraction: share of texts held out as the split "valid".
+        overflow: what becomes of longer sequences: "drop", "truncate" (keep the beginning) or
+            "split" (into sequences that fit).
+        dedupe: keep one of equal texts.
+        seed: of the shuffle.
+        workers: processes to work in; 1 is this one. More are started anew, so a script that asks
+            for them does so under `if __name__ == "__main__":`.
+        block_size: sequences in a block, a multiple of 16; by default 4096, or the smaller power of
+            two with which a block holds up to 2^18 tokens on average.
+        shard_size: bytes after which a shard is closed.
+
+    Returns:
+        The index of the dataset.
+
+    Raises:
+        UserError: bad input or options, nothing left to train on, a folder that holds something
+            else, another process that builds it, or no space left on the disk.
+    """
+    if "://" in str(out):
+        raise UserError(f"{out} is no folder of this machine: build in one (--out), then copy it")
+    out = Path(out)
+    if not out.name:
+        raise UserError(f"{out} has no name: choose another folder (--out)")
+    options = _Options(max_length, valid_fraction, overflow, dedupe, seed, block_size, shard_size)
+    options.check()
+    pieces = pieces_to_train(str(tokenizer))
+    given = load_tokenizer(tokenizer) if pieces is None else None
+    piped = str(source) == "-"
+    corpus = None if piped else Corpus(source, format, column)
+    with work_folder(out) as work:
+        if corpus is None:
+            corpus = Corpus(copy_stdin(work), format, column, name="-")
+        if pieces and corpus.kind == "tokens":
+            raise UserError(f"{corpus.name} holds token ids: give --tokenizer what they are of")
+        recipe = {
+            **corpus.describe(),
+            "tokenizer": str(tokenizer) if given is None else fingerprint(given),
+            **asdict(options),
+        }
+        if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+            return _already_built(out, corpus, recipe)
+        files = [corpus.sha256()] if piped else [astuple(file) for file in corpus.files]
+        parts = work / "parts"
+        take_up(parts, {"version": WORK_VERSION, **recipe, "input": files})
+        folder = work / "dataset"
+        _build(folder, parts, corpus, recipe, options, given, pieces, workers)
+        os.rename(folder, out.resolve())
+        fsync(out.resolve().parent)
+    return open_index(out)
+
+
+@dataclass(frozen=True)
+class _Options:
+    max_length: int
+    valid_fraction: float
+    overflow: Overflow
+    dedupe: bool
+    seed: int
+    block_size: int | None
+    shard_size: int
+
+    def check(self) -> None:
+        if not 2 <= self.max_length < 2**16:
+            raise UserError(
+                f"max_length {self.max_length}: choose 2 to 65,535 tokens, the end token counted"
+            )
+        if not 0 <= self.valid_fraction < 1:
+            raise UserError(
+                f"valid_fraction {self.valid_fraction}: choose a share from 0 to below 1"
+            )
+        if self.overflow not in get_args(Overflow):
+            raise UserError(f"overflow {self.overflow!r}: choose drop, truncate or split")
+        if self.block_size is not None and (self.block_size < 1 or self.block_size % CHUNK):
+            raise UserError(f"block_size {self.block_size}: choose a multiple of {CHUNK}")
+
+
+def _already_built(out: Path, corpus: Corpus, recipe: dict[str, Any]) -> Index:
+    if not (out / "index.json").is_file():
+        raise UserError(f"{out} exists and is no dataset: choose another folder (--out)")
+    index = open_index(out)
+    another = [name for name, value in recipe.items() if index.recipe.get(name) != value]
+    if not another and index.recipe["sha256"] != corpus.sha256():
+        another = ["bytes"]
+    for name in another:
+        there = f"{name} {index.recipe.get(name)}, not {recipe[name]}"
+        what = "another input" if name in ("files", "bytes") else there
+        raise UserError(f"{out} was built with {what}: choose another --out or remove it")
+    say(f"already built: {out}")
+    return index
+
+
+def _build(
+    folder: Path,
+    parts: Path,
+    corpus: Corpus,
+    recipe: dict[str, Any],
+    options: _Options,
+    given: "PreTrainedTokenizerBase | None",
+    pieces: int | None,
+    workers: int,
+) -> None:
+    """Make the dataset in `folder`; what is done on the way there lies in `parts`."""
+    kind, seed, dedupe = corpus.kind, options.seed, options.dedupe
+    groups = group_files(corpus.files)
+    of_tokens = TokenEncoder.of(given) if given and kind == "tokens" else None
+    reading = Read(
+        parts / "read", groups, corpus.format, corpus.column, kind, seed, dedupe, of_tokens
+    )
+    read = carry_out(reading, workers)
+    spool = open_spool(reading.folder, [done["spool"] for done in read], kind, dedupe)
+    tokenizer = _tokenizer(parts / "tokenizer", given, pieces, spool, options)
+    encoder = make_encoder(tokenizer, kind)
+
+    cut: list[Counts] = []
+    if options.overflow != "drop":
+        keep = 1 if options.overflow == "truncate" else None
+        cutting = Cut(parts / "cut", spool, encoder, options.max_length, seed, keep)
+        cut = carry_out(cutting, workers)
+        spool.remove()
+        spool = open_spool(cutting.folder, [done["spool"] for done in cut], kind, dedupe)
+
+    dtype: Dtype = "uint16" if len(tokenizer) <= 2**16 - 1 else "uint32"
+    tokenizing = Tokenize(
+        parts / "tokens",
+        spool,
+        encoder,
+        options.max_length,
+        options.valid_fraction,
+        dtype,
+        equal=EQUAL_PIECES if cut else "duplicate",
+    )
+    tokenized = carry_out(tokenizing, workers)
+    spool.remove()
+
+    tally = _tally(read, cut, tokenized)
+    if not any(done["sequences"].get("train") for done in tokenized):
+        why = ", ".join(f"{count} {reason}" for reason, count in tally["dropped"].items())
+        raise UserError(
+            f"{corpus.name} has no text to train on: {tally['texts_read']} read ({why or 'empty'})"
+        )
+    block_size = options.block_size or _block_size(tokenized)
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(parts / "tokenizer", folder / "tokenizer")
+    splits, shards, blocks = write_splits(
+        folder,
+        tokenizing.folder,
+        [done["sequences"] for done in tokenized],
+        block_size=block_size,
+        shard_size=options.shard_size,
+    )
+    np.save(folder / "blocks.npy", blocks)
+    index = Index(
+        dtype=dtype,
+        block_size=block_size,
+        max_length=options.max_length,
+        vocab_size=len(tokenizer),
+        pad_id=tokenizer.pad_token_id,
+        eos_id=tokenizer.eos_token_id,
+        tokenizer_fingerprint=fingerprint(tokenizer),
+        splits=splits,
+        shards=shards,
+        blocks_sha256=hashlib.sha256((folder / "blocks.npy").read_bytes()).hexdigest(),
+        **tally,
+        recipe=recipe | {"sha256": combine(d for done in read for d in done["digests"])},
+        path=str(folder),
+        sha256="",
+    )
+    (folder / "index.json").write_text(index.model_dump_json(indent=1) + "\n")
+    for path in [*folder.rglob("*"), folder]:
+        fsync(path)
+
+
+def _block_size(tokenized: list[Counts]) -> int:
+    """Blocks that a reader can hold hundreds of, however long the sequences are."""
+    sequences = sum(sum(done["sequences"].values()) for done in tokenized)
+    tokens = sum(done["tokens"] for done in tokenized)
+    fitting = BLOCK_TOKENS * sequences // tokens
+    return min(LARGEST_BLOCK, max(CHUNK, 2 ** (fitting.bit_length() - 1)))
+
+
+def _tally(read: list[Counts], cut: list[Counts], tokenized: list[Counts]) -> dict[str, Any]:
+    """The fields of the index that the stages counted."""
+    dropped = sum((Counter(done["dropped"]) for done in (*read, *cut, *tokenized)), Counter())
+    whole = cut or tokenized  # whichever saw the texts before they were cut
+    lengths = np.sum([done["lengths"] for done in whole], axis=0)
+    return {
+        "texts_read": sum(done["texts"] for done in read),
+        "dropped": dict(sorted(dropped.items())),
+        "overlong": sum(done["overlong"] for done in whole),
+        "unique_lengths": np.trim_zeros(lengths, "b").tolist(),
+    }
+
+
+def _tokenizer(
+    folder: Path,
+    given: "PreTrainedTokenizerBase | None",
+    pieces: int | None,
+    spool: Spool,
+    options: _Options,
+) -> "PreTrainedTokenizerBase":
+    """The tokenizer: given, trained before, or trained now; saved in a folder."""
+    if folder.exists():
+        return load_tokenizer(folder) if given is None else given
+    if pieces is not None:
+        with stage(f"trained a tokenizer of {pieces:,} pieces"):
+            given = train_tokenizer(_sample(spool, options.valid_fraction), pieces)
+    assert given is not None
+    saved = folder.with_name("tokenizer.part")
+    given.save_pretrained(saved)
+    os.rename(saved, folder)
+    return given
+
+
+def _sample(spool: Spool, valid_fraction: float) -> Iterator[str]:
+    """The texts of the train split that have the lowest keys: a random sample."""
+    left = SAMPLE_BYTES
+    for number in range(spool.buckets):
+        items, hashes, _ = spool.bucket(number)
+        items = items.filter(pa.array(~in_valid(hashes, valid_fraction)))
+        ends = np.cumsum(pc.binary_length(items))
+        fitting = int(np.searchsorted(ends, left, side="right"))
+        yield from items[:fitting].to_pylist()
+        if fitting < len(items):
+            return
+        left -= int(ends[-1]) if len(ends) else 0
+
+
+def copy_stdin(folder: Path) -> Path:
+    """Copy standard input into a file, to be read as often as need be."""
+    with open(folder / "stdin", "wb") as file:
+        shutil.copyfileobj(sys.stdin.buffer, file)
+    return folder / "stdin"

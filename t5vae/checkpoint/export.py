@@ -1,0 +1,89 @@
+"""From a checkpoint to a plain transformers folder, without an accelerator or a process group."""
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from t5vae.checkpoint import retention
+from t5vae.checkpoint.card import write_card
+from t5vae.checkpoint.fragments import fill_model
+from t5vae.checkpoint.manifest import digest, open_fragments, read_manifest
+from t5vae.common.errors import UserError
+from t5vae.common.quiet import quiet_start
+from t5vae.config import load_config
+from t5vae.model import T5VAE, T5VAEConfig
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def export(
+    run: str | Path, *, step: int | None = None, dtype: str = "fp32", finished: bool = False
+) -> tuple[Path, str, bool]:
+    """Write RUN/export from a valid checkpoint: weights, tokenizer, model card.
+
+    Args:
+        step: of the checkpoint; None for the newest.
+        dtype: of the weights: fp32, bf16 or fp16.
+        finished: refuse a run whose steps are not all done.
+
+    Returns:
+        The exported folder, the checkpoint's name, and whether it had been exported before.
+
+    Raises:
+        UserError: if `run` is no run folder, holds no such checkpoint that is valid, is to be
+            finished and is not, or its shards now have another tokenizer.
+    """
+    folder = Path(run)
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder} is not a run folder: it has no config.yaml")
+    if dtype not in DTYPES:
+        raise UserError(f"unknown dtype {dtype!r}; use one of {', '.join(DTYPES)}")
+    newest = retention.newest_valid(folder / "checkpoints", print, step=step)
+    if newest is None:
+        if step is None:
+            raise UserError(f"{folder} holds no valid checkpoint yet; train it further first")
+        there = map(retention.step_of, retention.list_checkpoints(folder / "checkpoints"))
+        raise UserError(
+            f"{folder} has no valid checkpoint of step {step}; there are: "
+            f"{', '.join(map(str, there)) or 'none'}"
+        )
+    config = load_config(folder / "config.yaml")
+    done = retention.step_of(newest)
+    if finished and done < config.train.steps:
+        raise UserError(
+            f"{folder} is at step {done:,} of {config.train.steps:,}: the command that trained it "
+            f"goes on from there; `t5vae export {folder}` takes it as it is"
+        )
+    target = folder / "export"
+    source = f"{newest.name} {dtype} {digest(newest)}"
+    if (target / "SOURCE").is_file() and (target / "SOURCE").read_text() == source:
+        return target, newest.name, True
+
+    manifest = read_manifest(newest)
+    dataset = config.data.open()
+    if manifest["tokenizer"] != dataset.tokenizer_fingerprint:
+        raise UserError(
+            f"{dataset.path} has another tokenizer than the one {folder} was trained with; "
+            "restore those shards before you export"
+        )
+    model = T5VAE(T5VAEConfig.from_dict(manifest["model"]))
+    log_file = folder / "logs" / "export.log"
+    log_file.parent.mkdir(exist_ok=True)
+    with quiet_start(log_file):
+        fill_model(model, open_fragments(newest))
+    model.tie_weights()
+    model.to(DTYPES[dtype])
+
+    for left in folder.glob("export.*.tmp"):
+        shutil.rmtree(left)
+    tmp = folder / f"export.{os.getpid()}.tmp"
+    model.save_pretrained(tmp)
+    dataset.tokenizer().save_pretrained(tmp)
+    (tmp / "SOURCE").write_text(source)
+    write_card(folder, tmp)
+    if target.exists():
+        shutil.rmtree(target)
+    tmp.rename(target)
+    return target, newest.name, False

@@ -1,0 +1,114 @@
+"""A checkpoint's manifest: what it is of, and whether it is whole.
+
+A checkpoint is a folder `step-00001000` with a file of each rank (`t5vae.checkpoint.fragments`) and
+a manifest of their sizes and hashes. A folder without a manifest that verifies is no checkpoint.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from t5vae.checkpoint.fragments import WEIGHT, Fragments
+from t5vae.common.errors import UserError
+
+MANIFEST = "manifest.json"
+FORMAT = 2
+
+
+def verify(checkpoint: Path, *, hashes: bool = True) -> str | None:
+    """What is wrong with a checkpoint, or None: every file's size and sha256 are compared.
+
+    Args:
+        hashes: compare sizes alone if false.
+    """
+    try:
+        files = read_manifest(checkpoint)["files"]
+    except (OSError, ValueError) as error:
+        return f"{MANIFEST}: {error}"
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        problems = threads.map(lambda name: _problem(checkpoint / name, files[name], hashes), files)
+        return next((problem for problem in problems if problem), None)
+
+
+def _problem(path: Path, wanted: dict[str, Any], hashes: bool) -> str | None:
+    if not path.is_file():
+        return f"{path.name} is missing"
+    if path.stat().st_size != wanted["bytes"]:
+        return f"{path.name} has {path.stat().st_size} bytes, not {wanted['bytes']}"
+    if not hashes:
+        return None
+    with open(path, "rb") as file:
+        changed = hashlib.file_digest(file, "sha256").hexdigest() != wanted["sha256"]
+    return f"{path.name} has changed" if changed else None
+
+
+def seal(manifest: dict[str, Any]) -> bytes:
+    """A manifest's file: itself, and its own hash."""
+    return json.dumps({**manifest, "seal": _hash(manifest)}, indent=1).encode()
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """A checkpoint's manifest.
+
+    Raises:
+        OSError, ValueError: where there is none, or not as it was written.
+    """
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    if not isinstance(manifest, dict) or manifest.pop("seal", None) != _hash(manifest):
+        raise ValueError("it has changed")
+    return manifest
+
+
+def _hash(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def digest(checkpoint: Path) -> str:
+    """A fingerprint of a checkpoint's content."""
+    return hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest()
+
+
+def check_identity(manifest: dict[str, Any], identity: dict[str, Any]) -> None:
+    """Refuse to resume a run as another one.
+
+    Raises:
+        UserError: naming the first thing that differs, with both values.
+    """
+    for name, value in identity.items():
+        for where, saved, now in _differences(name.replace("_", " "), manifest.get(name), value):
+            raise UserError(
+                f"cannot resume: the checkpoint of step {manifest['step']} was saved with "
+                f"{where} {_brief(saved)}, this run has {_brief(now)}; "
+                "restore it, or choose another run.output_dir"
+            )
+
+
+def _differences(name: str, saved: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(saved, dict) and isinstance(now, dict):
+        for key in now | saved:
+            yield from _differences(f"{name}.{key}", saved.get(key), now.get(key))
+    elif saved != now:
+        yield name, saved, now
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def open_fragments(checkpoint: Path) -> Fragments:
+    """What all ranks saved."""
+    return Fragments([checkpoint / name for name in read_manifest(checkpoint)["files"]])
+
+
+def consolidated_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The model's fp32 weights by parameter, flattened, on the CPU."""
+    saved = open_fragments(checkpoint)
+    names = [name for kind, name in saved.ranges if kind == WEIGHT]
+    return {name: saved.read(WEIGHT, name, 0, saved.length(WEIGHT, name)) for name in names}

@@ -1,0 +1,150 @@
+"""The process group: joined through DeepSpeed, left, and asked who is lost."""
+
+import os
+import socket
+import time
+from datetime import timedelta
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from t5vae.cluster.allocator import keep_freed_memory
+from t5vae.cluster.ranks import Ranks
+from t5vae.common.errors import UserError
+
+
+def network_interface(ranks: Ranks) -> str | None:
+    """The interface that leads to another host of the run; None where that cannot be told."""
+    own = ranks.hosts[ranks.rank] if ranks.hosts else None
+    others = [host for host in (ranks.master_addr, *ranks.hosts) if host != own]
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((others[0], 9))  # sends nothing: the kernel chooses a way
+            address = probe.getsockname()[0]
+    except (OSError, IndexError):
+        return None
+    for name, addresses in psutil.net_if_addrs().items():
+        if address in (entry.address for entry in addresses) and not address.startswith("127."):
+            return name
+    return None
+
+
+def start_process_group(
+    ranks: Ranks, timeout: float = 600, *, compiles: bool = False, interface: str | None = None
+) -> torch.device:
+    """Join the process group through DeepSpeed and choose this rank's device.
+
+    Args:
+        ranks: which process this is.
+        timeout: seconds after which a collective that others do not join ends the process.
+        compiles: leave torch.compile on where there is no accelerator.
+        interface: network interface to talk over; by default the one to the other hosts.
+
+    Returns:
+        The accelerator of this local rank, or the CPU (over gloo) where there is none.
+
+    Raises:
+        UserError: on rank 0, where the port to meet at is taken.
+    """
+    accelerated = torch.accelerator.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    if not accelerated:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        keep_freed_memory()
+        if not compiles:
+            # DeepSpeed compiles Muon's kernels: on a CPU that takes longer than it saves.
+            os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+        if "OMP_NUM_THREADS" not in os.environ:
+            cores = len(os.sched_getaffinity(0))
+            torch.set_num_threads(max(1, cores // ranks.local_world_size))
+    if interface:
+        # "=" is NCCL's way to take the name as a whole, not as the beginning of one
+        os.environ.update(GLOO_SOCKET_IFNAME=interface, NCCL_SOCKET_IFNAME=f"={interface}")
+    elif ranks.spans_hosts and (found := network_interface(ranks)):
+        # gloo takes the address of this host's name, which on many systems is a loopback.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", found)
+    os.environ.update(
+        RANK=str(ranks.rank),
+        WORLD_SIZE=str(ranks.world_size),
+        LOCAL_RANK=str(device_index(ranks.local_rank) if accelerated else ranks.local_rank),
+        MASTER_ADDR=ranks.master_addr,
+        MASTER_PORT=str(ranks.master_port or free_port()),
+    )
+    import deepspeed
+
+    # DeepSpeed would compile this when it starts on a CPU; it serves inference alone.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if accelerated:
+        torch.accelerator.set_device_index(device_index(ranks.local_rank))
+    try:
+        deepspeed.init_distributed(
+            dist_backend=None if accelerated else "gloo",
+            auto_mpi_discovery=False,
+            timeout=timedelta(seconds=timeout),
+            verbose=False,
+        )
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise UserError(
+            f"port {os.environ['MASTER_PORT']} of this host is taken, perhaps by another run: "
+            "choose another, as with `deepspeed --master_port 29501`"
+        ) from None
+    if not accelerated:
+        return torch.device("cpu")
+    kind = torch.accelerator.current_accelerator()
+    return torch.device(kind.type, device_index(ranks.local_rank))
+
+
+def device_index(local_rank: int) -> int:
+    """This rank's device among those that it sees; the one, where each task is shown its own."""
+    return local_rank % torch.accelerator.device_count()
+
+
+def limit_waiting(timeout: float) -> None:
+    """Give every process group this timeout in seconds; DeepSpeed makes some of 30 minutes."""
+    for group in _groups():
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout), group)
+
+
+def _groups() -> list[dist.ProcessGroup]:
+    return list(dist.distributed_c10d._world.pg_map)
+
+
+def leave_process_group() -> None:
+    """End the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def lost_ranks(ranks: Ranks, patience: float = 10) -> list[int]:
+    """After a collective failed: which ranks do not answer any more.
+
+    Every rank that is alive says so in the store that the group met in, and leaves the group, at
+    which the others' collectives fail too.
+
+    Args:
+        patience: seconds to wait for an answer.
+    """
+    store = dist.distributed_c10d._get_default_store()
+    everyone = set(range(ranks.world_size))
+    alive = {ranks.rank}
+    try:
+        store.set(f"alive/{ranks.rank}", "")
+        for group in _groups():
+            group.abort()
+        end = time.monotonic() + patience
+        while alive < everyone and time.monotonic() < end:
+            alive |= {rank for rank in everyone - alive if store.check([f"alive/{rank}"])}
+            time.sleep(0.1)
+        if ranks.is_first:
+            time.sleep(1)  # the store is in this process: let the others look
+    except RuntimeError:
+        return [0]  # whose process has the store
+    return sorted(everyone - alive)
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]

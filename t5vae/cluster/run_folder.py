@@ -1,0 +1,92 @@
+"""The run's folder, made and locked: one run in it at a time."""
+
+import errno
+import fcntl
+import json
+import os
+import secrets
+from pathlib import Path
+from typing import IO, Any
+
+from t5vae.cluster.scheduler import host_name, is_running, job_id
+from t5vae.common.errors import UserError
+
+LOCK = ".lock"
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder of the run.
+
+    Raises:
+        UserError: if it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder}: {error.strerror}") from None
+
+
+def lock_run(folder: Path, *, anew: bool = False) -> IO[str]:
+    """Make a run's folder and lock it; rank 0 alone. The lock dies with this process.
+
+    The lock's file then says who holds it, with a token like no other, by which other ranks know
+    the folder. File systems without locks, as Lustre may be, go by that alone.
+
+    Args:
+        folder: the run's.
+        anew: refuse one that holds checkpoints.
+
+    Raises:
+        UserError: if another process trains in it, or it is to be new and is not.
+    """
+    make_folder(folder / "checkpoints")
+    job = job_id()
+    try:
+        lock = open(folder / LOCK, "a+")  # noqa: SIM115 (held until the run ends)
+        lock.seek(0)
+        before = _holder(lock.read())
+        other = before.get("job") not in (None, job)
+        held = _is_locked(lock) or (other and is_running(before["job"]))
+        if not held:
+            holder = {"job": job, "host": host_name(), "token": secrets.token_hex(16)}
+            lock.truncate(0)
+            lock.write(json.dumps(holder) + "\n")
+            lock.flush()
+            os.fsync(lock.fileno())  # so that other hosts read it
+    except OSError as error:
+        raise UserError(f"cannot use the run folder {folder}: {error.strerror}") from None
+    if held:
+        lock.close()
+        who = f" (job {before['job']} on {before['host']})" if before.get("job") else ""
+        raise UserError(
+            f"another process{who} is training in {folder}; wait for it, or set run.output_dir"
+        )
+    if anew and any((folder / "checkpoints").iterdir()):
+        lock.close()
+        raise UserError(
+            f"{folder} holds checkpoints and checkpoint.resume is never; "
+            "set it to auto, or choose another run.output_dir"
+        )
+    return lock
+
+
+def _holder(text: str) -> dict[str, Any]:
+    """Who wrote a lock's file; empty where nobody did, or an older version."""
+    try:
+        holder = json.loads(text)
+    except ValueError:
+        return {}
+    return holder if isinstance(holder, dict) else {}
+
+
+def _is_locked(lock: IO[str]) -> bool:
+    """Lock a file; whether another process has it already."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    return False

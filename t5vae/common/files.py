@@ -1,0 +1,108 @@
+"""Files written whole or not at all, and small ones of text, read as lines of JSON."""
+
+import json
+import os
+import tarfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from t5vae.common.errors import UserError
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file, of which a reader sees the old text or the new one, never a part.
+
+    Raises:
+        OSError: if that fails; the file is as it was.
+    """
+    part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextmanager
+def written(path: Path) -> Iterator[Path]:
+    """A name to write a file under, which then appears at `path` whole and on disk."""
+    temporary = path.with_name(f"{path.name}.part")
+    yield temporary
+    fsync(temporary)
+    os.replace(temporary, path)
+
+
+def fsync(path: Path) -> None:
+    """Wait until a file or folder is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_records(path: Path, records: list[dict[str, Any]]) -> None:
+    """The same for objects, a line of JSON each."""
+    write_whole(path, "".join(json.dumps(record) + "\n" for record in records))
+
+
+def read_records(path: Path, tail: int | None = None) -> list[dict[str, Any]]:
+    """The objects of a file of lines of JSON; none where there is no file.
+
+    A last line that a crash cut short is left out.
+
+    Args:
+        path: the file.
+        tail: look at so many bytes at the end alone.
+
+    Raises:
+        UserError: if the file cannot be read, or holds anything else.
+    """
+    return list(iter_records(path, tail))
+
+
+def iter_records(path: Path, tail: int | None = None) -> Iterator[dict[str, Any]]:
+    """The same one by one, for files that are large."""
+    if not path.exists():
+        return
+    with reading(str(path)), open(path, "rb") as file:
+        if tail is not None and os.fstat(file.fileno()).st_size > tail:
+            file.seek(-tail, os.SEEK_END)
+            file.readline()
+        for line in file:
+            if line.endswith(b"\n"):
+                yield _parse(line, path)
+
+
+def _parse(line: bytes, path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        record = None
+    if not isinstance(record, dict):
+        raise UserError(
+            f"{path} is damaged, or no file of a run: its lines are not all JSON objects"
+        )
+    return record
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    reason = getattr(error, "strerror", None) or str(error)
+    return reason.strip().partition("\n")[0] or type(error).__name__
+
+
+@contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Raise what goes wrong while reading a file as a UserError that names it."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} is not UTF-8 text ({error.reason})") from None
+    except tarfile.TarError as error:
+        raise UserError(f"{name} is no whole tar file ({error})") from None
+    except (EOFError, OSError, zlib.error) as error:
+        raise UserError(f"cannot read {name}: {first_line(error)}") from None

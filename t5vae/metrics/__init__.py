@@ -1,0 +1,1 @@
+"""Writers and readers of a run's metrics.jsonl."""

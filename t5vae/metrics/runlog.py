@@ -1,0 +1,226 @@
+"""What a run tells: metrics.jsonl (the truth), a line or a bar for people, a full log."""
+
+import json
+import math
+import os
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from t5vae.checkpoint import retention
+from t5vae.checkpoint.saving import Saved
+from t5vae.cluster.scheduler import job_id
+from t5vae.common.errors import DISK_FULL
+from t5vae.common.files import read_records, write_records, write_whole
+from t5vae.common.progress import process_seconds
+from t5vae.config import Config
+from t5vae.metrics.reading import METRICS
+from t5vae.metrics.trackers import Tables, Trackers
+
+SHOWN = {
+    "loss": "loss {:.3f}",
+    "reconstruction": "rec {:.3f}",
+    "mmd": "mmd {:.5f}",
+    "grad_norm": "grad {:.2f}",
+    "tokens_per_second": "{:,.0f} tok/s",
+    "mfu": "mfu {:.1%}",
+}
+
+
+class Terminal(Console):
+    """Where lines for people go. A run outlives those who read them, as `tee` on Ctrl-C."""
+
+    def on_broken_pipe(self) -> None:  # rich's own ends the program
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+
+class RunLog:
+    """Rank 0's voice; on the other ranks every method is silent.
+
+    Args:
+        config: the run's.
+        enabled: whether this is rank 0.
+    """
+
+    def __init__(self, config: Config, *, enabled: bool):
+        self.enabled = enabled
+        self.path = config.run_dir / METRICS
+        self.steps = config.train.steps
+        self.console = Terminal(stderr=True)
+        self.bar: Progress | None = None
+        self.began: tuple[float, int] | None = None
+        self.checkpoint = 0
+        self.saves: dict[str, float] = {}
+        self.last: tuple[int, dict[str, Any]] | None = None
+        self.unwritten = ""
+        self.trackers = Trackers(config, self.say)
+
+    def drop_after(self, step: int) -> None:
+        """Drop the lines past a checkpoint, atomically: their steps will be done again."""
+        if not self.enabled or not self.path.exists():
+            return
+        write_records(self.path, [line for line in read_records(self.path) if line["step"] <= step])
+
+    def say(self, text: str) -> None:
+        """One line for people, above the bar if there is one."""
+        if self.enabled:
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def describe(self, facts: dict[str, Any]) -> None:
+        """What is about to be trained, in one line."""
+        self.say(
+            f"{facts['parameters']:,} parameters, {facts['world_size']} ranks, "
+            f"{facts['train_sequences']:,} sequences, {facts['epochs']} epochs in "
+            f"{self.steps:,} steps"
+        )
+
+    def attempt(self, number: int, health: str | None) -> None:
+        """Which start of the run this is, and on what."""
+        job = job_id()
+        if number > 1 or job:
+            self.say(f"attempt {number}" + (f", job {job}" if job else ""))
+        if health:
+            self.say(health)
+        self.trackers.facts["attempt"] = number
+
+    def start(self, step: int) -> None:
+        """Begin after a step: with the trackers, and on a terminal with the bar."""
+        if not self.enabled:
+            return
+        self.checkpoint = step
+        self.began = time.monotonic(), step
+        self.trackers.start(step)
+        if self.console.is_terminal:
+            self.bar = Progress(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(),
+                TimeElapsedColumn(),
+                TextColumn("spent,"),
+                TimeRemainingColumn(),
+                TextColumn("left"),
+                TextColumn("{task.description}"),
+                console=self.console,
+            )
+            self.task = self.bar.add_task("", total=self.steps, completed=step)
+            self.bar.start()
+
+    def advance(self, step: int) -> None:
+        if self.bar is not None:
+            self.bar.update(self.task, completed=step)
+
+    def metrics(self, record: dict[str, Any]) -> None:
+        """Append one line to metrics.jsonl and show the gist of it."""
+        if not self.enabled:
+            return
+        common = {"steps": self.steps, "time": time.time(), "checkpoint": self.checkpoint}
+        record, self.saves = {**record, **common, **self.saves}, {}
+        self.unwritten += _line(record)
+        self._write()
+        gist = "  ".join(form.format(record[k]) for k, form in SHOWN.items() if k in record)
+        if self.bar is not None:
+            self.bar.update(self.task, description=gist)
+        else:
+            self.say(
+                f"step {record['step']:>7,}/{self.steps:,}  {gist}{self._times(record['step'])}"
+            )
+        self.trackers.metrics(record)
+        self.last = None if self.unwritten else (self.path.stat().st_size, record)
+
+    def _times(self, step: int) -> str:
+        """Since this process began, and until the end if it goes on as fast as since its start."""
+        began, first = self.began or (0.0, step)
+        if step == first:
+            return ""
+        left = (time.monotonic() - began) / (step - first) * (self.steps - step)
+        return f"  {_duration(process_seconds())} spent, {_duration(left)} left"
+
+    def tables(self, step: int, tables: Tables) -> None:
+        """Write what the model made of texts to samples/, and hand it to the trackers."""
+        if not self.enabled:
+            return
+        folder = self.path.parent / "samples"
+        text = json.dumps({"step": step, **tables}, ensure_ascii=False, indent=1)
+        try:
+            folder.mkdir(exist_ok=True)
+            write_whole(folder / f"step-{step:08d}.json", text + "\n")
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            self.say(f"{folder} has no room for the texts of step {step:,}: {error.strerror}")
+        self.trackers.tables(step, tables)
+
+    def _write(self) -> None:
+        """Append what is unwritten; on a full disk it waits for room, and no half line stays."""
+        size = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with open(self.path, "a") as file:
+                file.write(self.unwritten)
+            self.unwritten = ""
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            if self.path.exists():
+                os.truncate(self.path, size)
+            self.say(f"{self.path} waits for room on the disk: {error.strerror}")
+
+    def saved(self, saved: Saved) -> None:
+        """Tell of a checkpoint; the next line of metrics has its times, or the last one."""
+        self.checkpoint = retention.step_of(saved.path)
+        self.say(
+            f"saved {saved.path} ({saved.bytes / 1e6:,.1f} MB in {saved.seconds:.2f} s, training "
+            f"waited {saved.stall:.2f} s)"
+        )
+        self.saves = {"checkpoint_seconds": saved.seconds, "checkpoint_stall": saved.stall}
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+        if self.saves and self.last:
+            self._amend(*self.last)
+        self.trackers.close()
+
+    def _amend(self, end: int, record: dict[str, Any]) -> None:
+        """Put the last save into the last line, which is still the last.
+
+        Where that has the times of the save before, they stay. So the new line is no shorter than
+        the old one, and takes its place in one write.
+        """
+        old = _line(record).encode()
+        start = end - len(old)
+        times = {name: value for name, value in self.saves.items() if name not in record}
+        new = _line(record | times | {"checkpoint": self.checkpoint}).encode()
+        with open(self.path, "r+b", buffering=0) as file:
+            file.seek(start)
+            try:
+                written = file.write(new)
+            except OSError:
+                written = 0
+            if written < len(new):  # no room on the disk
+                file.seek(start)
+                file.write(old)
+                file.truncate(end)
+
+
+def _duration(seconds: float) -> str:
+    """As 1:05, or 2:01:05."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _line(record: dict[str, Any]) -> str:
+    """A record as JSON, which knows no NaN."""
+    known = {k: v if isinstance(v, str) or math.isfinite(v) else None for k, v in record.items()}
+    return json.dumps(known) + "\n"

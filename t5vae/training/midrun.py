@@ -1,0 +1,188 @@
+"""The probe: what a run finds out about its space while it trains, all ranks together."""
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Generator, Tensor
+from transformers import PreTrainedTokenizerBase
+
+from shards import Dataset
+from t5vae.checkpoint.randomness import undisturbed
+from t5vae.config import Config
+from t5vae.evaluation import metrics
+from t5vae.evaluation.geometry import geometry
+from t5vae.latent import LatentSpace, checker
+from t5vae.latent.paths import path
+from t5vae.metrics.trackers import Tables
+from t5vae.model import T5VAE
+
+STEPS = 8  # texts on a path
+SHOWN = 32  # rows of a table
+
+Ids = Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What an evaluation found.
+
+    Attributes:
+        figures: for metrics.jsonl, their names as in `eval.json` after "eval/".
+        tables: reconstructions, samples and interpolations, as texts.
+    """
+
+    figures: dict[str, float]
+    tables: Tables
+
+    @property
+    def held_out(self) -> float:
+        """Teacher-forced cross-entropy of held-out sequences, in nats a token."""
+        return self.figures["eval/nats_per_token"]
+
+    def __str__(self) -> str:
+        shown = {
+            "nats_per_token": "held-out {:.3f} nats a token",
+            "exact_match": "exact {:.3f}",
+            "valid": "valid {:.3f}",
+            "mmd": "mmd {:.5f}",
+            "shuffled_gap": "gap {:.2f}",
+        }
+        names = [name for name in shown if f"eval/{name}" in self.figures]
+        return ", ".join(shown[name].format(self.figures[f"eval/{name}"]) for name in names)
+
+
+class DealtSpace(LatentSpace):
+    """The space of a model that all ranks train.
+
+    Each rank works on its share of the rows, and all know all results. All ranks call each method
+    together, with the same rows.
+    """
+
+    def __init__(self, model: T5VAE, tokenizer: PreTrainedTokenizerBase, *, sharded: bool):
+        super().__init__(model, tokenizer)
+        self.synced_gpus = sharded and dist.get_world_size() > 1
+
+    def encode_ids(self, ids: Ids) -> Tensor:
+        return self._tensor(super().encode_ids(self._share(ids)), len(ids))
+
+    def decode_ids(
+        self, z_ND: Tensor, n: int = 1, temperature: float = 0.0, seed: int = 0
+    ) -> list[list[int]]:
+        own_BD = z_ND[self._rows(len(z_ND))]
+        return self._gathered(super().decode_ids(own_BD, n, temperature, seed), len(z_ND))
+
+    def score_ids(self, ids: Ids, z_ND: Tensor) -> Tensor:
+        own_BD = z_ND[self._rows(len(z_ND))]
+        return self._tensor(super().score_ids(self._share(ids), own_BD), len(ids))
+
+    def _share(self, ids: Ids) -> Ids:
+        return [ids[row] for row in self._rows(len(ids))]
+
+    def _rows(self, count: int) -> list[int]:
+        """This rank's; as many on every rank, as sharded weights need, some of them twice."""
+        world = dist.get_world_size()
+        return [min(row + dist.get_rank(), count - 1) for row in range(0, count, world)]
+
+    def _tensor(self, own: Tensor, count: int) -> Tensor:
+        return torch.from_numpy(np.stack(self._gathered(own.numpy(), count)))
+
+    def _gathered(self, own: Any, count: int) -> list[Any]:
+        """The rows of all ranks in their order, from an array or list of this rank's."""
+        shares: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(shares, own)
+        return [shares[row % len(shares)][row // len(shares)] for row in range(count)]
+
+
+class Probe:
+    """Evaluates a model in training, on held-out sequences and on draws from the prior.
+
+    It leaves the training stream, the generators and the weights alone, so that losses are the
+    same with and without it.
+
+    Args:
+        engine: DeepSpeed's, around the model.
+        dataset: whose split valid holds the held-out sequences.
+        config: the run's.
+    """
+
+    def __init__(self, engine: Any, dataset: Dataset, config: Config):
+        self.engine = engine
+        self.is_valid = None if config.eval.check is None else checker(config.eval.check)
+        self.decoded = config.eval.decoded
+        ids_NT, lengths_N = dataset.read("valid", dataset.first("valid", config.eval.sequences))
+        self.ids = [row[:n].tolist() for row, n in zip(ids_NT, lengths_N, strict=True)]
+        with self._evaluating():
+            self.space = DealtSpace(
+                engine.module, dataset.tokenizer(), sharded=config.deepspeed.zero_stage == 3
+            )
+
+    def look(self) -> Findings:
+        """Evaluate the model as it is; all ranks call it together, and find the same."""
+        began = time.perf_counter()
+        with undisturbed(), self._evaluating():
+            figures, tables = self._measure()
+        figures["seconds"] = time.perf_counter() - began
+        return Findings({f"eval/{name}": value for name, value in figures.items()}, tables)
+
+    @contextlib.contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        self.engine.eval()
+        try:
+            yield
+        finally:
+            self.engine.train()
+
+    @torch.no_grad()
+    def _measure(self) -> tuple[dict[str, float], Tables]:
+        space, ids, few = self.space, self.ids, self.ids[: self.decoded]
+        rng = np.random.default_rng(0)
+        z_ND = space.encode_ids(ids)
+        others = metrics.partners(len(ids), rng)
+        nats = metrics.nats_per_token(space.score_ids(ids, z_ND), ids)
+        shuffled = metrics.nats_per_token(space.score_ids(ids, z_ND[others]), ids)
+
+        texts = space.detokenize(few)
+        decoded = space.decode_ids(z_ND[: len(few)])
+        again = space.detokenize(decoded)
+        drawn_ND = torch.randn(
+            self.decoded, space.latent_size, generator=Generator().manual_seed(0)
+        )
+        samples = space.detokenize(space.decode_ids(drawn_ND))
+        ends = others[: max(1, self.decoded // STEPS)]
+        z_PSD = path(z_ND[: len(ends)], z_ND[ends], STEPS)
+        between = space.detokenize(space.decode_ids(z_PSD.flatten(0, 1)))
+        paths = [between[at : at + STEPS] for at in range(0, len(between), STEPS)]
+
+        quality = metrics.quality(samples, frozenset(), self.is_valid)
+        interpolation = metrics.interpolation(paths, self.is_valid)
+        found = {
+            "nats_per_token": nats,
+            "shuffled_gap": shuffled - nats,
+            "exact_match": metrics.exact_match(again, texts),
+            "token_accuracy": metrics.token_accuracy(decoded, few),
+            "edit_similarity": metrics.edit_similarity(again, texts),
+            "valid": quality["valid"],
+            "unique": quality["unique"],
+            **{f"interpolation_{name}": value for name, value in interpolation.items()},
+            **geometry(z_ND),
+        }
+        tables: dict[str, list[dict[str, Any]]] = {
+            "reconstructions": [
+                {"text": text, "reconstruction": back}
+                for text, back in zip(texts, again, strict=True)
+            ],
+            "samples": [{"text": text} for text in samples],
+            "interpolations": [
+                {"path": number, "share": step / (STEPS - 1), "text": text}
+                for number, texts in enumerate(paths)
+                for step, text in enumerate(texts)
+            ],
+        }
+        shown = {name: rows[:SHOWN] for name, rows in tables.items()}
+        return {name: value for name, value in found.items() if value is not None}, shown

@@ -1,0 +1,375 @@
+import hashlib
+import json
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+from t5vae.checkpoint import fragments
+from t5vae.checkpoint.fragments import Fragments, write
+
+DTYPES = list(fragments.NAMES)
+
+
+def numbers(count, dtype=torch.float32):
+    if dtype == torch.uint8:
+        return torch.arange(count).to(dtype)
+    return torch.linspace(-3, 3, count).to(dtype)
+
+
+# Files.
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 7, 1001])
+def test_what_is_written_is_read_by_safetensors_itself(tmp_path, dtype, count):
+    path = tmp_path / "file"
+    write(path, {"some/name.weight/3": numbers(count, dtype)}, {})
+    (found,) = load_file(path).values()
+    assert found.dtype == dtype
+    assert found.equal(numbers(count, dtype))
+
+
+def test_mixed_dtypes_and_odd_sizes_are_aligned_to_their_elements(tmp_path):
+    path = tmp_path / "file"
+    tensors = {
+        f"{count}/{dtype}": numbers(count, dtype)
+        for count in (5, 1, 3)
+        for dtype in reversed(DTYPES)
+    }
+    write(path, tensors, {"a": "b"})
+    found = load_file(path)
+    assert found.keys() == tensors.keys()
+    assert all(found[name].equal(tensor) for name, tensor in tensors.items())
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    assert length % 8 == 0
+    assert header.pop("__metadata__") == {"a": "b"}
+    for name, entry in header.items():
+        assert entry["data_offsets"][0] % tensors[name].element_size() == 0, name
+
+
+def test_shapes_views_and_parameters_are_written_as_they_look(tmp_path):
+    path, matrix = tmp_path / "file", numbers(12).view(3, 4)
+    tensors = {
+        "matrix": matrix,
+        "transposed": matrix.t(),
+        "every other": numbers(9)[::2],
+        "inside": numbers(9)[2:5],
+        "parameter": nn.Parameter(matrix),
+    }
+    write(path, tensors, {})
+    for name, found in load_file(path).items():
+        assert found.equal(tensors[name].detach()), name
+
+
+def test_metadata_are_read_back_whatever_they_say(tmp_path):
+    metadata = {"random": json.dumps({"é": [1.5, None]}), "quote": '"\\\n\0é', "empty": ""}
+    for tensors in ({}, {"a": numbers(3)}):
+        write(tmp_path / "file", tensors, metadata)
+        with safe_open(tmp_path / "file", framework="pt") as file:
+            assert file.metadata() == metadata
+            assert set(file.keys()) == set(tensors)
+
+
+def test_not_finite_numbers_are_written_as_they_are(tmp_path):
+    odd = torch.tensor([float("nan"), float("inf"), -0.0, 1e-45])
+    write(tmp_path / "file", {"a": odd}, {})
+    assert load_file(tmp_path / "file")["a"].view(torch.int32).equal(odd.view(torch.int32))
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 70_001])
+def test_size_and_hash_are_those_of_the_file(tmp_path, count):
+    path = tmp_path / "file"
+    told = write(path, {"a": numbers(count), "b": numbers(3, torch.uint8)}, {"é": "ü"})
+    content = path.read_bytes()
+    assert told == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def test_what_was_there_is_replaced_all_of_it(tmp_path):
+    path = tmp_path / "file"
+    write(path, {"a": numbers(1000)}, {})
+    told = write(path, {"a": numbers(3)}, {})
+    assert path.stat().st_size == told["bytes"]
+
+
+def test_a_file_is_on_the_disk_when_it_is_said_to_be(tmp_path, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(
+        "os.fsync", lambda descriptor: sizes.append((tmp_path / "file").stat().st_size)
+    )
+    told = write(tmp_path / "file", {"a": numbers(1000)}, {})
+    assert sizes == [told["bytes"]]
+
+
+@pytest.mark.parametrize("count", [3, 1_000_000])
+def test_a_full_disk_is_told(count):
+    if not Path("/dev/full").exists():
+        pytest.skip("the system has no /dev/full")
+    with pytest.raises(OSError, match="No space"):
+        write(Path("/dev/full"), {"a": numbers(count)}, {})
+
+
+def test_a_folder_that_is_not_there_is_told(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        write(tmp_path / "none" / "file", {"a": numbers(3)}, {})
+
+
+# Ranges.
+
+
+@st.composite
+def splits(draw):
+    """A parameter's size, where it is cut, to which file each piece goes, and a range."""
+    size = draw(st.integers(1, 40))
+    cuts = draw(st.sets(st.integers(1, size - 1), max_size=8)) if size > 1 else set()
+    edges = [0, *sorted(cuts), size]
+    files = [draw(st.integers(0, 3)) for _ in edges[1:]]
+    start = draw(st.integers(0, size - 1))
+    return size, edges, files, start, draw(st.integers(0, size - start))
+
+
+def deal(folder, size, edges, files):
+    """Write pieces of a parameter, and of another, in up to four files."""
+    dealt = [{f"weight/other.{file}/0": torch.full((50,), -1.0)} for file in range(4)]
+    whole = numbers(size, torch.float64)
+    for begin, end, file in zip(edges, edges[1:], files, strict=False):
+        if file is not None:
+            dealt[file][f"weight/layers.0.w/{begin}"] = whole[begin:end]
+    paths = [folder / f"{number}.safetensors" for number in range(4)]
+    for path, tensors in zip(paths, dealt, strict=True):
+        write(path, tensors, {})
+    return Fragments(paths), whole
+
+
+@settings(max_examples=60, deadline=None)
+@given(splits())
+def test_any_range_is_read_whatever_the_pieces(split):
+    size, edges, files, start, length = split
+    with tempfile.TemporaryDirectory() as folder:
+        saved, whole = deal(Path(folder), size, edges, files)
+        found = saved.read("weight", "layers.0.w", start, length)
+        assert found.equal(whole[start : start + length])
+        assert saved.length("weight", "layers.0.w") == size
+        assert saved.dtype("weight", "layers.0.w") == torch.float64
+
+
+@settings(max_examples=60, deadline=None)
+@given(splits(), st.data())
+def test_a_range_with_a_gap_is_refused_and_others_are_not(split, data):
+    size, edges, files, start, length = split
+    if len(files) == 1:
+        return
+    lost = data.draw(st.integers(0, len(files) - 1))
+    begin, end = edges[lost], edges[lost + 1]
+    files[lost] = None
+    with tempfile.TemporaryDirectory() as folder:
+        saved, whole = deal(Path(folder), size, edges, files)
+        if max(start, begin) < min(start + length, end):
+            with pytest.raises(ValueError, match=r"weight of layers\.0\.w: \d+ of \d+ elements"):
+                saved.read("weight", "layers.0.w", start, length)
+        else:
+            found = saved.read("weight", "layers.0.w", start, length)
+            assert found.equal(whole[start : start + length])
+
+
+def test_a_range_beyond_the_end_is_refused(tmp_path):
+    saved, _ = deal(tmp_path, 6, [0, 4, 6], [0, 1])
+    with pytest.raises(ValueError, match="2 of 3 elements"):
+        saved.read("weight", "layers.0.w", 4, 3)
+
+
+def test_kinds_and_names_are_kept_apart(tmp_path):
+    tensors = {
+        "weight/a.b/0": numbers(3),
+        "exp_avg/a.b/0": numbers(3) + 1,
+        "weight/a/0": numbers(3) + 2,
+        "weight/a.b.c/0": numbers(3) + 3,
+        "weight/a/b/0": numbers(3) + 4,
+    }
+    write(tmp_path / "file", tensors, {})
+    saved = Fragments([tmp_path / "file"])
+    assert saved.kinds("a.b") == {"weight", "exp_avg"}
+    assert saved.kinds("a") == {"weight"}
+    for key, tensor in tensors.items():
+        kind, name = key.removesuffix("/0").split("/", 1)
+        assert saved.read(kind, name, 0, 3).equal(tensor)
+
+
+def test_a_file_that_is_no_safetensors_file_is_not_opened(tmp_path):
+    torch.save({"weight/a/0": numbers(3)}, tmp_path / "file")
+    with pytest.raises(SafetensorError):
+        Fragments([tmp_path / "file"])
+
+
+# Engines at stage 0.
+
+
+def shares(engine, together, world):
+    """What each rank would write."""
+    return [
+        share.result() for share in together(world).run(lambda rank: fragments.fragments(engine))
+    ]
+
+
+def reopened(folder, dealt):
+    paths = [folder / f"rank-{rank}" for rank in range(len(dealt))]
+    for path, tensors in zip(paths, dealt, strict=True):
+        write(path, tensors, {})
+    return Fragments(paths)
+
+
+def state(engine):
+    """Weights and the optimiser's state, by parameter."""
+    return {
+        name: {"weight": parameter.detach(), **engine.optimizer.state[parameter]}
+        for name, parameter in engine.module.named_parameters()
+    }
+
+
+def is_equal(one, other):
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(is_equal(one[key], other[key]) for key in one)
+    return type(one) is type(other) and bool(
+        one == other if isinstance(one, int) else one.equal(other)
+    )
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_ranks_share_every_element_of_weights_and_moments_once(
+    make_engine, together, optimizer, world
+):
+    engine = make_engine(optimizer)
+    covered = {}
+    for share in shares(engine, together, world):
+        for key, tensor in share.items():
+            kind, name, start = key.split("/")
+            places = covered.setdefault((kind, name), [])
+            places.extend(range(int(start), int(start) + tensor.numel()))
+            whole = state(engine)[name][kind].flatten()
+            assert tensor.equal(whole[int(start) : int(start) + tensor.numel()]), key
+    wanted = {
+        (kind, name): list(range(tensor.numel()))
+        for name, kinds in state(engine).items()
+        for kind, tensor in kinds.items()
+        if kind != "step"
+    }
+    assert {key: sorted(places) for key, places in covered.items()} == wanted
+
+
+@pytest.mark.parametrize("world", [2, 5])
+def test_ranks_have_about_as_much_to_write(make_engine, together, world):
+    engine = make_engine()
+    sizes = [sum(map(torch.numel, share.values())) for share in shares(engine, together, world)]
+    assert max(sizes) - min(sizes) <= 3 * len(list(engine.module.parameters()))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_weights_moments_and_steps_come_back_exactly(
+    tmp_path, make_engine, together, optimizer, world
+):
+    engine = make_engine(optimizer, steps=3)
+    saved = reopened(tmp_path, shares(engine, together, world))
+    shared = json.loads(json.dumps(fragments.scalars(engine)))
+    assert shared["step"] == 3
+    for other in (make_engine(optimizer, seed=1, steps=0), make_engine(optimizer, seed=1)):
+        assert not is_equal(state(other), state(engine))
+        fragments.load(other, saved, shared)
+        assert is_equal(state(other), state(engine))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_next_step_is_that_of_the_run_that_went_on(tmp_path, make_engine, together, optimizer):
+    engine, other = make_engine(optimizer, steps=2), make_engine(optimizer, seed=1, steps=0)
+    saved = reopened(tmp_path, shares(engine, together, 2))
+    fragments.load(other, saved, fragments.scalars(engine))
+    with torch.compiler.set_stance("force_eager"):
+        for going in (engine, other):
+            for parameter in going.module.parameters():
+                parameter.grad = numbers(parameter.numel()).view_as(parameter)
+            going.optimizer.step()
+    assert is_equal(state(other), state(engine))
+
+
+def test_an_optimizer_that_took_no_step_has_weights_alone(tmp_path, make_engine, together):
+    engine, other = make_engine(steps=0), make_engine(seed=1, steps=0)
+    dealt = shares(engine, together, 2)
+    assert fragments.scalars(engine) == {"step": None, "loss_scale": {}}
+    assert {key.split("/")[0] for share in dealt for key in share} == {"weight"}
+    fragments.load(other, reopened(tmp_path, dealt), fragments.scalars(engine))
+    assert is_equal(state(other), state(engine))
+    assert not any(other.optimizer.state.values())
+
+
+def test_weights_alone_are_loaded_where_that_is_asked_for(tmp_path, make_engine, together):
+    engine, other = make_engine(), make_engine(seed=1)
+    before = {name: dict(kinds) for name, kinds in state(other).items()}
+    saved = reopened(tmp_path, shares(engine, together, 2))
+    fragments.load_weights(other, saved)
+    for name, kinds in state(other).items():
+        assert kinds["weight"].equal(state(engine)[name]["weight"])
+        assert all(kinds[kind] is before[name][kind] for kind in ("exp_avg", "exp_avg_sq", "step"))
+
+
+def test_a_plain_model_is_filled(tmp_path, make_engine, together):
+    engine, model = make_engine(), make_engine(seed=1).module
+    fragments.fill_model(model, reopened(tmp_path, shares(engine, together, 3)))
+    for wanted, found in zip(engine.module.parameters(), model.parameters(), strict=True):
+        assert found.equal(wanted)
+
+
+def test_a_rank_that_is_missing_is_a_gap(tmp_path, make_engine, together):
+    engine = make_engine()
+    saved = reopened(tmp_path, shares(engine, together, 3)[:2])
+    with pytest.raises(ValueError, match="elements are saved"):
+        fragments.load(make_engine(seed=1), saved, fragments.scalars(engine))
+
+
+def half_precision(engine):
+    """As DeepSpeed wraps it in half precision: fp32 weights beside the model's own."""
+    base = engine.optimizer
+    halves = [[p.detach().bfloat16() for p in group["params"]] for group in base.param_groups]
+    names = [name for name, _ in engine.module.named_parameters()]
+    model = SimpleNamespace(named_parameters=lambda: zip(names, *halves, strict=True))
+    scale = SimpleNamespace(
+        cur_scale=512.0, cur_iter=7, last_overflow_iter=3, cur_hysteresis=2, scale_window=1000
+    )
+    wrapper = SimpleNamespace(
+        optimizer=base, param_groups=base.param_groups, fp16_groups=halves, loss_scale_config=scale
+    )
+    return SimpleNamespace(
+        module=model, optimizer=wrapper, zero_optimization_stage=engine.zero_optimization_stage
+    )
+
+
+def test_in_half_precision_the_fp32_weights_are_saved_and_the_models_follow(
+    tmp_path, make_engine, together
+):
+    plain = make_engine()
+    engine, other = half_precision(plain), half_precision(make_engine(seed=1, steps=0))
+    dealt = shares(engine, together, 2)
+    assert {tensor.dtype for share in dealt for tensor in share.values()} == {torch.float32}
+    shared = json.loads(json.dumps(fragments.scalars(engine)))
+    other.optimizer.loss_scale_config.cur_scale = 1.0
+    fragments.load(other, reopened(tmp_path, dealt), shared)
+    for (name, half), kinds in zip(
+        other.module.named_parameters(), state(plain).values(), strict=True
+    ):
+        assert half.dtype == torch.bfloat16
+        assert half.equal(kinds["weight"].bfloat16()), name
+    masters = [p for group in other.optimizer.param_groups for p in group["params"]]
+    for master, kinds in zip(masters, state(plain).values(), strict=True):
+        assert is_equal(
+            {"weight": master.detach(), **other.optimizer.optimizer.state[master]}, kinds
+        )
+    assert vars(other.optimizer.loss_scale_config) == vars(engine.optimizer.loss_scale_config)

@@ -1,0 +1,371 @@
+import os
+import random
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from t5vae.checkpoint import retention
+from t5vae.checkpoint.manifest import FORMAT
+from t5vae.checkpoint.randomness import seed_everything
+from t5vae.checkpoint.resuming import Start, resume
+from t5vae.cluster.run_folder import lock_run
+from t5vae.common.errors import UserError
+from t5vae.training.anomalies import Watch
+
+IDENTITY = {
+    "format": FORMAT,
+    "tokenizer": "aa",
+    "model": {"latent_size": 8},
+    "optimizer": "adamw",
+    "seed": 0,
+}
+LAYOUT = {"world_size": 1, "mmd_batch": 16, "zero_stage": 0, "precision": "fp32"}
+
+
+@pytest.fixture(autouse=True)
+def _own_generators():
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    yield
+    random.setstate(before[0])
+    np.random.set_state(before[1])
+    torch.set_rng_state(before[2])
+
+
+class Began:
+    """A run that starts on some ranks, and what came of it."""
+
+    def __init__(self, config, ranks, make_engine, identity, **layout):
+        self.said, self.dropped, self.data = [], [], []
+        self.engines = [make_engine(seed=9) for _ in range(ranks.world)]
+        self.watches = [Watch(3, 5.0) for _ in range(ranks.world)]
+
+        def rank_main(rank):
+            log = SimpleNamespace(
+                enabled=rank == 0,
+                say=self.said.append if rank == 0 else lambda text: None,
+                drop_after=self.dropped.append if rank == 0 else lambda step: None,
+            )
+            stream = SimpleNamespace(load_state_dict=self.data.append)
+            now = {**LAYOUT, "world_size": ranks.world, **layout}
+            return resume(
+                config, identity, now, self.engines[rank], stream, self.watches[rank], log
+            )
+
+        everyone = ranks.run(rank_main)
+        self.errors = [told.exception() for told in everyone]
+        if not any(self.errors):
+            self.start, *others = (told.result() for told in everyone)
+            assert all(other == self.start for other in others)
+
+
+@pytest.fixture
+def begin(make_config, together, make_engine):
+    """Starts the run of `make_config`; `begin.refused` gives why not, said alike on all ranks."""
+
+    def start(world=1, identity=IDENTITY, layout=None, **sections):
+        config = make_config(**sections)
+        lock_run(config.run_dir).close()
+        return Began(config, together(world), make_engine, identity, **(layout or {}))
+
+    def began(*args, **kwargs):
+        run = start(*args, **kwargs)
+        for error in filter(None, run.errors):
+            raise error
+        return run
+
+    def refused(*args, **kwargs):
+        run = start(*args, **kwargs)
+        assert all(type(error) is UserError for error in run.errors), run.errors
+        (message,) = {str(error) for error in run.errors}
+        assert len(message.splitlines()) == 1
+        return message
+
+    began.refused = refused
+    return began
+
+
+@pytest.fixture
+def run(make_config):
+    return make_config().run_dir
+
+
+@pytest.fixture
+def other(tmp_path, save, make_engine):
+    """Another run, of two ranks, with checkpoints of steps 10 and 20."""
+    for step in (10, 20):
+        save(tmp_path / "other/checkpoints", step, IDENTITY, make_engine(seed=step), world=2)
+    return tmp_path / "other"
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def damage(path):
+    file = path / "rank-00000.safetensors"
+    os.truncate(file, file.stat().st_size - 1)
+
+
+def weights(engine):
+    return [parameter.detach() for parameter in engine.module.parameters()]
+
+
+def are_weights_of(engine, wanted):
+    pairs = zip(weights(engine), weights(wanted), strict=True)
+    return all(one.equal(other) for one, other in pairs)
+
+
+# manifest.resume auto and never.
+
+
+@pytest.mark.parametrize("rule", ["auto", "never"])
+def test_where_there_is_nothing_a_run_starts_anew(begin, make_engine, rule):
+    began = begin(2, checkpoint={"resume": rule})
+    assert began.start == Start(0, None)
+    assert began.said == []
+    assert began.dropped == [0]
+    assert began.data == []
+    assert all(are_weights_of(engine, make_engine(seed=9)) for engine in began.engines)
+
+
+def test_a_run_goes_on_from_its_newest_checkpoint_on_every_rank(begin, run, save, make_engine):
+    watch = Watch(9, 1.0, skipped=2, spikes=1, means={"nats_per_token": 1.5}, seen=30)
+    for step in (10, 20):
+        engine = make_engine(seed=step, steps=3)
+        told = {"watch": watch.state_dict(), "data": {"consumed": step}}
+        save(run / "checkpoints", step, IDENTITY, engine, world=2, **told)
+    began = begin(2)
+    assert began.start == Start(20, None)
+    assert began.data == [{"consumed": 20}] * 2
+    assert began.dropped == [20]
+    assert began.said == [f"resuming from {run}/checkpoints/step-00000020"]
+    for found in began.engines:
+        assert are_weights_of(found, engine)
+        state, wanted = found.optimizer.state_dict(), engine.optimizer.state_dict()
+        for number, moments in wanted["state"].items():
+            for kind, moment in moments.items():
+                assert state["state"][number][kind].equal(moment), kind
+    for found in began.watches:
+        assert found == Watch(3, 5.0, skipped=2, spikes=1, means=watch.means, seen=30)
+
+
+def draws():
+    return random.random(), random.gauss(0, 1), np.random.randn(), torch.rand(3).tolist()
+
+
+def test_generators_go_on_where_they_were_saved(begin, run, save):
+    seed_everything(5)
+    random.gauss(0, 1)  # leaves half a pair behind
+    np.random.randn()
+    save(run / "checkpoints", 10, IDENTITY)
+    expected = draws()
+    assert draws() != expected
+    begin()
+    assert draws() == expected
+
+
+def test_on_other_ranks_generators_are_seeded_by_seed_rank_and_step(begin, run, save):
+    found = []
+    for step in (10, 20):
+        save(run / "checkpoints", step, IDENTITY, world=2)
+        for start in (1, 2):
+            seed_everything(start)  # makes no difference
+            begin(1)
+            found.append(draws())
+    assert found[0] == found[1] != found[2] == found[3]
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "said"),
+    [
+        (2, {}, ["world size: 2 before, 3 now"]),
+        (3, {"zero_stage": 2}, ["zero stage: 0 before, 2 now"]),
+        (3, {"precision": "bf16"}, ["precision: fp32 before, bf16 now"]),
+        (3, {"mmd_batch": 8}, ["mmd batch: 16 before, 8 now"]),
+        (1, {"mmd_batch": 8}, ["world size: 1 before, 3 now", "mmd batch: 16 before, 8 now"]),
+        (3, {}, []),
+    ],
+)
+def test_what_may_differ_is_told_and_the_run_goes_on(
+    begin, run, save, make_engine, before, now, said
+):
+    engine = make_engine(seed=4)
+    save(run / "checkpoints", 10, IDENTITY, engine, world=before)
+    began = begin(3, layout=now)
+    assert began.start == Start(10, None)
+    assert began.said[1:] == said
+    assert all(are_weights_of(found, engine) for found in began.engines)
+
+
+@pytest.mark.parametrize("differs", [{"optimizer": "muon"}, {"seed": 7}, {"tokenizer": "bb"}])
+def test_another_runs_checkpoint_is_refused_on_all_ranks(begin, run, save, make_engine, differs):
+    save(run / "checkpoints", 10, IDENTITY, world=2)
+    message = begin.refused(2, {**IDENTITY, **differs})
+    for name, value in differs.items():
+        assert name in message
+        assert str(value) in message
+        assert str(IDENTITY[name]) in message
+    assert names(run / "checkpoints") == ["step-00000010"]
+
+
+def test_a_damaged_checkpoint_is_told_and_the_one_before_taken(begin, run, save, make_engine):
+    for step in (10, 20):
+        save(run / "checkpoints", step, IDENTITY, make_engine(seed=step), world=2)
+    damage(run / "checkpoints/step-00000020")
+    began = begin(2)
+    assert began.start == Start(10, None)
+    assert "step-00000020 is damaged" in began.said[0]
+    assert began.said[1].endswith("step-00000010")
+    assert are_weights_of(began.engines[1], make_engine(seed=10))
+
+
+@pytest.mark.parametrize("rule", ["auto", "weights"])
+def test_a_run_whose_checkpoints_are_all_damaged_is_refused_every_time(begin, run, save, rule):
+    for step in (10, 20):
+        save(run / "checkpoints", step, IDENTITY)
+        damage(run / f"checkpoints/step-000000{step}")
+    left = ["step-00000010.damaged-0", "step-00000020.damaged-0"]
+    for _ in range(2):
+        message = begin.refused(2, checkpoint={"resume": rule})
+        assert "every checkpoint" in message
+        assert str(run / "checkpoints") in message
+        assert all(name in message for name in left)
+        assert names(run / "checkpoints") == left
+
+
+def test_one_that_was_set_aside_earlier_stops_no_run_that_has_another(begin, run, save):
+    for step in (10, 20):
+        save(run / "checkpoints", step, IDENTITY)
+    damage(run / "checkpoints/step-00000020")
+    for _ in range(2):
+        assert begin().start.step == 10
+
+
+def test_what_a_crash_left_is_swept_at_the_start(begin, run, save):
+    save(run / "checkpoints", 10, IDENTITY)
+    for left in ("step-00000020.tmp", "step-00000005.deleted"):
+        (run / "checkpoints" / left).mkdir()
+    begin()
+    assert names(run / "checkpoints") == ["step-00000010"]
+
+
+# manifest.resume weights.
+
+
+def from_weights(source=None):
+    return {"resume": "weights", "source": source and str(source)}
+
+
+@pytest.mark.parametrize("step", [None, 10, 20])
+def test_weights_alone_are_taken_from_a_run_or_a_checkpoint_of_it(begin, other, make_engine, step):
+    source = other if step is None else other / f"checkpoints/step-000000{step}"
+    began = begin(3, checkpoint=from_weights(source))
+    taken = other / f"checkpoints/step-000000{step or 20}"
+    assert began.start == Start(0, str(taken))
+    assert began.said == [f"starting from the weights of {taken}"]
+    assert began.dropped == [0]
+    assert began.data == []
+    for engine, watch in zip(began.engines, began.watches, strict=True):
+        assert are_weights_of(engine, make_engine(seed=step or 20))
+        moments = engine.optimizer.state_dict()["state"][0]
+        wanted = make_engine(seed=9).optimizer.state_dict()["state"][0]
+        assert all(moments[kind].equal(wanted[kind]) for kind in wanted)
+        assert watch == Watch(3, 5.0)
+
+
+def test_a_source_is_left_as_it_is_damaged_or_not(begin, other, make_engine):
+    damage(other / "checkpoints/step-00000020")
+    began = begin(checkpoint=from_weights(other))
+    assert began.start.weights_from == str(other / "checkpoints/step-00000010")
+    assert are_weights_of(began.engines[0], make_engine(seed=10))
+    assert names(other / "checkpoints") == ["step-00000010", "step-00000020"]
+
+
+def test_a_run_from_weights_goes_on_once_it_has_a_checkpoint(begin, run, save, other, make_engine):
+    engine = make_engine(seed=3)
+    save(run / "checkpoints", 5, IDENTITY, engine, weights_from="there")
+    for source in (other, None):
+        began = begin(checkpoint=from_weights(source))
+        assert began.start == Start(5, "there")
+        assert are_weights_of(began.engines[0], engine)
+    assert begin(checkpoint={"resume": "auto"}).start == Start(5, "there")
+    assert names(run) == [".lock", "checkpoints"]
+
+
+@pytest.mark.parametrize("differs", [{"optimizer": "muon"}, {"seed": 7}])
+def test_weights_may_be_those_of_a_run_that_trained_otherwise(begin, other, differs):
+    assert begin(identity={**IDENTITY, **differs}, checkpoint=from_weights(other)).start.step == 0
+
+
+@pytest.mark.parametrize(
+    "differs", [{"tokenizer": "bb"}, {"model": {"latent_size": 16}}, {"format": 99}]
+)
+def test_weights_of_another_model_or_tokenizer_are_refused(begin, other, differs):
+    message = begin.refused(2, {**IDENTITY, **differs}, checkpoint=from_weights(other))
+    assert next(iter(differs)) in message
+
+
+def test_a_source_beside_a_run_of_its_own_is_refused(begin, run, save, other):
+    save(run / "checkpoints", 5, IDENTITY)
+    message = begin.refused(2, checkpoint=from_weights(other))
+    assert str(run) in message
+    assert "checkpoint.source" in message
+    assert names(run / "checkpoints") == ["step-00000005"]
+
+
+@pytest.mark.parametrize("source", ["nothing", "run without checkpoints", "damaged", "checkpoint"])
+def test_a_source_without_a_whole_checkpoint_is_refused(begin, tmp_path, other, source):
+    for path in retention.list_checkpoints(other / "checkpoints"):
+        damage(path)
+    (tmp_path / "empty/checkpoints").mkdir(parents=True)
+    path = {
+        "nothing": tmp_path / "nowhere",
+        "run without checkpoints": tmp_path / "empty",
+        "damaged": other,
+        "checkpoint": other / "checkpoints/step-00000010",
+    }[source]
+    message = begin.refused(2, checkpoint=from_weights(path))
+    assert f"{path} holds no whole checkpoint" in message
+    assert names(other / "checkpoints") == ["step-00000010", "step-00000020"]
+
+
+def test_without_a_source_the_runs_own_past_is_set_aside_and_its_weights_taken(
+    begin, run, save, make_engine
+):
+    for step in (10, 20):
+        save(run / "checkpoints", step, IDENTITY, make_engine(seed=step))
+    (run / "metrics.jsonl").write_text('{"step": 20}\n')
+    began = begin(2, checkpoint=from_weights())
+    taken = run / "before-0/checkpoints/step-00000020"
+    assert began.start == Start(0, str(taken))
+    assert are_weights_of(began.engines[1], make_engine(seed=20))
+    assert names(run) == [".lock", "before-0", "checkpoints"]
+    assert names(run / "before-0") == ["checkpoints", "metrics.jsonl"]
+    assert names(run / "before-0/checkpoints") == ["step-00000010", "step-00000020"]
+    assert names(run / "checkpoints") == []
+
+
+def test_a_run_set_aside_that_saved_nothing_yet_starts_from_the_same_weights(
+    begin, run, save, make_engine
+):
+    save(run / "checkpoints", 10, IDENTITY, make_engine(seed=10))
+    starts = [begin(checkpoint=from_weights()).start for _ in range(2)]
+    assert starts == [Start(0, str(run / "before-0/checkpoints/step-00000010"))] * 2
+    assert names(run) == [".lock", "before-0", "checkpoints"]
+
+
+def test_a_second_past_is_set_aside_beside_the_first(begin, run, save, make_engine):
+    for step in (10, 20):
+        save(run / "checkpoints", step, IDENTITY, make_engine(seed=step))
+        began = begin(checkpoint=from_weights())
+        assert are_weights_of(began.engines[0], make_engine(seed=step))
+    assert began.start.weights_from == str(run / "before-1/checkpoints/step-00000020")
+    assert names(run) == [".lock", "before-0", "before-1", "checkpoints"]
+    again = begin(checkpoint=from_weights())
+    assert again.start == began.start
+
+
+def test_without_a_source_or_a_past_there_are_no_weights(begin, run):
+    assert f"{run} holds no whole checkpoint" in begin.refused(2, checkpoint=from_weights())

@@ -1,0 +1,73 @@
+import json
+
+import pytest
+
+from t5vae.cluster import attempts
+from t5vae.common.errors import UserError
+
+HOSTS = ("node2", "node1", "node1")
+
+
+@pytest.fixture
+def run(make_config, save, monkeypatch):
+    """Start attempts of a run in a job, at the step of a checkpoint; each gives its number."""
+    config = make_config(launcher={"max_restarts": 2})
+    (config.run_dir / "checkpoints").mkdir(parents=True)
+
+    def begin(job=None, step=0):
+        monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+        if job:
+            monkeypatch.setenv("SLURM_JOB_ID", job)
+        if step:
+            save(config.run_dir / "checkpoints", step)
+        return attempts.begin(config, HOSTS)
+
+    begin.file = config.run_dir / attempts.ATTEMPTS
+    return begin
+
+
+def test_each_start_is_written_down_with_its_job_hosts_and_step(run):
+    assert [run(), run("7"), run("7", step=10)] == [1, 2, 3]
+    lines = [json.loads(line) for line in run.file.read_text().splitlines()]
+    assert [line["attempt"] for line in lines] == [1, 2, 3]
+    assert [line["job"] for line in lines] == [None, "7", "7"]
+    assert [line["step"] for line in lines] == [0, 0, 10]
+    assert lines[0]["hosts"] == ["node1", "node2"]
+
+
+def test_a_job_gives_up_after_so_many_restarts_without_a_new_checkpoint(run):
+    run("7")
+    assert run("7", step=10) == 2
+    assert run("7") == 3
+    assert run("7") == 4
+    before = run.file.read_text()
+    for _ in range(2):
+        with pytest.raises(UserError, match="job 7 was started 3 times from step 10 and saved"):
+            run("7")
+    assert run.file.read_text() == before
+
+
+def test_a_new_checkpoint_a_new_job_or_no_job_counts_from_the_start(run):
+    for _ in range(3):
+        run("7")
+    assert run("7", step=10) == 4
+    run("7")
+    run("7")
+    assert run("8") == 7
+    for _ in range(5):
+        run()
+
+
+def test_an_array_task_is_a_job_of_its_own(run, monkeypatch):
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "5")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
+    run("7")
+    assert json.loads(run.file.read_text())["job"] == "5_2"
+
+
+def test_a_line_that_a_crash_cut_short_is_no_attempt(run):
+    run("7")
+    run.file.write_text(run.file.read_text() + '{"attempt": 2, "jo')
+    assert run("7") == 2
+    lines = run.file.read_text().splitlines()
+    assert [json.loads(line)["attempt"] for line in lines] == [1, 2]

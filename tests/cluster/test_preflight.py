@@ -1,0 +1,137 @@
+import contextlib
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from t5vae.cluster import preflight
+from t5vae.cluster.errors import UnhealthyError
+from t5vae.cluster.preflight import Meeting
+from t5vae.cluster.process_group import free_port
+from t5vae.cluster.ranks import Ranks
+from t5vae.common.errors import UserError
+
+HOSTS = ("node1", "node1", "node2", "node2")
+
+
+@pytest.fixture
+def meet(make_config, monkeypatch):
+    """Ranks of two hosts, as threads, each with its problem: what each is told, and the meetings.
+
+    A rank whose problem is "absent" does not come; one that is a number comes later.
+    """
+    monkeypatch.setattr(preflight, "quiet_start", lambda path: contextlib.nullcontext())
+    config = make_config(train={"timeout": 2})
+    config.run_dir.mkdir()
+
+    def run(*problems):
+        port = free_port()
+        meetings = []
+
+        def rank_main(rank):
+            ranks = Ranks(rank, 4, rank % 2, 2, "127.0.0.1", port, HOSTS)
+            meetings.append(Meeting(config, ranks))
+            try:
+                with meetings[-1]:
+                    if isinstance(problems[rank], float):
+                        time.sleep(problems[rank])
+                    elif problems[rank]:
+                        raise UserError(problems[rank])
+            except UserError as error:
+                return error
+
+        come = [rank for rank in range(4) if problems[rank] != "absent"]
+        with ThreadPoolExecutor(4) as threads:
+            told = [threads.submit(rank_main, rank) for rank in come]
+        first = next(meeting for meeting in meetings if meeting.ranks.rank == min(come))
+        return [future.result() for future in told], first
+
+    return run
+
+
+def test_ranks_that_are_well_go_on_and_their_hosts_are_known(meet):
+    told, first = meet(None, None, 0.5, None)
+    assert told == [None] * 4
+    assert [row["host"] for row in first.rows] == list(HOSTS)
+    assert [row["rank"] for row in first.rows] == [0, 1, 2, 3]
+    assert {row["device"] for row in first.rows} == {"cpu"}
+    assert all(row["free"] > 0 and row["free_scratch"] > 0 for row in first.rows)
+    assert first.rows[2]["seconds"] >= 0.5
+
+
+def test_a_host_that_cannot_train_is_named_on_all_ranks(meet):
+    told, _ = meet(None, None, "no shards at x", None)
+    assert [str(error) for error in told] == ["node2: no shards at x"] * 4
+    assert all(isinstance(error, UnhealthyError) for error in told)
+    assert [error.hosts for error in told] == [["node2"]] * 4
+    assert [error.is_first_healthy for error in told] == [True, False, False, False]
+
+
+def test_the_first_host_may_be_the_one(meet):
+    told, _ = meet("no room", "no room", None, None)
+    assert [str(error) for error in told] == ["node1: no room"] * 4
+    assert [error.is_first_healthy for error in told] == [False, False, True, False]
+
+
+def test_a_mistake_that_all_hosts_see_is_the_users(meet):
+    told, _ = meet(*["no shards at x"] * 4)
+    assert [str(error) for error in told] == ["no shards at x"] * 4
+    assert not any(isinstance(error, UnhealthyError) for error in told)
+
+
+def test_a_host_that_does_not_come_is_named_in_time(meet):
+    told, _ = meet(None, None, "absent", "absent")
+    assert [str(error) for error in told] == ["node2: did not come within 2 s"] * 2
+    assert told[0].is_first_healthy
+
+
+def test_a_first_host_that_does_not_answer_is_named(meet, monkeypatch):
+    monkeypatch.setattr(preflight, "LEAVE", 1)
+    told, _ = meet("absent", "absent", None, None)
+    assert [str(error) for error in told] == ["rank 0 on node1 does not answer"] * 2
+    assert [error.is_first_healthy for error in told] == [True, False]
+
+
+def test_a_host_without_the_accelerator_of_the_others_is_named(meet, monkeypatch):
+    devices = iter(["H100", "H100", "H100", "cpu"])
+    monkeypatch.setattr(preflight, "device_name", lambda local_rank: next(devices))
+    told, _ = meet(None, None, None, None)
+    (text,) = {str(error) for error in told}
+    assert text.endswith("has no accelerator, which others have")
+
+
+def test_a_host_without_room_for_temporary_files_is_named(meet, monkeypatch):
+    monkeypatch.setattr(preflight, "SCRATCH", 1 << 60)
+    told, _ = meet(None, None, None, None)
+    assert all("MiB free" in str(error) for error in told)
+
+
+def test_a_fault_of_the_program_is_nobodys_illness(make_config):
+    ranks = Ranks(0, 4, 0, 2, "127.0.0.1", free_port(), HOSTS)
+    with pytest.raises(ZeroDivisionError), Meeting(make_config(), ranks):
+        raise ZeroDivisionError
+
+
+def test_on_one_host_nobody_is_asked(make_config):
+    ranks = Ranks(0, 2, 0, 2, "127.0.0.1", 1)
+    with pytest.raises(UserError, match="as it is"), Meeting(make_config(), ranks):
+        raise UserError("as it is")
+    with Meeting(make_config(), ranks) as meeting:
+        pass
+    assert meeting.report(torch.device("cpu")) is None
+
+
+def test_the_report_times_an_all_reduce_and_is_kept(meet, monkeypatch):
+    reduced = []
+    monkeypatch.setattr(dist, "all_reduce", lambda numbers: reduced.append(numbers.nbytes))
+    monkeypatch.setattr(preflight, "all_sum", lambda seconds, device: [4 * seconds])
+    _, first = meet(None, None, None, None)
+    line = first.report(torch.device("cpu"))
+    assert line.startswith("4 ranks on 2 hosts (node1, node2); an all-reduce of 16 MiB takes ")
+    assert set(reduced) == {16 * 2**20}
+    written = json.loads((first.config.run_dir / "health.json").read_text())
+    assert written["ranks"] == first.rows
+    assert written["all_reduce"] >= 0

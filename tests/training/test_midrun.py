@@ -1,0 +1,110 @@
+"""What a run finds out about its space; the ranks are threads of this process."""
+
+import random
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from t5vae.evaluation import evaluate
+from t5vae.latent import LatentSpace
+from t5vae.training import midrun as probing
+from t5vae.training.build import build_model
+from t5vae.training.midrun import STEPS, Probe
+
+
+@pytest.fixture
+def model(make_config):
+    """A model with random weights, in training mode, with dropout."""
+    t5 = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    model = {"t5": {**t5, "dropout_rate": 0.3}, "latent_size": 8, "token_size": 4}
+    config = make_config(model=model, eval={"every": 1, "sequences": 30, "decoded": 20})
+    dataset = config.data.open()
+    return SimpleNamespace(
+        config=config,
+        dataset=dataset,
+        engine=build_model(config, dataset, torch.device("cpu")).train(),
+    )
+
+
+@pytest.fixture
+def look(model, together, monkeypatch):
+    """What so many ranks find."""
+
+    def find(world: int, **changes):
+        settings = model.config.eval.model_copy(update=changes)
+        config = model.config.model_copy(update={"eval": settings})
+        ranks = together(world)
+        monkeypatch.setattr(probing, "dist", ranks)
+        engine = model.engine
+        probe = Probe(
+            SimpleNamespace(module=engine, eval=engine.eval, train=engine.train),
+            model.dataset,
+            config,
+        )
+        return [done.result() for done in ranks.run(lambda rank: probe.look())]
+
+    return find
+
+
+def test_it_measures_what_evaluate_measures(model, look):
+    (found,) = look(1)
+    space = LatentSpace(model.engine, model.dataset.tokenizer())
+    ids_NT, lengths_N = model.dataset.read("valid", model.dataset.first("valid", 30))
+    ids = [row[:n].tolist() for row, n in zip(ids_NT, lengths_N, strict=True)]
+    report = evaluate(space, valid_ids=ids, train_texts=["x"], train_ids=ids, samples=20)
+    for name in ("nats_per_token", "mmd", "epps_pulley_axes", "participation_ratio"):
+        assert found.figures[f"eval/{name}"] == pytest.approx(report[name], rel=1e-5), name
+    assert found.held_out == found.figures["eval/nats_per_token"]
+    assert found.figures["eval/active_dimensions"] == report["active_dimensions"]
+    assert "eval/valid" not in found.figures
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_share_the_work_and_find_what_one_finds(look, world):
+    (alone,) = look(1)
+    for found in look(world):
+        assert found.tables == alone.tables
+        assert found.figures.keys() == alone.figures.keys()
+        for name, value in found.figures.items():
+            if name != "eval/seconds":
+                assert value == pytest.approx(alone.figures[name], rel=1e-4, abs=1e-6), name
+
+
+def test_with_a_checker_it_says_what_is_valid(look):
+    (found,) = look(1, check="regex:.*")
+    for name in ("valid", "interpolation_validity"):
+        assert found.figures[f"eval/{name}"] == 1
+    assert "valid 1.000" in str(found)
+
+
+def test_the_texts_are_those_of_the_figures(model, look):
+    (found,) = look(1)
+    pairs = found.tables["reconstructions"]
+    held_out = model.dataset.texts("valid", model.dataset.first("valid", 20))
+    assert [pair["text"] for pair in pairs] == held_out
+    exact = sum(pair["text"] == pair["reconstruction"] for pair in pairs) / len(pairs)
+    assert found.figures["eval/exact_match"] == exact
+    assert len(found.tables["samples"]) == 20
+    steps = found.tables["interpolations"]
+    assert [row["path"] for row in steps] == [0] * STEPS + [1] * STEPS
+    assert [steps[0]["share"], steps[STEPS - 1]["share"]] == [0, 1]
+    # A path begins at a held-out sequence's own code.
+    assert steps[0]["text"] == pairs[0]["reconstruction"]
+
+
+def test_generators_and_the_models_mode_are_left_alone(look, model):
+    def states():
+        return random.random(), np.random.random(), torch.rand(1).item()
+
+    torch.manual_seed(1)
+    np.random.seed(1)
+    random.seed(1)
+    expected = states()
+    torch.manual_seed(1)
+    np.random.seed(1)
+    random.seed(1)
+    look(1, check="regex:.*")
+    assert states() == expected
+    assert all(module.training for module in model.engine.modules())
