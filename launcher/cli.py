@@ -4,13 +4,14 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from launcher import jobs
-from launcher.jobs import Cluster
-from launcher.submission import check, ranks_per_node, script, sweep
+from launcher.backend import ranks_per_node
+from launcher.backends import BACKENDS
+from launcher.submission import check, sweep
 from launcher.submission import submit as submit_jobs
 from launcher.table import table
 from t5vae.common.errors import UserError
@@ -26,6 +27,10 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="`section.key=value` ...: changes to the configuration.", metavar="K=V"),
 ]
+if TYPE_CHECKING:
+    Cluster = str
+else:
+    Cluster = Literal[tuple(BACKENDS)]
 On = Annotated[
     Cluster, typer.Option(help="`local` runs all ranks on this machine, in the background.")
 ]
@@ -103,7 +108,8 @@ def submit(
         configs = sweep(config, changes, sweep_over)
         _submit(configs, cluster, configs[0].run_dir.parent / "jobs", dry_run, force)
     else:
-        _submit([load_config(config, changes)], cluster, None, dry_run, force)
+        one = load_config(config, changes)
+        _submit([one], cluster, one.run_dir / "jobs", dry_run, force)
 
 
 @app.command()
@@ -120,23 +126,21 @@ def resume(
     """
     here = [f"run.output_dir={json.dumps(str(run))}", "checkpoint.resume=auto"]
     config = load_config(run / "config.yaml", [*(overrides or []), *here])
-    _submit([config], cluster, None, dry_run, force)
+    _submit([config], cluster, config.run_dir / "jobs", dry_run, force)
 
 
-def _submit(
-    configs: list[Config], cluster: Cluster, folder: Path | None, dry_run: bool, force: bool
-) -> None:
+def _submit(configs: list[Config], cluster: str, folder: Path, dry_run: bool, force: bool) -> None:
     if dry_run:
         for config in configs:
             check(config)
-        typer.echo(script(configs, folder))
+        typer.echo(BACKENDS[cluster].script(configs, folder))
         return
     queued = submit_jobs(configs, cluster, folder, force=force)
     place = configs[0].launcher
     for job in queued:
         typer.echo(f"job {job.id} on {cluster}: {place.nodes} x {ranks_per_node(configs[0])} ranks")
         typer.echo(f"log:    {job.log()}")
-    typer.echo(f"follow: {_me()} logs -f {folder.parent if folder else queued[0].run}")
+    typer.echo(f"follow: {_me()} logs -f {folder.parent}")
 
 
 @app.command()

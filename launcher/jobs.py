@@ -1,33 +1,23 @@
 """Jobs of runs: which there are, what became of them, and their end.
 
 A job that was submitted has a record in its run's folder, jobs/ID.json; beside it, or for a sweep
-in the folder above, lie submitit's files and one log a rank, jobs/ID_RANK_log.out. A job of plain
-sbatch is known from the attempts that its training wrote down.
+in the folder above, lie its backend's files and one log a rank. A job of plain sbatch is known from
+the attempts that its training wrote down.
 """
 
-import contextlib
 import fcntl
-import os
-import shutil
-import signal
-import subprocess
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Literal
 
-import psutil
-
+from launcher.backend import ENDED, Backend, State, Task
+from launcher.backends import BACKENDS
 from t5vae.common.errors import UserError
 from t5vae.common.files import read_records, write_records
 
-Cluster = Literal["slurm", "local"]
-
-OVER = (
-    *("ENDED", "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"),
-    *("BOOT_FAIL", "DEADLINE", "PREEMPTED", "REVOKED"),
-)
+PLAIN = "slurm"  # the backend of plain sbatch's jobs, whose ids training writes down
 
 
 @dataclass(frozen=True)
@@ -35,27 +25,27 @@ class Job:
     """A job of a run.
 
     Attributes:
-        id: SLURM's, ARRAY_TASK for one of a sweep; of a local job, the process that minds ranks.
+        id: its backend's; ARRAY_TASK for one of an array.
+        cluster: its backend's name in `BACKENDS`.
         logs: folder of its logs; empty for a job of plain sbatch.
         time: when it was submitted, or first trained if by plain sbatch; of ISO 8601 with a zone.
     """
 
     id: str
     run: Path
-    cluster: Cluster
+    cluster: str
     logs: str
     time: str
 
     @property
-    def order(self) -> tuple[datetime, list[int]]:
+    def order(self) -> tuple[datetime, list[str | int]]:
         """Sorts jobs by age, and those of one array by number; the newest last."""
-        return datetime.fromisoformat(self.time), [int(part) for part in self.id.split("_")]
+        parts = re.split(r"(\d+)", self.id)  # text and numbers in turn
+        return datetime.fromisoformat(self.time), [int(p) if p.isdigit() else p for p in parts]
 
     def log(self, rank: int = 0) -> Path:
         """What a rank printed, over all restarts of the job."""
-        if not self.logs:
-            return Path(f"slurm-{self.id}.out")
-        return Path(self.logs) / f"{self.id}_{rank}_log.out"
+        return BACKENDS[self.cluster].log(self.logs, self.id, rank)
 
     def record(self) -> None:
         """Write the job down in its run's folder."""
@@ -63,27 +53,6 @@ class Job:
         folder.mkdir(exist_ok=True)
         record = {key: value for key, value in asdict(self).items() if key != "run"}
         write_records(folder / f"{self.id}.json", [record])
-
-
-@dataclass(frozen=True)
-class State:
-    """What SLURM, or this machine, says of a job.
-
-    Attributes:
-        word: SLURM's word such as RUNNING; ENDED where the job is forgotten.
-        nodes: hosts it is on, or how many it waits for.
-        time_left: as SLURM writes it.
-        reason: why it waits.
-    """
-
-    word: str
-    nodes: str = "-"
-    time_left: str = "-"
-    reason: str = ""
-
-    @property
-    def is_live(self) -> bool:
-        return self.word not in OVER
 
 
 def now() -> str:
@@ -137,69 +106,68 @@ def _jobs_of(run: Path) -> list[Job]:
     jobs = {record["id"]: Job(run=run, **record) for record in records}
     for attempt in read_records(run / "attempts.jsonl"):
         if attempt["job"] and attempt["job"] not in jobs:
-            jobs[attempt["job"]] = Job(attempt["job"], run, "slurm", "", attempt["time"])
+            jobs[attempt["job"]] = Job(attempt["job"], run, PLAIN, "", attempt["time"])
     return sorted(jobs.values(), key=lambda job: job.order)
 
 
-def states(jobs: Iterable[Job]) -> dict[str, State]:
-    """What became of jobs, by their ids; SLURM is asked once.
+def queue(tasks: Sequence[Task], cluster: str, folder: Path, after: list[str]) -> list[Job]:
+    """Queue tasks as jobs, and write each down in its run's folder.
+
+    Args:
+        tasks: one a run.
+        cluster: a name in `BACKENDS`.
+        folder: of the backend's files and the logs.
+        after: jobs that must end first.
 
     Raises:
-        UserError: SLURM does not answer.
+        UserError: the backend refuses.
+        OSError: a record cannot be written; the jobs are cancelled.
+    """
+    ids = BACKENDS[cluster].queue(tasks, folder, after)
+    jobs = [
+        Job(job, task.config.run_dir, cluster, str(folder), now())
+        for job, task in zip(ids, tasks, strict=True)
+    ]
+    try:
+        for job in jobs:
+            job.record()
+    except OSError:
+        cancel(jobs)
+        raise
+    return jobs
+
+
+def states(jobs: Iterable[Job]) -> dict[str, State]:
+    """What became of jobs, by their ids; each backend is asked once.
+
+    Raises:
+        UserError: one is silent.
     """
     jobs = list(jobs)
-    ids = [job.id for job in jobs if job.cluster == "slurm"]
-    found = _ask_slurm(ids) if ids and shutil.which("squeue") else {}
-    found |= {job.id: _local_state(job.id) for job in jobs if job.cluster == "local"}
-    return {job.id: found.get(job.id, State("ENDED")) for job in jobs}
+    found: dict[str, State] = {}
+    for backend, ids in _by_backend(jobs):
+        found |= backend.states(ids)
+    return {job.id: found.get(job.id, ENDED) for job in jobs}
 
 
-def _ask_slurm(ids: list[str]) -> dict[str, State]:
-    columns = "--format=%i|%T|%N|%D|%L|%r"
-    answer = _run(
-        "squeue", "--noheader", "--array", "--states=all", columns, f"--jobs={_list(ids)}"
-    )
-    if answer.returncode and "Invalid job id" not in answer.stderr:
-        raise UserError(f"squeue does not answer: {' '.join(answer.stderr.split())}")
-    found = {}
-    for line in answer.stdout.splitlines():
-        job, word, hosts, count, left, reason = line.split("|")
-        waits = word == "PENDING"  # where a job was before it was requeued says nothing
-        found[job] = State(word, count if waits or not hosts else hosts, left, reason)
-    forgotten = [job for job in ids if job not in found]
-    if forgotten and shutil.which("sacct"):  # fails where the cluster keeps no accounts
-        options = (
-            *("--noheader", "--parsable2", "--allocations"),
-            "--format=JobID,State,NodeList",
-        )
-        for line in _run("sacct", *options, f"--jobs={_list(forgotten)}").stdout.splitlines():
-            job, word, hosts = line.split("|")
-            found[job] = State(word.split()[0], hosts)
-    return found
-
-
-def _list(ids: list[str]) -> str:
-    return ",".join(ids)
-
-
-def _local_state(pid: str) -> State:
-    with contextlib.suppress(psutil.Error):
-        if "submitit.local" in " ".join(psutil.Process(int(pid)).cmdline()):
-            return State("RUNNING", "localhost")
-    return State("ENDED")
+def _by_backend(jobs: list[Job]) -> Iterator[tuple[Backend, list[str]]]:
+    """Each backend that jobs are on, and their ids."""
+    for name, backend in BACKENDS.items():
+        if ids := [job.id for job in jobs if job.cluster == name]:
+            yield backend, ids
 
 
 def holder(run: Path) -> Job | None:
     """The live job that holds a run's folder: it trains there, or waits to.
 
     Raises:
-        UserError: a process that is no job of this folder trains there, or SLURM does not answer.
+        UserError: a process that is no job of this folder trains there, or a backend is silent.
     """
     jobs = _jobs_of(run)
     lock = run / ".lock"
     trains = read_records(lock)
     if trains and trains[0]["job"] not in (None, *(job.id for job in jobs)):
-        jobs.append(Job(trains[0]["job"], run, "slurm", "", now()))
+        jobs.append(Job(trains[0]["job"], run, PLAIN, "", now()))
     known = states(jobs)
     live = [job for job in jobs if known[job.id].is_live]
     if not live and lock.exists() and _is_locked(lock):
@@ -225,22 +193,12 @@ def cancel(jobs: list[Job]) -> list[Job]:
         Those that were still live.
 
     Raises:
-        UserError: all have ended, or SLURM refuses.
+        UserError: all have ended, or a backend refuses.
     """
     known = states(jobs)
     live = [job for job in jobs if known[job.id].is_live]
     if not live:
-        raise UserError(f"job {_list([job.id for job in jobs])} has ended already")
-    for job in live:
-        if job.cluster == "local":
-            os.kill(int(job.id), signal.SIGTERM)
-    ids = [job.id for job in live if job.cluster == "slurm"]
-    if ids:
-        answer = _run("scancel", *ids)
-        if answer.returncode:
-            raise UserError(" ".join(answer.stderr.split()))
+        raise UserError(f"job {','.join(job.id for job in jobs)} has ended already")
+    for backend, ids in _by_backend(live):
+        backend.cancel(ids)
     return live
-
-
-def _run(*command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True)

@@ -1,10 +1,11 @@
-"""What `t5vae-launch status` shows of jobs: from SLURM, and from their runs' folders."""
+"""What `t5vae-launch status` shows of jobs: from their backends, and from their runs' folders."""
 
 import time
 from pathlib import Path
 from typing import Any
 
-from launcher.jobs import Job, State
+from launcher.backend import State
+from launcher.jobs import Job
 from t5vae.common.errors import UserError
 from t5vae.common.files import read_records
 from t5vae.config import load_config
@@ -44,7 +45,7 @@ def _row(job: Job, state: State) -> tuple[str, ...]:
         str(max(0, len(attempts) - 1)),
         state.time_left if state.is_live else "-",
         str(job.run),
-        state.reason if state.word == "PENDING" and state.reason != "None" else "",
+        state.reason,
     )
 
 

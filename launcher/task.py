@@ -4,8 +4,10 @@ import os
 import sys
 
 from submitit import JobEnvironment
-from submitit.helpers import Checkpointable, TorchDistributedEnvironment
+from submitit.helpers import Checkpointable
 
+from launcher.jobs import Job, queue
+from t5vae.cluster.scheduler import job_id
 from t5vae.config import Config
 
 
@@ -22,10 +24,6 @@ class Training(Checkpointable):
     def __call__(self) -> None:
         """Train; a process that ends otherwise than well exits with a code of its own."""
         os.environ.setdefault("OMP_NUM_THREADS", str(self.config.launcher.cpus_per_task))
-        if JobEnvironment().cluster == "local":
-            ranks = TorchDistributedEnvironment()
-            ranks.master_addr = "127.0.0.1"
-            ranks.export(set_cuda_visible_devices=False, overwrite=True)
         from t5vae.training import exit_code_of
 
         code = exit_code_of(self._train)
@@ -39,8 +37,16 @@ class Training(Checkpointable):
             train(self.config)
         except UnhealthyError as error:
             if self.config.launcher.exclude_unhealthy and error.is_first_healthy:
-                from launcher.submission import submit_without
-
-                job = submit_without(error.hosts, self.config)
+                job = self._queue_without(error.hosts)
                 print(f"job {job.id} takes over, without {', '.join(error.hosts)}", flush=True)
             raise
+
+    def _queue_without(self, hosts: list[str]) -> Job:
+        """Queue the run again without some hosts; it starts once this job ends."""
+        place = self.config.launcher
+        excluded = ",".join([*filter(None, [place.exclude]), *hosts])
+        place = place.model_copy(update={"exclude": excluded})
+        config = self.config.model_copy(update={"launcher": place})
+        after = [*filter(None, [job_id()])]
+        (job,) = queue([Training(config)], JobEnvironment().cluster, config.run_dir / "jobs", after)
+        return job
