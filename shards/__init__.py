@@ -11,6 +11,8 @@ the name of a function here (hence `write`, not `build`): importing it would hid
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from t5vae.common import renamed
+
 if TYPE_CHECKING:
     from shards.format.index import Index, open_index
     from shards.format.tokenizers import load_tokenizer
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from shards.storage.cache import Cache
     from shards.write.builder import build
     from t5vae.common.errors import DamageError, UserError
+
+renamed.install()
 
 _HOME = {
     "Batch": "shards.read.dealer",

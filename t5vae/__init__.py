@@ -8,6 +8,10 @@ from types import ModuleType
 
 from wrapt import when_imported
 
+from t5vae.common import renamed
+
+renamed.install()
+
 
 @when_imported("transformers.models.auto.modeling_auto")
 def _register(module: ModuleType) -> None:

@@ -1,33 +1,49 @@
-"""Reading blocks: bytes at known offsets of a shard, checked."""
+"""Blocks: their table, and reading them: bytes at known offsets of a shard, checked."""
 
 import zlib
+from collections.abc import Sequence
 
 import numpy as np
 
-from shards.format.index import Index
+from shards.storage.store import Store
 from t5vae.common.errors import DamageError
+
+BLOCK = np.dtype(
+    [
+        ("shard", "<i4"),  # place in Index.shards
+        ("lengths_offset", "<i8"),  # bytes from the shard's start to the array's data
+        ("tokens_offset", "<i8"),
+        ("sequences", "<i4"),
+        ("tokens", "<i8"),
+        ("crc32", "<u4"),  # of the lengths' bytes, then the tokens'
+    ]
+)
 
 
 class BlockReader:
-    """Reads the blocks of one split, each checked against its crc32.
+    """Reads blocks, each checked against its crc32.
 
     Args:
-        index: the dataset.
-        split: the split's name.
+        store: the dataset's files.
+        path: the dataset, for people.
+        shards: the names of all its shards.
+        table: BLOCK [blocks], those to read; numbers count through them.
+        dtype: of the tokens: "uint16" or "uint32".
 
     Attributes:
-        table: BLOCK [blocks], the split's blocks.
         first: int64 [blocks], the number of each block's first sequence.
     """
 
-    def __init__(self, index: Index, split: str):
-        self.index = index
-        self.table = index.split_blocks(split)
-        rows = self.table["sequences"].astype(np.int64)
+    def __init__(
+        self, store: Store, path: str, shards: Sequence[str], table: np.ndarray, dtype: str
+    ):
+        self.store, self.path, self.shards, self.table = store, path, shards, table
+        self.dtype = np.dtype(dtype)
+        rows = table["sequences"].astype(np.int64)
         self.first = np.cumsum(rows) - rows
 
     def read(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """One block of the split: lengths uint16 [rows], tokens uint16 or uint32 [their sum].
+        """One block: lengths uint16 [rows], tokens uint16 or uint32 [their sum].
 
         Raises:
             DamageError: its bytes are missing or not those that were written.
@@ -35,18 +51,18 @@ class BlockReader:
         try:
             return self._read(number)
         except DamageError:
-            shard = self.index.shards[self.table[number]["shard"]]
-            if self.index.store.forget(shard.name):  # this machine's copy was damaged
+            shard = self.shards[self.table[number]["shard"]]
+            if self.store.forget(shard):  # this machine's copy was damaged
                 return self._read(number)
             raise
 
     def _read(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         entry = self.table[number]
         begin, gap = int(entry["lengths_offset"]), int(entry["tokens_offset"])
-        dtype = np.dtype(self.index.dtype).newbyteorder("<")
+        dtype = self.dtype.newbyteorder("<")
         size = gap + int(entry["tokens"]) * dtype.itemsize - begin
         try:
-            content = self.index.store.read(self.index.shards[entry["shard"]].name, begin, size)
+            content = self.store.read(self.shards[entry["shard"]], begin, size)
         except OSError as error:
             raise DamageError(f"{self.where(number)}: {error.strerror or error}") from None
         if len(content) < size:
@@ -57,8 +73,39 @@ class BlockReader:
             raise DamageError(f"{self.where(number)} is damaged (its checksum differs)")
         return lengths, tokens
 
+    def sequences(
+        self, numbers: np.ndarray, max_length: int, pad_id: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Sequences by number.
+
+        Args:
+            numbers: int64 [n], each of a sequence in the table's blocks.
+            max_length: the most tokens one may have.
+            pad_id: what fills the shorter ones up.
+
+        Returns:
+            ids int64 [n, longest], padded, and lengths int64 [n].
+
+        Raises:
+            DamageError: as `read` does.
+        """
+        block = np.searchsorted(self.first, numbers, side="right") - 1
+        lengths = np.empty(len(numbers), np.int64)
+        ids = np.full((len(numbers), max_length), pad_id, np.int64)
+        for number in np.unique(block).tolist():
+            its_lengths, tokens = self.read(number)
+            starts = np.cumsum(its_lengths, dtype=np.int64) - its_lengths
+            mine = np.flatnonzero(block == number)
+            rows = numbers[mine] - self.first[number]
+            lengths[mine] = its_lengths[rows]
+            column = np.arange(lengths[mine].max())
+            inside = column < lengths[mine, None]
+            at = np.where(inside, starts[rows, None] + column, 0)
+            ids[mine, : len(column)] = np.where(inside, tokens[at], pad_id)
+        return ids[:, : lengths.max(initial=0)], lengths
+
     def where(self, number: int) -> str:
         """Name a block for people: its shard, and its place within it."""
         shard = int(self.table[number]["shard"])
         in_shard = number - int(np.searchsorted(self.table["shard"], shard))
-        return f"{self.index.path}/{self.index.shards[shard].name}, block {in_shard}"
+        return f"{self.path}/{self.shards[shard]}, block {in_shard}"

@@ -16,27 +16,18 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
-from shards.storage.store import Manifest, Store, open_store
+from shards.format.blocks import BlockReader
+from shards.format.tokenizers import load_tokenizer
+from shards.storage.cache import Cache
+from shards.storage.kinds import open_store
+from shards.storage.store import Manifest, Store
 from t5vae.common.errors import DamageError, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from shards.storage.cache import Cache
-
 FORMAT_VERSION = 2
 HOW_TO_BUILD = "build it with: t5vae shards build SOURCE --out {path} --tokenizer T --max-length N"
-
-BLOCK = np.dtype(
-    [
-        ("shard", "<i4"),  # place in Index.shards
-        ("lengths_offset", "<i8"),  # bytes from the shard's start to the array's data
-        ("tokens_offset", "<i8"),
-        ("sequences", "<i4"),
-        ("tokens", "<i8"),
-        ("crc32", "<u4"),  # of the lengths' bytes, then the tokens'
-    ]
-)
 
 
 class _Frozen(BaseModel):
@@ -92,7 +83,7 @@ class Index(_Frozen):
 
     path: str = Field(exclude=True)
     sha256: str = Field(exclude=True)
-    _cache: "Cache | None" = PrivateAttr(None)
+    _cache: Cache | None = PrivateAttr(None)
 
     def share_within(self, max_length: int) -> float:
         """The share of the corpus's unique texts that have at most max_length tokens."""
@@ -150,6 +141,11 @@ class Index(_Frozen):
         shards = [number for number, shard in enumerate(self.shards) if shard.split == split]
         return self.blocks[np.isin(self.blocks["shard"], shards)]
 
+    def reader(self, split: str) -> BlockReader:
+        """The reader of a split's blocks."""
+        names = [shard.name for shard in self.shards]
+        return BlockReader(self.store, self.path, names, self.split_blocks(split), self.dtype)
+
     def read(self, split: str, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Sequences by number.
 
@@ -164,26 +160,10 @@ class Index(_Frozen):
             IndexError: a number outside the split.
             DamageError: a block is not what the index says.
         """
-        from shards.format.blocks import BlockReader
-
         numbers = np.asarray(numbers, np.int64)
         if len(numbers) and not 0 <= numbers.min() <= numbers.max() < self.sequences(split):
             raise IndexError(f"{split} has sequences 0 to {self.sequences(split) - 1}")
-        reader = BlockReader(self, split)
-        block = np.searchsorted(reader.first, numbers, side="right") - 1
-        lengths = np.empty(len(numbers), np.int64)
-        ids = np.full((len(numbers), self.max_length), self.pad_id, np.int64)
-        for number in np.unique(block).tolist():
-            its_lengths, tokens = reader.read(number)
-            starts = np.cumsum(its_lengths, dtype=np.int64) - its_lengths
-            mine = np.flatnonzero(block == number)
-            rows = numbers[mine] - reader.first[number]
-            lengths[mine] = its_lengths[rows]
-            column = np.arange(lengths[mine].max())
-            inside = column < lengths[mine, None]
-            at = np.where(inside, starts[rows, None] + column, 0)
-            ids[mine, : len(column)] = np.where(inside, tokens[at], self.pad_id)
-        return ids[:, : lengths.max(initial=0)], lengths
+        return self.reader(split).sequences(numbers, self.max_length, self.pad_id)
 
     def texts(self, split: str, numbers: np.ndarray) -> list[str]:
         """The same sequences, decoded with the dataset's own tokenizer."""
@@ -196,8 +176,6 @@ class Index(_Frozen):
         Raises:
             UserError: it cannot be read or loaded.
         """
-        from shards.format.tokenizers import load_tokenizer
-
         try:
             folder = self.store.folder("tokenizer")
         except OSError as error:
@@ -205,7 +183,7 @@ class Index(_Frozen):
         return load_tokenizer(folder)
 
 
-def open_index(path: str | Path, cache: "Cache | None" = None) -> Index:
+def open_index(path: str | Path, cache: Cache | None = None) -> Index:
     """Open a dataset.
 
     Args:

@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from shards.format.index import Index, open_index
+from shards.storage.cache import Cache
 from t5vae.common.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from shards.storage.cache import Cache
 
 CYCLE = 10_000  # the longest cycle of a mixture; rarer sources get one place in it
 
@@ -130,7 +129,7 @@ class Dataset:
         return self.tokenizer().batch_decode(ids, skip_special_tokens=True)
 
 
-def open_dataset(sources: Sources, cache: "Cache | None" = None) -> Dataset:
+def open_dataset(sources: Sources, cache: Cache | None = None) -> Dataset:
     """Open one dataset folder, or a mixture of several.
 
     Args:

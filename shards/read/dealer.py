@@ -74,7 +74,7 @@ class Dealer:
     pin_memory: bool
 
     def __post_init__(self) -> None:
-        self.max_length = max(source.reader.index.max_length for source in self.sources)
+        self.max_length = max(source.index.max_length for source in self.sources)
 
     def plans(self, consumed: int) -> Iterator["Plan"]:
         """What to deal from a position on, for ever: first one step, then several at once.

@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from shards.format.blocks import BlockReader
 from shards.read.dataset import Dataset, Mixing, Sources, open_dataset
 from shards.read.dealer import Batch, Dealer, Plan
 from shards.read.order import ORDER_VERSION, Order
@@ -77,14 +76,14 @@ class ShardStream:
                 f"pad_to {pad_to} is shorter than the longest sequences of {dataset.path} "
                 f"({dataset.max_length} tokens)"
             )
-        readers = [BlockReader(index, split) for index in dataset.indexes]
+        readers = [index.reader(split) for index in dataset.indexes]
         self.dataset = dataset
         self.seed = seed
         self.consumed = consumed
         self._dealer = Dealer(
             [
-                Windows(reader, Order(reader.table["sequences"], seed), on_corrupt == "skip")
-                for reader in readers
+                Windows(index, reader, Order(reader.table["sequences"], seed), on_corrupt == "skip")
+                for index, reader in zip(dataset.indexes, readers, strict=True)
             ],
             Mixing(dataset.quotas),
             global_batch_size=global_batch_size,

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from shards.format.blocks import BlockReader
+from shards.format.index import Index
 from shards.read.order import Order, Ranges, Window, spread
 from t5vae.common.errors import DamageError
 
@@ -52,6 +53,7 @@ class Windows:
     12 tokens takes 0.7 MB, the 64 lanes that a single rank reads up to 90 MB.
 
     Args:
+        index: of the dataset.
         reader: of the split.
         order: of its sequences.
         stand_in: whether a damaged block is replaced by rows of one end token and weight 0
@@ -62,8 +64,8 @@ class Windows:
         damaged: the blocks that were replaced, and why.
     """
 
-    def __init__(self, reader: BlockReader, order: Order, stand_in: bool = False):
-        self.reader, self.order, self.stand_in = reader, order, stand_in
+    def __init__(self, index: Index, reader: BlockReader, order: Order, stand_in: bool = False):
+        self.index, self.reader, self.order, self.stand_in = index, reader, order, stand_in
         self.damaged: dict[int, str] = {}
         blocks = order.blocks_per_window
         self._rows = blocks * order.rows_per_block
@@ -73,7 +75,7 @@ class Windows:
         self._places = np.empty((0, self._rows), np.int64)
         self._sequence = np.empty((0, self._rows), np.int64)
         self._sought = self._settled = 0  # windows before these were not looked for
-        self.tokens = np.empty(reader.index.max_length, reader.index.dtype)
+        self.tokens = np.empty(index.max_length, index.dtype)
 
     def find(self, ranges: Ranges) -> Found:
         """Bring the sequences of ranges into memory; n is the sum of their sizes.
@@ -111,7 +113,7 @@ class Windows:
         table = self.reader.table
         blocks = [self.order.window_of(name).blocks for name in sorted(names)]
         own = table[np.concatenate(blocks)] if blocks else table[:0]
-        item = np.dtype(self.reader.index.dtype).itemsize
+        item = self.tokens.dtype.itemsize
         return int(own["tokens"].sum()) * item + int(own["sequences"].sum()) * LENGTH_BYTES
 
     def settle(self) -> None:
@@ -128,7 +130,7 @@ class Windows:
             starts, lengths: as found, [n].
             width: T, at least the longest of them.
         """
-        index = self.reader.index
+        index = self.index
         most = min(width, index.max_length)
         # A row is one copy of its bytes and those that follow, from a view of every position.
         row = np.dtype((np.void, most * tokens.itemsize))
@@ -153,7 +155,7 @@ class Windows:
             self.tokens = _longer(self.tokens, more * self._size)
 
     def _blocks(self, numbers: list[int]) -> Iterator[_Block]:
-        readers = self.reader.index.store.readers
+        readers = self.index.store.readers
         if readers == 1:
             yield from map(self._block, numbers)
         else:
@@ -169,7 +171,7 @@ class Windows:
                 raise
             self.damaged[number] = str(error)
             logger.warning("%s: its sequences get weight 0", error)
-            end = np.full(1, self.reader.index.eos_id, self.tokens.dtype)
+            end = np.full(1, self.index.eos_id, self.tokens.dtype)
             places = np.zeros(len(sequence), np.int64) + 1
             return _Block(places, end, sequence)
         starts = np.cumsum(lengths, dtype=np.int64) - lengths

@@ -9,17 +9,14 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from t5vae.common.errors import DamageError, UserError
 
-if TYPE_CHECKING:
-    from shards.storage.remote import RemoteFile
-
-CHUNK = 16 * 2**20
+CHUNK = 16 * 2**20  # bytes copied at once
 LOCK, PART = ".lock", ".part"
 
 
@@ -45,6 +42,16 @@ class Cache:
     limit_bytes: int = 256 * 2**30
 
 
+class Source(Protocol):
+    """A remote file that is read from its beginning to its end."""
+
+    url: str
+    size: int
+
+    def read(self, size: int, /) -> bytes | None:
+        """The next bytes, at most so many; none at the end."""
+
+
 class Copies:
     """The copies of one dataset's files.
 
@@ -62,7 +69,11 @@ class Copies:
         self._used: set[str] = set()
 
     def make(
-        self, name: str, sha256: str, source: "Callable[[], RemoteFile]", wait: bool = True
+        self,
+        name: str,
+        sha256: str,
+        source: Callable[[], AbstractContextManager[Source]],
+        wait: bool = True,
     ) -> bool:
         """Copy a file, unless there is a copy.
 
@@ -127,7 +138,7 @@ class Copies:
             return False
         return True
 
-    def _write(self, part: Path, source: "RemoteFile") -> str:
+    def _write(self, part: Path, source: Source) -> str:
         digest = hashlib.sha256()
         with self._writing():
             file = open(part, "wb", buffering=0)  # noqa: SIM115 closed below

@@ -1,15 +1,7 @@
-"""Where a dataset's files lie: a folder of this machine, or a URL (see shards.storage.remote)."""
+"""What a store is: the files of one dataset, wherever they lie."""
 
-import os
-from io import FileIO
 from pathlib import Path
-from threading import Lock
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Protocol
-
-if TYPE_CHECKING:
-    from shards.storage.cache import Cache
-
-OPEN_FILES = 64
+from typing import BinaryIO, NamedTuple, Protocol
 
 
 class Store(Protocol):
@@ -53,61 +45,3 @@ class Manifest(NamedTuple):
 
     version: str
     sha256: dict[str, str]
-
-
-class LocalStore:
-    """A dataset folder on this machine. At most 64 files are held open."""
-
-    readers = 1
-
-    def __init__(self, location: str | Path):
-        self.location = str(location)
-        self.path = Path(location)
-        self._lock = Lock()
-        self._files: dict[str, FileIO] = {}  # the one used last comes last
-
-    def get(self, name: str) -> bytes:
-        return (self.path / name).read_bytes()
-
-    def read(self, name: str, offset: int, size: int) -> bytes:
-        with self._lock:
-            file = self._files.pop(name, None) or FileIO(self.path / name)
-            self._files[name] = file
-            if len(self._files) > OPEN_FILES:
-                del self._files[next(iter(self._files))]  # closed once no thread reads it any more
-        return os.pread(file.fileno(), size, offset)
-
-    def open(self, name: str) -> BinaryIO:
-        return open(self.path / name, "rb")
-
-    def folder(self, name: str) -> Path:
-        return self.path / name
-
-    def forget(self, name: str) -> bool:
-        return False
-
-    def close(self) -> None:
-        with self._lock:
-            self._files.clear()
-
-
-def open_store(
-    location: str, manifest: Manifest | None = None, cache: "Cache | None" = None
-) -> Store:
-    """The store of a dataset.
-
-    Args:
-        location: a folder, or a URL of any protocol that fsspec knows.
-        manifest: what its files must be; without it nothing of a URL is kept in the cache.
-        cache: where copies of a URL's files are kept; by default `Cache()`.
-
-    Raises:
-        UserError: an unknown protocol, or one whose package is not installed.
-    """
-    path = location.removeprefix("file://")
-    if "://" not in path:
-        return LocalStore(path)
-    from shards.storage.cache import Cache
-    from shards.storage.remote import RemoteStore
-
-    return RemoteStore(location, manifest or Manifest("", {}), cache or Cache())

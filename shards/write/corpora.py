@@ -13,10 +13,10 @@ from glob import glob, has_magic
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, Literal
 
-from shards.storage.files import CHUNK, Tap, decompressed, drain, is_url, open_raw
 from shards.write.readers import READERS, ROWS, is_array, member_extensions
-from t5vae.common.errors import UserError
-from t5vae.common.files import first_line, reading
+from shards.write.streams import CHUNK, Tap, decompressed, drain, is_url, open_raw
+from t5vae.common.errors import UserError, first_line
+from t5vae.common.files import reading
 
 SUFFIXES: dict[str, tuple[str, ...]] = {
     "text": ("",),

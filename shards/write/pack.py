@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from shards.format.index import BLOCK, Shard, Split
+from shards.format.blocks import BLOCK
+from shards.format.index import Shard, Split
 from t5vae.common.progress import Advance, stage
 
 Sequences = tuple[np.ndarray, np.ndarray]

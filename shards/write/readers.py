@@ -18,10 +18,9 @@ from typing import IO, Any
 
 import numpy as np
 
-from shards.storage.files import CHUNK, drain, open_raw
 from shards.write.statements import read_python
-from t5vae.common.errors import UserError
-from t5vae.common.files import first_line
+from shards.write.streams import CHUNK, drain, open_raw
+from t5vae.common.errors import UserError, first_line
 
 ROWS = 4096
 MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)  # WebDataset's key and extension

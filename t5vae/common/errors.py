@@ -1,8 +1,14 @@
-"""The errors a user can mend."""
+"""The errors a user can mend, and what any error says."""
 
 import errno
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    reason = getattr(error, "strerror", None) or str(error)
+    return reason.strip().partition("\n")[0] or type(error).__name__
 
 
 class UserError(Exception):

@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and small ones of text, read as lines of JSON."""
+"""Files: written whole or not at all, read as lines of JSON, and what goes wrong with them told."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from t5vae.common.errors import UserError
+from t5vae.common.errors import UserError, first_line
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -24,6 +24,11 @@ def write_whole(path: Path, text: str) -> None:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_records(path: Path, records: list[dict[str, Any]]) -> None:
+    """The same for objects, a line of JSON each."""
+    write_whole(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
 @contextmanager
@@ -42,11 +47,6 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def write_records(path: Path, records: list[dict[str, Any]]) -> None:
-    """The same for objects, a line of JSON each."""
-    write_whole(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
 def read_records(path: Path, tail: int | None = None) -> list[dict[str, Any]]:
@@ -87,12 +87,6 @@ def _parse(line: bytes, path: Path) -> dict[str, Any]:
             f"{path} is damaged, or no file of a run: its lines are not all JSON objects"
         )
     return record
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    reason = getattr(error, "strerror", None) or str(error)
-    return reason.strip().partition("\n")[0] or type(error).__name__
 
 
 @contextmanager

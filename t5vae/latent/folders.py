@@ -7,8 +7,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from shards.format.tokenizers import load_tokenizer
-from t5vae.common.errors import UserError
-from t5vae.common.files import first_line
+from t5vae.common.errors import UserError, first_line
 from t5vae.model import T5VAE
 
 

@@ -8,8 +8,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from t5vae.common.errors import UserError
-from t5vae.common.files import first_line
+from t5vae.common.errors import UserError, first_line
 
 
 def python_tree(text: str) -> ast.Module | None:

@@ -1,17 +1,14 @@
 """Between the encoder and the decoder: states -> one code -> memory.
 
 Shapes: B sequences, T tokens, D latent size, M memory length, C model width.
-A bottleneck is a module made from a `T5VAEConfig`, with `compress(states_BTC, mask_BT) -> z_BD` and
-`expand(z_BD) -> memory_BMC`. Its entries in `BOTTLENECKS` here and in `flops.py` make it known.
+A bottleneck is a module made from a `T5VAEConfig` (not imported here: it reads `BOTTLENECKS`), with
+`compress(states_BTC, mask_BT) -> z_BD` and `expand(z_BD) -> memory_BMC`. Its entries in
+`BOTTLENECKS` here and in `flops.py` make it known.
 """
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 from transformers.models.t5.modeling_t5 import T5LayerFF
-
-if TYPE_CHECKING:
-    from t5vae.model.configuration import T5VAEConfig
 
 
 class FlattenBottleneck(nn.Module):
@@ -21,7 +18,7 @@ class FlattenBottleneck(nn.Module):
     with zeros, so the code does not depend on padding when pads are masked.
     """
 
-    def __init__(self, config: "T5VAEConfig"):
+    def __init__(self, config: PreTrainedConfig):
         super().__init__()
         t5 = config.t5_config
         self.sequence_length = config.sequence_length
@@ -61,7 +58,7 @@ class AttentionBottleneck(nn.Module):
     arXiv 1810.00825, eq. 11).
     """
 
-    def __init__(self, config: "T5VAEConfig"):
+    def __init__(self, config: PreTrainedConfig):
         super().__init__()
         t5 = config.t5_config
         self.memory_length = config.memory_length

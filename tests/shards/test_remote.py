@@ -132,7 +132,7 @@ def site(dataset, tmp_path):
 def node(tmp_path, monkeypatch) -> Path:
     """The node's cache."""
     monkeypatch.setenv("T5VAE_CACHE", str(tmp_path / "node"))
-    monkeypatch.setattr("shards.storage.remote.PAUSES", (0.01, 0.02))
+    monkeypatch.setattr("shards.storage.requests.PAUSES", (0.01, 0.02))
     return tmp_path / "node"
 
 

@@ -1,9 +1,12 @@
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import psutil
 import pytest
 
-from shards.storage.store import OPEN_FILES, LocalStore, open_store
+import shards
+from shards.storage.kinds import KINDS, open_store
+from shards.storage.local import OPEN_FILES, LocalStore
 
 FILES = 2 * OPEN_FILES
 
@@ -54,3 +57,16 @@ def test_a_replaced_file_is_read_on_as_it_was(store, tmp_path):
     assert store.read("1", 1, 1) == b"\1"
     store.close()
     assert store.read("1", 1, 1) == b"e"
+
+
+def test_another_kind_is_a_line_in_the_table(dataset, monkeypatch):
+    asked = []
+
+    def shelf(location, manifest, cache):
+        asked.append((location, manifest.version))
+        return LocalStore(location.removeprefix("shelf://"))
+
+    monkeypatch.setitem(KINDS, "shelf", shelf)
+    index, local = shards.open_index(f"shelf://{dataset}"), shards.open_index(dataset)
+    assert index.texts("train", np.arange(5)) == local.texts("train", np.arange(5))
+    assert asked == [(f"shelf://{dataset}", ""), (f"shelf://{dataset}", local.sha256)]

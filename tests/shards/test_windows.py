@@ -3,13 +3,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from shards.format.index import BLOCK
+from shards.format.blocks import BLOCK
 from shards.read.order import Order
 from shards.read.windows import TABLED, Windows
 
 
-def reader_of(lengths: list[np.ndarray], dtype: str, pad_id: int):
-    """What a BlockReader gives, for blocks of random tokens."""
+def blocks_of(lengths: list[np.ndarray], dtype: str, pad_id: int):
+    """What an Index and its BlockReader give, for blocks of random tokens."""
     rng = np.random.default_rng(0)
     blocks = [
         (n.astype(np.uint16), rng.integers(9, 60_000, n.sum()).astype(dtype)) for n in lengths
@@ -17,18 +17,19 @@ def reader_of(lengths: list[np.ndarray], dtype: str, pad_id: int):
     table = np.zeros(len(blocks), BLOCK)
     table["sequences"] = [len(n) for n, _ in blocks]
     table["tokens"] = [len(tokens) for _, tokens in blocks]
-    return SimpleNamespace(
+    index = SimpleNamespace(
+        dtype=dtype,
+        pad_id=pad_id,
+        eos_id=1,
+        max_length=max(int(n.max()) for n in lengths),
+        store=SimpleNamespace(readers=1),
+    )
+    reader = SimpleNamespace(
         table=table,
         first=np.cumsum(table["sequences"]) - table["sequences"],
-        index=SimpleNamespace(
-            dtype=dtype,
-            pad_id=pad_id,
-            eos_id=1,
-            max_length=max(int(n.max()) for n in lengths),
-            store=SimpleNamespace(readers=1),
-        ),
         read=blocks.__getitem__,
     )
+    return index, reader
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "uint32"])
@@ -39,9 +40,9 @@ def test_rows_are_gathered_with_their_own_tokens_and_pads(dtype, pad_id, longest
     sizes = [32] * 9 + [5]
     lengths = [rng.integers(1, longest + 1, size) for size in sizes]
     lengths[0][0] = longest
-    reader = reader_of(lengths, dtype, pad_id)
+    index, reader = blocks_of(lengths, dtype, pad_id)
     order = Order(np.array(sizes), 0, lanes=2, window=2, chunk=4)
-    windows = Windows(reader, order)
+    windows = Windows(index, reader, order)
     rows = [
         tokens[end - n : end]
         for n_block, tokens in map(reader.read, range(len(sizes)))
@@ -62,9 +63,9 @@ def test_rows_are_gathered_with_their_own_tokens_and_pads(dtype, pad_id, longest
 
 
 def test_windows_that_are_over_give_their_room_to_others():
-    reader = reader_of([np.full(32, 3)] * 64, "uint16", 0)
+    index, reader = blocks_of([np.full(32, 3)] * 64, "uint16", 0)
     order = Order(np.full(64, 32), 0, lanes=2, window=2, chunk=4)
-    windows = Windows(reader, order)
+    windows = Windows(index, reader, order)
     for start in range(0, 10 * order.sequences, 64):
         windows.find(order.ranges(np.array([start, start + 64])))
         windows.settle()
@@ -72,9 +73,9 @@ def test_windows_that_are_over_give_their_room_to_others():
 
 
 def test_what_is_settled_stays_while_others_are_looked_for():
-    reader = reader_of([np.full(32, 3)] * 64, "uint16", 0)
+    index, reader = blocks_of([np.full(32, 3)] * 64, "uint16", 0)
     order = Order(np.full(64, 32), 0, lanes=2, window=2, chunk=4)
-    windows = Windows(reader, order)
+    windows = Windows(index, reader, order)
     for start in range(0, order.sequences, 64):
         found = windows.find(order.ranges(np.array([start, start + 64])))
         windows.settle()

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, Any
 
-from t5vae.common.files import first_line
+from t5vae.common.errors import first_line
 
 CHUNK = 2**20  # bytes
 
