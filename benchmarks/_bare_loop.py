@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,10 @@ from t5vae.model import Regularisers, row_keys
 from t5vae.model.noise import NOISE, keyed_normal
 from t5vae.objective import PendingMMD, start_gather
 from t5vae.training.build import build_model
-from t5vae.training.engine import build_engine
+from t5vae.training.engine import backward, build_engine
+from t5vae.training.job import Job, resolve
 from t5vae.training.precision import settle
-from t5vae.training.step import Losses, Step, latent_diagnostics, micro_step, real_tokens
+from t5vae.training.step import Found, Loss, real_tokens
 
 BLOCK = 2
 """Steps of one variant before the next has its turn."""
@@ -61,12 +63,11 @@ def random_batches(file: Path, ranks: Ranks, dataset: Dataset, device: torch.dev
     return batches
 
 
-def variants(
-    engine: Any, config: Config, ranks: Ranks, device: torch.device
-) -> dict[str, TakeStep]:
+def variants(engine: Any, job: Job, device: torch.device) -> dict[str, TakeStep]:
     """The bare loop's step, and with one thing more each of what a run's step has."""
-    objective = config.objective
+    objective, seed = job.config.objective, job.config.run.seed
     mmd = objective.mmd.model_dump(include={"kernel", "prior", "estimator", "sigma"})
+    loss = Loss(objective, seed, job.split, device)
 
     def bare(batch: Batch) -> None:
         engine.backward(engine(batch.ids, labels=batch.ids, mode="score").loss)
@@ -86,13 +87,13 @@ def variants(
         engine.step()
 
     def with_noise(batch: Batch) -> None:
-        keys_B = row_keys(config.run.seed, 0, batch.sequence.to(device))
+        keys_B = row_keys(seed, 0, batch.sequence.to(device))
         with_mmd(batch, Regularisers(keys_B, latent_noise=objective.latent_noise))
 
     def with_sums(batch: Batch) -> None:
         tokens, *_ = all_sum(real_tokens(batch), False, False, 0, False, device=device)
-        shared = Step(1, 0, tokens, objective.mmd.weight, ranks.world_size)
-        micro_step(engine, batch, 0, shared, config, device)
+        loss.begin(0, tokens, objective.mmd.weight)
+        backward(engine, loss(engine, batch, 0))
         engine.step()
 
     return {"bare": bare, "mmd": with_mmd, "noise": with_noise, "sums": with_sums}
@@ -171,25 +172,25 @@ def mean_seconds(run: Callable[[], object], device: torch.device) -> float:
     return (time.perf_counter() - begin) / REPEATS
 
 
-def line_of_log(config: Config, device: torch.device) -> Callable[[], object]:
+def line_of_log(job: Job, device: torch.device) -> Callable[[], object]:
     """Write a line of metrics.jsonl with its diagnostics, and show the gist of it."""
-    config.run_dir.mkdir(parents=True, exist_ok=True)
-    log = RunLog(config, enabled=dist.get_rank() == 0)
-    rows = config.data.global_batch_size // dist.get_world_size()
-    codes_BD = torch.randn(rows, config.model.latent_size, device=device)
-    losses = [Losses(0.0, 0.0, 0.0, codes_BD)]
+    job.folder.mkdir(parents=True, exist_ok=True)
+    log = RunLog(job.config, enabled=job.ranks.is_first)
+    loss = Loss(job.config.objective, job.config.run.seed, job.split, device)
+    loss.begin(0, 1.0, 0.0)
+    codes_BD = torch.randn(job.split.micro, job.settings.latent_size, device=device)
+    loss.found.append(Found(0.0, 0.0, 0.0, codes_BD))
     figures = {f"figure_{number}": 0.1234567890123 for number in range(12)}
 
     def write() -> None:
-        log.metrics({"step": 0, "loss": 1.0, **figures, **latent_diagnostics(losses)})
+        log.metrics({"step": 0, "loss": 1.0, **figures, **loss.latent_diagnostics()})
 
     return write
 
 
 def main(mode: str, lengths: str, steps: str, path: str, *settings: str) -> None:
-    config = load_config(path, settings)
-    dataset = config.data.open()
     ranks = find_ranks(dict(os.environ))
+    job = resolve(load_config(path, settings), ranks)
 
     def say(text: str) -> None:
         if ranks.is_first:
@@ -197,17 +198,20 @@ def main(mode: str, lengths: str, steps: str, path: str, *settings: str) -> None
 
     say(f"created {psutil.Process().create_time()}")
     say("imported")
-    device = start_process_group(ranks, compiles=config.model.compile)
-    config, _ = settle(config, dataset, device, {})
-    engine = build_engine(build_model(config, dataset, device), config, ranks.world_size)
-    batches = random_batches(Path(lengths), ranks, dataset, device)
+    device = start_process_group(ranks, compiles=job.config.model.compile)
+    config, _ = settle(job.config, job.settings, job.split, device, {})
+    job, half = replace(job, config=config), config.train.half
+    # Not `start.build`, whose imports a bare loop has no use for.
+    model = build_model(job.settings, config.model, seed=config.run.seed, half=half, device=device)
+    engine = build_engine(model, job.deepspeed, config.optim)
+    batches = random_batches(Path(lengths), ranks, job.dataset, device)
     say("built")
-    take_step = variants(engine, config, ranks, device)
+    take_step = variants(engine, job, device)
     if mode == "bare":
         train(take_step["bare"], cycle(batches), int(steps), config, say, device)
     else:
         found = take_turns(take_step, cycle(batches), int(steps), device)
-        alone = {"line": line_of_log(config, device), **parts(config, batches[0], device)}
+        alone = {"line": line_of_log(job, device), **parts(config, batches[0], device)}
         seconds = {name: mean_seconds(part, device) for name, part in alone.items()}
         say(json.dumps({"block": BLOCK, "turns": found, "alone": seconds}))
     dist.destroy_process_group()

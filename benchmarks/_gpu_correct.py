@@ -8,7 +8,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,17 +21,19 @@ from test_execution import fused_and_plain, make_model, sequences
 from test_table import Case, Errors
 from torch import Tensor
 
-from t5vae.cluster.agreement import all_sum
 from t5vae.cluster.process_group import start_process_group
-from t5vae.cluster.ranks import Ranks
-from t5vae.config import Config, load_config
+from t5vae.cluster.ranks import find_ranks
+from t5vae.config import load_config
 from t5vae.model import T5VAE
 from t5vae.objective import sliced_epps_pulley
 from t5vae.planning.plan import plan
 from t5vae.training.budget import take_apart
-from t5vae.training.build import build_model, fetch, is_installed, open_stream
-from t5vae.training.engine import build_engine, schedule, set_learning_rate, sharded
-from t5vae.training.step import Step, micro_step, real_tokens
+from t5vae.training.build import is_installed
+from t5vae.training.engine import backward, schedule, set_learning_rate, update
+from t5vae.training.feed import open_feed
+from t5vae.training.job import Job, resolve
+from t5vae.training.start import build
+from t5vae.training.step import Loss
 
 # MMD
 
@@ -255,23 +257,22 @@ class Trained:
 
 def engines(bench: Bench) -> Iterator[Part]:
     """Twenty steps of each combination."""
-    configs = {
-        ", ".join(map(str, each)): engine_config(bench, *each)
+    # Before any engine: what is made after one of stage 3 has its weights dealt out too.
+    jobs = {
+        ", ".join(map(str, each)): engine_job(bench, *each)
         for each in COMBINATIONS
         if bench.on_gpu or "fp16" not in each
     }
-    # Before any engine: what is made after one of stage 3 has its weights dealt out too.
     peaks = {
-        title: plan(config, nodes=1, gpus_per_node=1).memory.peak
-        for title, config in configs.items()
+        title: plan(job.config, nodes=1, gpus_per_node=1).memory.peak for title, job in jobs.items()
     }
-    device = start_process_group(Ranks(0, 1, 0, 1, "127.0.0.1", 0))
+    device = start_process_group(find_ranks({}))
     found: dict[str, Trained | str] = {}
-    for title, config in configs.items():
+    for title, job in jobs.items():
         if bench.left < 0:
             break
-        found[title] = own = tried(train, config, bench, device)
-        yield engine_table(configs, peaks, found)
+        found[title] = own = tried(train, job, bench, device)
+        yield engine_table(jobs, peaks, found)
         if len(found) == 1 and isinstance(own, Trained):
             reads = own.reads.most_common()
             places = [(place, f"{count / COUNTED:.1f}") for place, count in reads]
@@ -279,14 +280,14 @@ def engines(bench: Bench) -> Iterator[Part]:
 
 
 def engine_table(
-    configs: dict[str, Config], peaks: dict[str, int], found: dict[str, Trained | str]
+    jobs: dict[str, Job], peaks: dict[str, int], found: dict[str, Trained | str]
 ) -> Part:
     """What the engines did so far, beside their planned peaks."""
-    config = next(iter(configs.values()))
+    config = next(iter(jobs.values())).config
     text = ENGINES.format(
         config=config, t5=config.model.t5, steps=config.train.steps, counted=COUNTED
     )
-    if left_out := configs.keys() - found.keys():
+    if left_out := jobs.keys() - found.keys():
         text += f"{len(left_out)} more were left out: the time was over.\n\n"
     rows: list[tuple[str, ...]] = []
     targets, over, firsts = [], [], []
@@ -317,8 +318,8 @@ def engine_table(
     return Part("table", text + table((*header, *memory), rows), tuple(targets))
 
 
-def engine_config(bench: Bench, stage: int, optimizer: str, precision: str) -> Config:
-    return load_config(
+def engine_job(bench: Bench, stage: int, optimizer: str, precision: str) -> Job:
+    config = load_config(
         QUICKSTART,
         [
             *(TOY if bench.smoke else T5_SMALL),
@@ -333,9 +334,10 @@ def engine_config(bench: Bench, stage: int, optimizer: str, precision: str) -> C
             "optim.warmup=0",
         ],
     )
+    return resolve(config, find_ranks({}))
 
 
-def train(config: Config, bench: Bench, device: torch.device) -> Trained:
+def train(job: Job, bench: Bench, device: torch.device) -> Trained:
     """Steps as the training loop takes them, logging and saving apart."""
     found = Trained()
     gc.collect()
@@ -343,22 +345,18 @@ def train(config: Config, bench: Bench, device: torch.device) -> Trained:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         found.peak = -torch.cuda.memory_allocated()
-    dataset, steps = config.data.open(), config.train.steps
-    with sharded(config, 1):
-        model = build_model(config, dataset, device)
-    engine = build_engine(model, config, 1)
-    with open_stream(config, dataset, 0, 1, device) as stream:
-        for number in range(steps):
-            position = stream.consumed
-            (batch,), _ = fetch(stream, 1)
-            set_learning_rate(engine, schedule(number, steps, config.optim))
-            counting = number >= steps - COUNTED
+    engine, config = build(job, device), job.config
+    loss = Loss(config.objective, config.run.seed, job.split, device)
+    with closing(open_feed(job, device)) as feed:
+        for number in range(job.steps):
+            batches = feed.read()
+            set_learning_rate(engine, schedule(number, job.steps, config.optim))
+            counting = number >= job.steps - COUNTED
             with host_reads(found.reads if counting and bench.on_gpu else None):
-                (tokens,) = all_sum(real_tokens(batch), device=device)
-                shared = Step(number + 1, position, tokens, config.objective.mmd.weight, 1)
-                losses = micro_step(engine, batch, 0, shared, config, device)
-                engine.step()
-            found.losses.append(losses.nll / tokens + shared.mmd_weight * losses.mmd)
+                loss.begin(feed.position, feed.agree(batches).tokens, config.objective.mmd.weight)
+                backward(engine, loss(engine, batches[0], 0))
+                update(engine)
+            found.losses.append(loss.figures()["loss"])
             found.skipped += not engine.was_step_applied()
     if bench.on_gpu:
         found.peak += torch.cuda.max_memory_allocated()

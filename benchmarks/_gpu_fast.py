@@ -272,6 +272,6 @@ def untrained_space(bench: Bench, count: int) -> tuple[LatentSpace, list[str]]:
     config = load_config(QUICKSTART, [*sizes, f"data.shards={bench.lines}"])
     dataset = config.data.open()
     torch.manual_seed(0)
-    model = T5VAE(model_config(config, dataset)).eval().to(bench.device)
+    model = T5VAE(model_config(config.model, config.objective, dataset)).eval().to(bench.device)
     texts = dataset.texts("train", dataset.first("train", count))
     return LatentSpace(model, dataset.tokenizer()), texts

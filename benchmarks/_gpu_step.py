@@ -23,16 +23,17 @@ from _report import Target, figure, table
 
 from shards import Batch
 from t5vae.cluster.process_group import start_process_group
-from t5vae.cluster.ranks import Ranks
+from t5vae.cluster.ranks import find_ranks
 from t5vae.cluster.stopping import StopRequest
 from t5vae.config import Config, load_config
 from t5vae.metrics.reading import read_metrics
 from t5vae.training.budget import take_apart
-from t5vae.training.build import build_model, fetch, open_stream
-from t5vae.training.engine import build_engine
+from t5vae.training.feed import open_feed
+from t5vae.training.job import Job, resolve
 from t5vae.training.loop import run
+from t5vae.training.start import build
 
-ALONE = Ranks(0, 1, 0, 1, "127.0.0.1", 0)
+ALONE = find_ranks({})
 LOG_EVERY = 10
 PROFILED = 5
 """Steps at the end of a whole loop, which are not timed."""
@@ -131,11 +132,11 @@ def measure(config: Config) -> Found:
     before = release(device)
     run(config, ALONE, StopRequest())
     release(device)
-    steps = config.train.steps - PROFILED
+    job, steps = resolve(config, ALONE), config.train.steps - PROFILED
     timed = [line for line in read_metrics(folder) if WARM_UP < line["step"] <= steps]
     whole = median(line["step_seconds"] for line in timed)
     busy = busy_seconds(folder / "profile" / "rank-00000.trace.json.gz") / PROFILED
-    bare = bare_seconds(config, real_batches(config, device), steps, device)
+    bare = bare_seconds(job, real_batches(job, device), steps, device)
     release(device)
     return Found(
         whole=whole,
@@ -157,18 +158,17 @@ def release(device: torch.device) -> int:
     return torch.accelerator.memory_allocated(device)
 
 
-def real_batches(config: Config, device: torch.device) -> list[Batch]:
+def real_batches(job: Job, device: torch.device) -> list[Batch]:
     """A few, on the device."""
-    with open_stream(config, config.data.open(), 0, 1, device) as stream:
-        found, _ = fetch(stream, 8)
+    with open_feed(job, device).stream as stream:
+        found = [next(stream) for _ in range(8)]
     return [replace(batch, ids=batch.ids.to(device)) for batch in found]
 
 
-def bare_seconds(config: Config, batches: list[Batch], steps: int, device: torch.device) -> float:
+def bare_seconds(job: Job, batches: list[Batch], steps: int, device: torch.device) -> float:
     """Of a step of the bare loop, the median over windows of as many as the whole one logs."""
-    dataset = config.data.open()
-    engine = build_engine(build_model(config, dataset, device), config, 1)
-    take_step = variants(engine, config, ALONE, device)["bare"]
+    engine = build(job, device)
+    take_step = variants(engine, job, device)["bare"]
     stream, windows, began = cycle(batches), [], time.perf_counter()
     for number in range(1, steps + 1):
         take_step(next(stream))

@@ -14,9 +14,11 @@ from typing import NamedTuple
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # `shards` is the package, not the script
-from shards import ShardStream
 from t5vae.cluster.process_group import free_port
-from t5vae.config import Config, load_config
+from t5vae.cluster.ranks import Ranks
+from t5vae.config import load_config
+from t5vae.training.feed import open_feed
+from t5vae.training.job import Job, resolve
 
 ROOT = Path(__file__).parents[1]
 BARE_LOOP = ROOT / "benchmarks" / "_bare_loop.py"
@@ -109,9 +111,10 @@ class Bench:
         every = (f"data.shards={self.folder / 'shards'}", f"run.output_dir={self.run_folder}")
         return [CONFIG, *every, "checkpoint.every=0", "eval.every=0", *self.place.settings, *more]
 
-    def config(self) -> Config:
+    def job(self, rank: int = 0) -> Job:
         path, *settings = self.settings()
-        return load_config(ROOT / path, settings)
+        ranks = Ranks(rank, self.place.ranks, rank, self.place.ranks, "127.0.0.1", 0)
+        return resolve(load_config(ROOT / path, settings), ranks)
 
     def train(self, title: str, *settings: str) -> Launch:
         return self.launch(title, ROOT / "train.py", *self.settings(*settings))
@@ -148,11 +151,9 @@ def prepare(bench: Bench) -> None:
     shards = bench.folder / "shards"
     command = [str(Path(sys.executable).with_name("t5vae")), "shards", "build", *BUILD]
     subprocess.run([*command, "--out", str(shards)], check=True, stdout=sys.stderr)
-    config, world = bench.config(), bench.place.ranks
-    order = {"seed": config.run.seed, "global_batch_size": config.data.global_batch_size}
     found = []
-    for rank in range(world):
-        with ShardStream(str(shards), **order, rank=rank, world_size=world) as stream:
+    for rank in range(bench.place.ranks):
+        with open_feed(bench.job(rank), torch.device("cpu")).stream as stream:
             batches = [next(stream) for _ in range(REAL_BATCHES)]
         found.append([{"T": b.ids.shape[1], "lengths": b.lengths.tolist()} for b in batches])
     bench.lengths.write_text(json.dumps(found))

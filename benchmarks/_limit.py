@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -27,11 +28,12 @@ from t5vae.cluster.process_group import start_process_group
 from t5vae.cluster.ranks import find_ranks
 from t5vae.config import load_config
 from t5vae.model import T5VAEConfig
-from t5vae.training.build import build_model, model_config
-from t5vae.training.engine import build_engine
+from t5vae.training.engine import backward
+from t5vae.training.job import resolve
 from t5vae.training.muon import STEPS, WIDE
 from t5vae.training.precision import settle
-from t5vae.training.step import Step, micro_step, real_tokens
+from t5vae.training.start import build
+from t5vae.training.step import Loss, real_tokens
 
 Product = tuple[int, int, int]
 """m, k, n of [m, k] @ [k, n]."""
@@ -121,30 +123,30 @@ def where(events: list) -> dict[str, float]:
 
 
 def main(lengths: str, path: str, *settings: str) -> None:
-    config = load_config(path, settings)
-    dataset = config.data.open()
     ranks = find_ranks(dict(os.environ))
+    job = resolve(load_config(path, settings), ranks)
     device = start_process_group(ranks)
-    config, _ = settle(config, dataset, device, {})
-    engine = build_engine(build_model(config, dataset, device), config, ranks.world_size)
-    batches = random_batches(Path(lengths), ranks, dataset, device)
+    config, _ = settle(job.config, job.settings, job.split, device, {})
+    engine = build(replace(job, config=config), device)
+    loss = Loss(config.objective, config.run.seed, job.split, device)
+    batches = random_batches(Path(lengths), ranks, job.dataset, device)
     if ranks.is_first:
         print("built", flush=True)
 
-    def take_step(number: int, batch: Batch) -> None:
+    def take_step(batch: Batch) -> None:
         (tokens,) = all_sum(real_tokens(batch), device=device)
-        shared = Step(number, 0, tokens, config.objective.mmd.weight, ranks.world_size)
-        micro_step(engine, batch, 0, shared, config, device)
+        loss.begin(0, tokens, config.objective.mmd.weight)
+        backward(engine, loss(engine, batch, 0))
         engine.step()
 
-    for number, batch in enumerate(batches):
-        take_step(number, batch)
+    for batch in batches:
+        take_step(batch)
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         for number in range(PROFILED):
-            take_step(number, batches[number % len(batches)])
+            take_step(batches[number % len(batches)])
 
     tokens = round(sum(map(real_tokens, batches)) / len(batches))
-    parts = {"model": of_model(model_config(config, dataset), len(batches[0].ids), tokens)}
+    parts = {"model": of_model(job.settings, len(batches[0].ids), tokens)}
     dtypes = {"model": torch.bfloat16 if config.train.half else torch.float32}
     if config.optim.name == "muon":
         shapes = [tuple(p.shape) for p in engine.module.parameters() if p.use_muon]

@@ -24,7 +24,7 @@ from t5vae.config import Config
 from t5vae.model import T5VAE, T5VAEConfig, row_keys
 from t5vae.model.noise import keyed_normal
 from t5vae.objective import start_gather
-from t5vae.training.step import Step, micro_step, real_tokens
+from t5vae.training.step import Loss, real_tokens
 
 LENGTH, LATENT = 20, 128
 SHORTEST = 5
@@ -123,7 +123,7 @@ TrainingStep = Callable[[Batch], None]
 
 
 def start_process_group() -> None:
-    """Of this process alone: a micro step sums over ranks."""
+    """Of this process alone: a loss sums over ranks."""
     dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
 
 
@@ -143,27 +143,15 @@ def t5_step(model: T5ForConditionalGeneration, place: Place) -> TrainingStep:
 
 def t5vae_step(model: T5VAE, place: Place) -> TrainingStep:
     """As the training loop has it, DeepSpeed apart."""
-    engine, update = Engine(model), updates(model)
+    loss = Loss(RUN.objective, RUN.run.seed, RUN.data.split(1), place.device)
+    update = updates(model)
 
     def step(batch: Batch) -> None:
-        shared = Step(1, 0, real_tokens(batch), RUN.objective.mmd.weight, 1)
-        micro_step(engine, batch, 0, shared, RUN, place.device)
+        loss.begin(0, real_tokens(batch), RUN.objective.mmd.weight)
+        loss(model, batch, 0).backward()
         update()
 
     return step
-
-
-class Engine:
-    """DeepSpeed's, as far as a micro step knows it."""
-
-    def __init__(self, model: T5VAE):
-        self.model = model
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
-
-    def backward(self, loss: Tensor) -> None:
-        loss.backward()
 
 
 def updates(model: nn.Module) -> Callable[[], None]:

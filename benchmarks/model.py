@@ -48,7 +48,7 @@ threads on the CPU.
 TRAINING = """\
 ## A training step, {size} on {place}
 
-Forward, backward and AdamW of T5VAE as `t5vae/training/losses.py` has it on one process, \
+Forward, backward and AdamW of T5VAE as `t5vae/training/step.py` has it on one process, \
 DeepSpeed apart: cross-entropy, MMD of the codes (kernel `imq`, closed-form prior), latent noise; \
 T = {length}, D = {latent}, {rows:,} rows, {dtype}, random weights. Beside it transformers' \
 `T5ForConditionalGeneration` of the same size on the same batch, with the same optimizer and \

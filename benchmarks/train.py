@@ -149,7 +149,8 @@ def loop(bench: Bench) -> Section:
     rates: dict[str, list[float]] = {"the bare loop": [], "the whole loop": []}
     settings = (f"train.steps={effort.steps}", f"log.every={LOG_EVERY}")
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    config, _ = settle(bench.config(), bench.config().data.open(), device, {})
+    job = bench.job()
+    config, _ = settle(job.config, job.settings, job.split, device, {})
     settings += (f"train.precision={config.train.precision}",)
     batch = config.data.global_batch_size
     waits, parameters = [], 0

@@ -94,7 +94,7 @@ def check(config: Config) -> None:
         UserError: for shards that are missing, or a batch that cannot be dealt to the ranks.
     """
     config.data.open()
-    config.accumulation(config.launcher.nodes * ranks_per_node(config))
+    config.data.split(config.launcher.nodes * ranks_per_node(config))
 
 
 def _wait_for(configs: list[Config], cluster: str, force: bool) -> list[str]:

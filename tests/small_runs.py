@@ -15,7 +15,7 @@ import shards
 from t5vae.checkpoint import fragments, resuming, saving
 from t5vae.cluster import agreement
 from t5vae.config import Config
-from t5vae.training.anomalies import Watch
+from t5vae.training.anomalies import Anomalies
 
 T5 = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
 MODEL = {"t5": T5, "latent_size": 8, "token_size": 4}
@@ -184,7 +184,7 @@ def save(
         manifest = {
             "layout": {"world_size": world, **layout},
             "data": {"consumed": step * 16},
-            "watch": Watch(0, 0.0).state_dict(),
+            "watch": Anomalies(0, 0.0).state_dict(),
             "held_out": None,
             "weights_from": None,
         }

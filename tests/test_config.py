@@ -329,10 +329,10 @@ def test_micro_batches_times_accumulation_times_ranks_is_the_global_batch(
     batch = max(2, micro * accumulation * world)
     data = {"shards": "x", "global_batch_size": batch, "micro_batch_size": micro}
     if batch == micro * accumulation * world:
-        assert Config(data=data).accumulation(world) == accumulation
+        assert Config(data=data).data.split(world).accumulation == accumulation
     del data["micro_batch_size"]
     if batch % world == 0:
-        assert Config(data=data).accumulation(world) == 1
+        assert Config(data=data).data.split(world).accumulation == 1
 
 
 @pytest.mark.parametrize(
@@ -342,7 +342,7 @@ def test_micro_batches_times_accumulation_times_ranks_is_the_global_batch(
 def test_a_batch_that_ranks_cannot_share_is_refused_in_one_line(batch, micro, world, named):
     data = {"shards": "x", "global_batch_size": batch, "micro_batch_size": micro}
     with pytest.raises(UserError) as caught:
-        Config(data=data).accumulation(world)
+        Config(data=data).data.split(world)
     assert len(str(caught.value).splitlines()) == 1
     assert str(batch) in str(caught.value)
     assert named in str(caught.value)
@@ -404,7 +404,7 @@ def test_every_key_is_explained_or_plain(write):
 def test_every_configuration_of_the_project_loads(path):
     config = load_config(path)
     assert config.run.name
-    assert config.accumulation(1) >= 1
+    assert config.data.split(1).accumulation >= 1
 
 
 def test_compiled_layers_under_zero_3_are_refused(write):

@@ -37,6 +37,7 @@ def start(*arguments: Any, **environment: str) -> str:
     launchers = ("RANK", "WORLD_SIZE", "MASTER_", "LOCAL_", "SLURM_", "CROSS_", "SUBMITIT_")
     inherited = {name: v for name, v in os.environ.items() if not name.startswith(launchers)}
     fixed = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    fixed["PYTHONPATH"] = str(ROOT)  # the fixture has a folder `shards` of its own
     done = subprocess.run(
         [sys.executable, *map(str, arguments)],
         env={**inherited, **fixed, **environment},

@@ -1,13 +1,12 @@
 """Where a run starts: at its newest checkpoint, at the weights of another, or at nothing."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from safetensors import safe_open
 
-from shards import ShardStream
 from t5vae.checkpoint import fragments, retention
 from t5vae.checkpoint.manifest import (
     MANIFEST,
@@ -17,52 +16,59 @@ from t5vae.checkpoint.manifest import (
     verify,
 )
 from t5vae.checkpoint.randomness import seed_everything, set_random_state
-from t5vae.cluster.agreement import raise_together
+from t5vae.cluster.agreement import from_first, raise_together
 from t5vae.common.errors import UserError
-from t5vae.config import Config
+from t5vae.config import Checkpoint
 from t5vae.metrics.runlog import RunLog
-from t5vae.training.anomalies import Watch
 
 
 @dataclass(frozen=True)
 class Start:
-    """Attributes:
-    step: steps done.
-    weights_from: the checkpoint whose weights alone the run began with, if any.
+    """Where a run begins.
+
+    Attributes:
+        done: steps.
+        data: the stream's state.
+        anomalies: what went wrong so far, as `t5vae.training.anomalies` has it.
+        weights_from: the checkpoint whose weights alone the run began with, if any.
     """
 
-    step: int = 0
+    done: int = 0
+    data: dict[str, Any] = field(default_factory=dict)
+    anomalies: dict[str, Any] = field(default_factory=dict)
     weights_from: str | None = None
 
 
 def resume(
-    config: Config,
+    folder: Path,
+    settings: Checkpoint,
     identity: dict[str, Any],
     layout: dict[str, Any],
     engine: Any,
-    stream: ShardStream,
-    watch: Watch,
     log: RunLog,
 ) -> Start:
     """Go on from where the run's folder says, all ranks together.
 
     Args:
+        folder: the run's.
+        settings: whether to go on, and from what.
         identity: what the run must have in common with its checkpoint.
         layout: what may differ, which is told then.
+        engine: DeepSpeed's, filled with what was saved; so are the generators.
+        log: of the run, cut off after the step that it goes on from.
 
     Raises:
         UserError: if the checkpoint is another run's, or there are no weights to start from.
     """
+    seed_everything(identity["seed"] + dist.get_rank())
     newest, weights, problem = None, None, None
     if log.enabled:
         try:
-            newest, weights = _find(config, identity, log)
+            newest, weights = _find(folder, settings, identity, log)
         except UserError as error:
             problem = error
     raise_together(problem)
-    found = [newest, weights]
-    dist.broadcast_object_list(found, src=0)
-    newest, weights = found
+    newest, weights = from_first((newest, weights))
     if weights is not None:
         fragments.load_weights(engine, open_fragments(weights))
         log.drop_after(0)
@@ -74,41 +80,41 @@ def resume(
     manifest = read_manifest(newest)
     check_identity(manifest, identity)
     fragments.load(engine, open_fragments(newest), manifest["scalars"])
-    stream.load_state_dict(manifest["data"])
-    watch.load_state_dict(manifest["watch"])
-    _load_random_state(newest, manifest, config.run.seed)
+    _load_random_state(newest, manifest, identity["seed"])
     log.drop_after(manifest["step"])
     log.say(f"resuming from {newest}")
     for name, now in layout.items():
         before = manifest["layout"].get(name, now)  # an older version's has fewer
         if before != now:
             log.say(f"{name.replace('_', ' ')}: {before} before, {now} now")
-    return Start(manifest["step"], manifest["weights_from"])
+    return Start(manifest["step"], manifest["data"], manifest["watch"], manifest["weights_from"])
 
 
-def _find(config: Config, identity: dict[str, Any], log: RunLog) -> tuple[Path | None, Path | None]:
+def _find(
+    run: Path, settings: Checkpoint, identity: dict[str, Any], log: RunLog
+) -> tuple[Path | None, Path | None]:
     """The checkpoint to go on from, or the one to take weights from; rank 0 alone."""
-    folder = config.run_dir / "checkpoints"
+    folder = run / "checkpoints"
     retention.sweep(folder)
     newest = retention.newest_valid(folder, log.say)
     if newest is None:
         _refuse_damaged(folder)
-    if config.checkpoint.resume != "weights":
+    if settings.resume != "weights":
         return newest, None
     if newest is not None and read_manifest(newest).get("weights_from"):
         return newest, None
-    if config.checkpoint.source:
+    if settings.source:
         if newest is not None:
             raise UserError(
-                f"{config.run_dir} holds checkpoints of a run of its own: choose another "
-                "run.output_dir, or leave out manifest.source to set that run aside"
+                f"{run} holds checkpoints of a run of its own: choose another "
+                "run.output_dir, or leave out checkpoint.source to set that run aside"
             )
-        return None, _source(Path(config.checkpoint.source), identity)
+        return None, _source(Path(settings.source), identity)
     if newest is not None:
         _source(newest, identity)  # refuses before anything is moved
-        _set_run_aside(config.run_dir)
-    before = sorted(config.run_dir.glob("before-*"), key=lambda path: path.stat().st_mtime_ns)
-    return None, _source(before[-1] if before else config.run_dir, identity)
+        _set_run_aside(run)
+    before = sorted(run.glob("before-*"), key=lambda path: path.stat().st_mtime_ns)
+    return None, _source(before[-1] if before else run, identity)
 
 
 def _refuse_damaged(folder: Path) -> None:
@@ -129,8 +135,8 @@ def _source(path: Path, identity: dict[str, Any]) -> Path:
     found = next(whole, None)
     if found is None:
         raise UserError(
-            f"{path} holds no whole checkpoint to take weights from: set manifest.source to a "
-            "run that has one, or leave out manifest.resume"
+            f"{path} holds no whole checkpoint to take weights from: set checkpoint.source to a "
+            "run that has one, or leave out checkpoint.resume"
         )
     shared = {name: identity[name] for name in ("format", "tokenizer", "model")}
     check_identity(read_manifest(found), shared)

@@ -34,11 +34,11 @@ def show(
     from t5vae.config import load_config
 
     loaded = load_config(config, overrides or [])
-    from t5vae.training.setup import describe_config
+    from t5vae.planning.describe import describe, open_if_there
 
     launcher = loaded.launcher
     world_size = world_size or launcher.nodes * max(1, launcher.gpus_per_node)
-    derived = describe_config(loaded, world_size)
+    derived = describe(loaded, open_if_there(loaded), world_size)
     if json:
         print_json({"config": loaded.model_dump(mode="json"), "derived": derived})
         return

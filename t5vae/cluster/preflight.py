@@ -27,7 +27,6 @@ from t5vae.cluster.scheduler import host_name
 from t5vae.common.errors import UserError
 from t5vae.common.files import write_whole
 from t5vae.common.quiet import quiet_start
-from t5vae.config import Config
 
 HEALTH = "health.json"
 SCRATCH = 64 * 2**20  # bytes free in the temporary folder, without which libraries fail
@@ -35,26 +34,28 @@ PAYLOAD = 4 * 2**20  # fp32 numbers in the timed all-reduce: 16 MiB
 LEAVE = 10  # seconds that rank 0 stays so that all can read its verdict
 
 
-class Meeting:
+class Preflight:
     """Runs the checks inside on all ranks of several hosts, and raises on all what any has found.
 
     On a single host nothing needs to be told, and nothing is done.
 
     Args:
-        config: the run's.
         ranks: which process this is.
+        folder: the run's.
+        patience: seconds that ranks wait for each other.
 
     Attributes:
         rows: what each rank told, on rank 0: rank, host, device, free bytes of the run's and of the
             temporary folder, seconds that the checks took, and the problem if there is one.
     """
 
-    def __init__(self, config: Config, ranks: Ranks):
-        self.config = config
+    def __init__(self, ranks: Ranks, folder: Path, patience: float):
         self.ranks = ranks
+        self.folder = folder
+        self.patience = patience
         self.rows: list[dict[str, Any]] = []
 
-    def __enter__(self) -> "Meeting":
+    def __enter__(self) -> "Preflight":
         self.began = time.perf_counter()
         return self
 
@@ -91,7 +92,7 @@ class Meeting:
         scratch = shutil.disk_usage(temporary := tempfile.gettempdir()).free
         if scratch < SCRATCH:
             problem = problem or f"{temporary} has {scratch / 2**20:.0f} MiB free"
-        nearest = self.config.run_dir.absolute()
+        nearest = self.folder.absolute()
         while not nearest.exists():
             nearest = nearest.parent
         return {
@@ -105,7 +106,7 @@ class Meeting:
         }
 
     def _tell(self, row: dict[str, Any]) -> dict[str, Any]:
-        ranks, patience = self.ranks, self.config.train.timeout
+        ranks, patience = self.ranks, self.patience
         # torchrun's agent holds the store of its ranks; otherwise rank 0 does, and the process
         # group will meet in the same one.
         held = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -172,7 +173,7 @@ class Meeting:
         seconds = all_sum(own, device=device)[0] / self.ranks.world_size
         if self.ranks.is_first:
             told = json.dumps({"all_reduce": seconds, "ranks": self.rows}, indent=1)
-            write_whole(self.config.run_dir / HEALTH, told + "\n")
+            write_whole(self.folder / HEALTH, told + "\n")
         hosts = sorted({row["host"] for row in self.rows})
         return (
             f"{self.ranks.world_size} ranks on {len(hosts)} hosts ({', '.join(hosts)}); an "

@@ -65,6 +65,7 @@ RENAMED = {  # where what a module held is in several now, each is looked up in 
     "t5vae.training.resuming": "t5vae.checkpoint.resuming",
     "t5vae.training.runlog": "t5vae.metrics.runlog t5vae.metrics.reading t5vae.common.quiet",
     "t5vae.training.saving": "t5vae.checkpoint.saving",
+    "t5vae.training.setup": "t5vae.training.job t5vae.planning.describe t5vae.cluster.run_folder",
     "t5vae.training.trackers": "t5vae.metrics.trackers",
     "t5vae.training.watch": "t5vae.training.anomalies",
 }

@@ -7,11 +7,22 @@ from t5vae.config.config import Config
 from t5vae.config.launching import Launcher
 from t5vae.config.learning import MMD, T5, EppsPulley, Model, Objective, Optim
 from t5vae.config.loading import keys, load_config
-from t5vae.config.running import Checkpoint, Data, DeepSpeed, Eval, Log, Run, Source, Train
+from t5vae.config.running import (
+    BatchSplit,
+    Checkpoint,
+    Data,
+    DeepSpeed,
+    Eval,
+    Log,
+    Run,
+    Source,
+    Train,
+)
 
 __all__ = [
     "MMD",
     "T5",
+    "BatchSplit",
     "Checkpoint",
     "Config",
     "Data",

@@ -1,11 +1,11 @@
 """The whole configuration of a run, and what goes with what."""
 
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import model_validator
 
-from t5vae.common.errors import UserError
 from t5vae.common.files import write_whole
 from t5vae.config.launching import Launcher
 from t5vae.config.learning import Model, Objective, Optim
@@ -81,25 +81,9 @@ class Config(Section):
         """The run's folder."""
         return Path(self.run.output_dir or Path("runs") / self.run.name)
 
-    def accumulation(self, world_size: int) -> int:
-        """Micro batches of one rank in one step.
-
-        Raises:
-            UserError: where the global batch cannot be dealt evenly to `world_size` ranks.
-        """
-        batch = self.data.global_batch_size
-        if batch % world_size:
-            raise UserError(
-                f"data.global_batch_size {batch} cannot be dealt to {world_size} ranks; "
-                f"use a multiple of {world_size}"
-            )
-        micro = self.data.micro_batch_size or batch // world_size
-        if batch % (micro * world_size):
-            raise UserError(
-                f"data.global_batch_size {batch} is not a multiple of data.micro_batch_size "
-                f"{micro} x {world_size} ranks = {micro * world_size}"
-            )
-        return batch // (micro * world_size)
+    def with_(self, section: str, **changes: Any) -> "Config":
+        """The same with other values in one section."""
+        return self.model_copy(update={section: getattr(self, section).model_copy(update=changes)})
 
     def dump(self) -> str:
         """The whole configuration as YAML."""

@@ -1,10 +1,12 @@
 """The sections that say how a run goes: its data, steps, checkpoints, and what it tells."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
+from t5vae.common.errors import UserError
 from t5vae.config.section import Interval, Section
 
 if TYPE_CHECKING:
@@ -30,6 +32,28 @@ class Source(Section):
     @classmethod
     def _from_path(cls, value: Any) -> Any:
         return {"path": value} if isinstance(value, str) else value
+
+
+@dataclass(frozen=True)
+class BatchSplit:
+    """How a global batch is dealt.
+
+    Attributes:
+        sequences: of the global batch.
+        ranks: that it is dealt to.
+        micro: sequences of one rank in one forward pass.
+        accumulation: micro batches of one rank in one step.
+    """
+
+    sequences: int
+    ranks: int
+    micro: int
+    accumulation: int
+
+    @property
+    def parts(self) -> int:
+        """Micro batches of all ranks in one step."""
+        return self.ranks * self.accumulation
 
 
 class Data(Section):
@@ -66,6 +90,26 @@ class Data(Section):
         if isinstance(self.shards, str):
             return open_dataset(self.shards, cache)
         return open_dataset([source.model_dump() for source in self.shards], cache)
+
+    def split(self, ranks: int) -> BatchSplit:
+        """How the global batch is dealt to ranks.
+
+        Raises:
+            UserError: where it cannot be dealt evenly.
+        """
+        batch = self.global_batch_size
+        if batch % ranks:
+            raise UserError(
+                f"data.global_batch_size {batch} cannot be dealt to {ranks} ranks; "
+                f"use a multiple of {ranks}"
+            )
+        micro = self.micro_batch_size or batch // ranks
+        if batch % (micro * ranks):
+            raise UserError(
+                f"data.global_batch_size {batch} is not a multiple of data.micro_batch_size "
+                f"{micro} x {ranks} ranks = {micro * ranks}"
+            )
+        return BatchSplit(batch, ranks, micro, batch // (micro * ranks))
 
 
 class Train(Section):

@@ -5,7 +5,8 @@ import math
 import os
 import sys
 import time
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import (
@@ -17,8 +18,6 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from t5vae.checkpoint import retention
-from t5vae.checkpoint.saving import Saved
 from t5vae.cluster.scheduler import job_id
 from t5vae.common.errors import DISK_FULL
 from t5vae.common.files import read_records, write_records, write_whole
@@ -37,6 +36,21 @@ SHOWN = {
 }
 
 
+class Findings(Protocol):
+    """What an evaluation in mid-run found; as text the gist of it.
+
+    Attributes:
+        figures: for metrics.jsonl.
+        tables: texts.
+    """
+
+    @property
+    def figures(self) -> dict[str, float]: ...
+
+    @property
+    def tables(self) -> Tables: ...
+
+
 class Terminal(Console):
     """Where lines for people go. A run outlives those who read them, as `tee` on Ctrl-C."""
 
@@ -48,14 +62,15 @@ class RunLog:
     """Rank 0's voice; on the other ranks every method is silent.
 
     Args:
-        config: the run's.
+        config: the run's, which the trackers are told too.
         enabled: whether this is rank 0.
     """
 
     def __init__(self, config: Config, *, enabled: bool):
         self.enabled = enabled
         self.path = config.run_dir / METRICS
-        self.steps = config.train.steps
+        self.last_step = config.train.steps
+        self.trackers = Trackers(config, self.say)
         self.console = Terminal(stderr=True)
         self.bar: Progress | None = None
         self.began: tuple[float, int] | None = None
@@ -63,7 +78,6 @@ class RunLog:
         self.saves: dict[str, float] = {}
         self.last: tuple[int, dict[str, Any]] | None = None
         self.unwritten = ""
-        self.trackers = Trackers(config, self.say)
 
     def drop_after(self, step: int) -> None:
         """Drop the lines past a checkpoint, atomically: their steps will be done again."""
@@ -76,14 +90,6 @@ class RunLog:
         if self.enabled:
             self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def describe(self, facts: dict[str, Any]) -> None:
-        """What is about to be trained, in one line."""
-        self.say(
-            f"{facts['parameters']:,} parameters, {facts['world_size']} ranks, "
-            f"{facts['train_sequences']:,} sequences, {facts['epochs']} epochs in "
-            f"{self.steps:,} steps"
-        )
-
     def attempt(self, number: int, health: str | None) -> None:
         """Which start of the run this is, and on what."""
         job = job_id()
@@ -92,6 +98,18 @@ class RunLog:
         if health:
             self.say(health)
         self.trackers.facts["attempt"] = number
+
+    def steps(self, after: int) -> Iterator[int]:
+        """The numbers of the steps after one, from 1 on, until the run's last; told as they pass.
+
+        Args:
+            after: steps done.
+        """
+        self.start(after)
+        for step in range(after + 1, self.last_step + 1):
+            yield step
+            if self.bar is not None:
+                self.bar.update(self.task, completed=step)
 
     def start(self, step: int) -> None:
         """Begin after a step: with the trackers, and on a terminal with the bar."""
@@ -112,18 +130,34 @@ class RunLog:
                 TextColumn("{task.description}"),
                 console=self.console,
             )
-            self.task = self.bar.add_task("", total=self.steps, completed=step)
+            self.task = self.bar.add_task("", total=self.last_step, completed=step)
             self.bar.start()
 
-    def advance(self, step: int) -> None:
-        if self.bar is not None:
-            self.bar.update(self.task, completed=step)
+    def step(
+        self, step: int, figures: dict[str, Any], findings: Findings | None, event: str | None
+    ) -> None:
+        """A step: its line of metrics, what an evaluation after it found, and what went wrong.
+
+        Args:
+            step: its number.
+            figures: of it, `position` among them.
+            findings: of the evaluation, if there was one.
+            event: what is to be told of the step, if there is anything.
+        """
+        position = figures.pop("position")
+        record = {"step": step, **figures, **(findings.figures if findings else {})}
+        self.metrics(record | ({"event": event, "position": position} if event else {}))
+        if findings:
+            self.say(f"step {step:,}: {findings}")
+            self.tables(step, findings.tables)
+        if event:
+            self.say(f"step {step:,}: {event} (the batch from position {position:,})")
 
     def metrics(self, record: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl and show the gist of it."""
         if not self.enabled:
             return
-        common = {"steps": self.steps, "time": time.time(), "checkpoint": self.checkpoint}
+        common = {"steps": self.last_step, "time": time.time(), "checkpoint": self.checkpoint}
         record, self.saves = {**record, **common, **self.saves}, {}
         self.unwritten += _line(record)
         self._write()
@@ -132,7 +166,7 @@ class RunLog:
             self.bar.update(self.task, description=gist)
         else:
             self.say(
-                f"step {record['step']:>7,}/{self.steps:,}  {gist}{self._times(record['step'])}"
+                f"step {record['step']:>7,}/{self.last_step:,}  {gist}{self._times(record['step'])}"
             )
         self.trackers.metrics(record)
         self.last = None if self.unwritten else (self.path.stat().st_size, record)
@@ -142,8 +176,12 @@ class RunLog:
         began, first = self.began or (0.0, step)
         if step == first:
             return ""
-        left = (time.monotonic() - began) / (step - first) * (self.steps - step)
+        left = (time.monotonic() - began) / (step - first) * (self.last_step - step)
         return f"  {_duration(process_seconds())} spent, {_duration(left)} left"
+
+    def stopped(self, step: int, reason: str) -> None:
+        """Why the run ends before its last step."""
+        self.say(f"{reason}: saved at step {step:,}; the same command goes on from there")
 
     def tables(self, step: int, tables: Tables) -> None:
         """Write what the model made of texts to samples/, and hand it to the trackers."""
@@ -174,14 +212,18 @@ class RunLog:
                 os.truncate(self.path, size)
             self.say(f"{self.path} waits for room on the disk: {error.strerror}")
 
-    def saved(self, saved: Saved) -> None:
-        """Tell of a checkpoint; the next line of metrics has its times, or the last one."""
-        self.checkpoint = retention.step_of(saved.path)
-        self.say(
-            f"saved {saved.path} ({saved.bytes / 1e6:,.1f} MB in {saved.seconds:.2f} s, training "
-            f"waited {saved.stall:.2f} s)"
-        )
-        self.saves = {"checkpoint_seconds": saved.seconds, "checkpoint_stall": saved.stall}
+    def saved(self, text: str, *, step: int, seconds: float, stall: float) -> None:
+        """Tell of a checkpoint; the next line of metrics has its times, or the last one.
+
+        Args:
+            text: for people.
+            step: of the checkpoint.
+            seconds: that the save took.
+            stall: that training waited for it.
+        """
+        self.checkpoint = step
+        self.say(text)
+        self.saves = {"checkpoint_seconds": seconds, "checkpoint_stall": stall}
 
     def close(self) -> None:
         if self.bar is not None:

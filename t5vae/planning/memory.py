@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from t5vae.config import Config
+from t5vae.config import BatchSplit, Config
 from t5vae.planning.activations import Activations
 from t5vae.training.engine import BUCKET, deepspeed_config
 
@@ -48,26 +48,50 @@ def sizes_of(model: nn.Module, optimizer: str) -> Sizes:
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What DeepSpeed is told to hold at most, in elements; from the user's own settings, or its
-    defaults.
+class Regime:
+    """What of a run its memory depends on, beside its model.
 
     Attributes:
-        bucket: reduced at once, for which there is a buffer; 0 for what a run sets itself.
-        gathered: kept gathered at stage 3, if they will be used again.
+        stage: of ZeRO.
+        half: whether weights and activations have 16 bits.
+        optimizer: its name.
+        latent_size: D.
+        split: how the global batch is dealt.
+        offloads_optimizer, offloads_parameters: to the host's memory.
+        bucket: elements that DeepSpeed reduces at once; 0 for what a run sets itself.
+        gathered: elements that it keeps gathered at stage 3, if they will be used again.
     """
 
+    stage: int
+    half: bool
+    optimizer: str
+    latent_size: int
+    split: BatchSplit
+    offloads_optimizer: bool
+    offloads_parameters: bool
     bucket: int
     gathered: int
 
+    @property
+    def weight_bytes(self) -> int:
+        return 2 if self.half else 4
 
-def limits(config: Config, world_size: int) -> Limits:
-    """DeepSpeed's limits for a run."""
-    zero = deepspeed_config(config, world_size)["zero_optimization"]
-    gathered = ("stage3_max_live_parameters", "stage3_max_reuse_distance")
-    return Limits(
+
+def regime_of(config: Config, split: BatchSplit) -> Regime:
+    """How a run holds its state, by its configuration and DeepSpeed's, the user's own included."""
+    settings = deepspeed_config(config.deepspeed, config.optim, config.train.precision, split)
+    zero = settings["zero_optimization"]
+    kept = ("stage3_max_live_parameters", "stage3_max_reuse_distance")
+    return Regime(
+        stage=config.deepspeed.zero_stage,
+        half=config.train.half,
+        optimizer=config.optim.name,
+        latent_size=config.model.latent_size,
+        split=split,
+        offloads_optimizer=config.deepspeed.offload_optimizer,
+        offloads_parameters=config.deepspeed.offload_parameters,
         bucket=int(float(zero.get("reduce_bucket_size", 0))),
-        gathered=int(min(float(zero.get(name, 1e9)) for name in gathered)),
+        gathered=int(min(float(zero.get(name, 1e9)) for name in kept)),
     )
 
 
@@ -90,52 +114,38 @@ class Memory:
         return max(sum(self.backward.values()), sum(self.step.values()))
 
 
-def memory(
-    config: Config,
-    sizes: Sizes,
-    kept: Activations,
-    *,
-    micro_batch_size: int,
-    accumulation: int,
-    world_size: int,
-    accelerated: bool,
-) -> Memory:
+def memory(regime: Regime, sizes: Sizes, kept: Activations, *, accelerated: bool) -> Memory:
     """The memory of one rank.
 
     Args:
-        config: the run's.
+        regime: the run's.
         sizes: of its model.
         kept: what a forward pass keeps for the longest sequences.
-        micro_batch_size: sequences of one rank in one forward pass.
-        accumulation: micro batches in a step.
-        world_size: W.
         accelerated: on an accelerator, where buffers take what was asked for; in a host's memory
             they take what was written.
     """
-    n, stage = sizes.total, config.deepspeed.zero_stage
-    half = config.train.half
-    s = 2 if half else 4
+    n, stage, s, split = sizes.total, regime.stage, regime.weight_bytes, regime.split
+    world_size = split.ranks
     ranks = world_size if stage else 1
-    most = limits(config, world_size)
-    states = _states(config, sizes, world_size)
+    states = _states(regime, sizes)
     # What ZeRO reduces is copied into a buffer first; stage 0 flattens what it reduces.
-    wanted = most.bucket or min(BUCKET, n)
+    wanted = regime.bucket or min(BUCKET, n)
     bucket = wanted if accelerated and stage else min(wanted, n)
     # Until a step is known to be one, ZeRO keeps Muon's new momentum apart.
     staged = sizes.muon * s // world_size if stage in (1, 2) else 0
-    undivided = stage == 0 or (stage == 1 and accumulation > 1)
+    undivided = stage == 0 or (stage == 1 and split.accumulation > 1)
     gradients = n * s // (1 if undivided else world_size)
-    gathered = min(n, most.gathered) * s if stage == 3 and world_size > 1 else 0
+    gathered = min(n, regime.gathered) * s if stage == 3 and world_size > 1 else 0
     transient = min(n, wanted) * s if stage == 3 and world_size > 1 else 0
-    copies = 0 if stage == 0 and not half else 4 * n // ranks
+    copies = 0 if stage == 0 and not regime.half else 4 * n // ranks
 
-    activations = kept.at(micro_batch_size)
-    if accumulation == 1 and stage < 3:
+    activations = kept.at(split.micro)
+    if split.accumulation == 1 and stage < 3:
         # As activations are given up, gradients take their place.
         activations = max(0, activations - gradients)
     else:
         activations = max(activations, transient)
-    rows = micro_batch_size * world_size
+    rows = split.micro * world_size
     common = {
         "runtime": CUDA if accelerated else PYTHON,
         **states,
@@ -146,35 +156,34 @@ def memory(
         **common,
         "communication buffers": bucket * s + gathered,
         "activations": activations,
-        "latents": _latents(micro_batch_size, rows, config.model.latent_size, accelerated),
+        "latents": _latents(split.micro, rows, regime.latent_size, accelerated),
     }
     step = {
         **common,
         "communication buffers": bucket * s if stage == 3 else 0,
         "fp32 gradients": copies,
-        "update": _update(config, sizes, ranks, accelerated),
+        "update": _update(regime, sizes, ranks, accelerated),
     }
     for parts in (backward, step):
         parts["allocator"] = round(KEPT * (sum(parts.values()) - parts["runtime"]))
-    return Memory(*_offload(config, accelerated, backward, step))
+    return Memory(*_offload(regime, accelerated, backward, step))
 
 
-def _states(config: Config, sizes: Sizes, world_size: int) -> dict[str, int]:
+def _states(regime: Regime, sizes: Sizes) -> dict[str, int]:
     """What is there all the time: weights, fp32 weights beside them, moments.
 
     From ZeRO stage 1 on the optimiser's are dealt to the ranks, from 3 on the weights too
     (Rajbhandari et al., arXiv 1910.02054).
     """
-    n, stage = sizes.total, config.deepspeed.zero_stage
-    half = config.train.half
-    weights = n * (2 if half else 4)
+    n, stage, half, world_size = sizes.total, regime.stage, regime.half, regime.split.ranks
+    weights = n * regime.weight_bytes
     masters = 4 * n if half or stage else 0  # ZeRO keeps its own fp32 weights even of fp32 ones
     momentum = 2 if half and stage == 3 else 4  # at stage 3 Muon's is of the gradients' dtype
     moments = {
         "adamw": 8 * n,
         "lion": 4 * n,
         "muon": momentum * sizes.muon + 8 * (n - sizes.muon),
-    }[config.optim.name]
+    }[regime.optimizer]
     return {
         "weights": weights // (world_size if stage == 3 else 1),
         "fp32 weights": masters // (world_size if stage else 1),
@@ -182,20 +191,20 @@ def _states(config: Config, sizes: Sizes, world_size: int) -> dict[str, int]:
     }
 
 
-def state_bytes(config: Config, sizes: Sizes, world_size: int) -> int:
+def state_bytes(regime: Regime, sizes: Sizes) -> int:
     """Bytes of a rank for weights, gradients and the optimiser's state, between two steps."""
-    stage, half = config.deepspeed.zero_stage, config.train.half
-    gradients = sizes.total * (2 if half else 4) // (world_size if stage >= 2 else 1)
-    return sum(_states(config, sizes, world_size).values()) + gradients
+    dealt = regime.split.ranks if regime.stage >= 2 else 1
+    gradients = sizes.total * regime.weight_bytes // dealt
+    return sum(_states(regime, sizes).values()) + gradients
 
 
-def _update(config: Config, sizes: Sizes, ranks: int, accelerated: bool) -> int:
+def _update(regime: Regime, sizes: Sizes, ranks: int, accelerated: bool) -> int:
     """What an optimiser's step needs besides: copies of the second moment, in fp32.
 
     ZeRO updates a group of parameters at once, its part of them as one array; without ZeRO torch
     takes all together. On a CPU one pass needs no copies.
     """
-    if config.optim.name == "lion" or not accelerated:
+    if regime.optimizer == "lion" or not accelerated:
         return 0
     return 4 * sizes.largest_group // ranks
 
@@ -209,15 +218,15 @@ def _latents(rows: int, every: int, latent_size: int, accelerated: bool) -> int:
 
 
 def _offload(
-    config: Config, accelerated: bool, backward: dict[str, int], step: dict[str, int]
+    regime: Regime, accelerated: bool, backward: dict[str, int], step: dict[str, int]
 ) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
     """Move what is offloaded from the accelerator's memory to the host's."""
     away = {
-        "fp32 weights": config.deepspeed.offload_optimizer,
-        "moments": config.deepspeed.offload_optimizer,
-        "fp32 gradients": config.deepspeed.offload_optimizer,
-        "update": config.deepspeed.offload_optimizer,
-        "weights": config.deepspeed.offload_parameters,
+        "fp32 weights": regime.offloads_optimizer,
+        "moments": regime.offloads_optimizer,
+        "fp32 gradients": regime.offloads_optimizer,
+        "update": regime.offloads_optimizer,
+        "weights": regime.offloads_parameters,
     }
     if not accelerated or not any(away.values()):
         return backward, step, {}

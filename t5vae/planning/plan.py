@@ -1,7 +1,7 @@
 """`t5vae plan`: what a run will need before it starts: memory, communication, reads."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -12,13 +12,13 @@ from rich.text import Text
 from shards import Dataset, ShardStream
 from shards.read.order import LANES, WINDOW
 from t5vae.common.errors import UserError
-from t5vae.config import Config
+from t5vae.config import BatchSplit, Config
 from t5vae.model import T5VAE
 from t5vae.planning.activations import activations
-from t5vae.planning.memory import Memory, Sizes, limits, memory, sizes_of
+from t5vae.planning.describe import open_if_there
+from t5vae.planning.memory import Memory, Regime, Sizes, memory, regime_of, sizes_of
 from t5vae.training.build import is_installed, model_config
 from t5vae.training.precision import settle, settled
-from t5vae.training.setup import check_base
 
 GIB = 2**30
 
@@ -90,14 +90,15 @@ def plan(
     if gpu_memory is not None and not gpu_memory > 0:
         raise UserError(f"--gpu-memory is {gpu_memory:g}: give the GiB of one device")
     world_size, accelerated = nodes * max(1, gpus_per_node), gpus_per_node > 0
-    dataset = _dataset(config)
-    settings = model_config(config, dataset)
+    split = config.data.split(world_size)
+    dataset = open_if_there(config)
+    settings = model_config(config.model, config.objective, dataset)
     with torch.device("meta"):
         sizes = sizes_of(T5VAE(settings), config.optim.name)
     if accelerated:
         config = settled(config, "bf16")
     else:
-        config, _ = settle(config, dataset, torch.device("cpu"), {})
+        config, _ = settle(config, settings, split, torch.device("cpu"), {})
     fused = config.model.fused_cross_entropy
     kept = activations(
         settings,
@@ -108,63 +109,41 @@ def plan(
         and (is_installed("liger-kernel") if fused is None else fused),
     )
 
-    def needed(micro_batch_size: int, accumulation: int) -> Memory:
-        return memory(
-            config,
-            sizes,
-            kept,
-            micro_batch_size=micro_batch_size,
-            accumulation=accumulation,
-            world_size=world_size,
-            accelerated=accelerated,
-        )
+    regime = regime_of(config, split)
 
-    accumulation = config.accumulation(world_size)
-    share = config.data.global_batch_size // world_size
+    def needed(split: BatchSplit) -> Memory:
+        return memory(replace(regime, split=split), sizes, kept, accelerated=accelerated)
+
     there = None if gpu_memory is None else gpu_memory * GIB
     return Plan(
         world_size=world_size,
         accelerated=accelerated,
         parameters=sizes.total,
         length=settings.sequence_length,
-        micro_batch_size=share // accumulation,
-        accumulation=accumulation,
-        memory=needed(share // accumulation, accumulation),
-        sent=sent(config, sizes, world_size, accumulation),
+        micro_batch_size=split.micro,
+        accumulation=split.accumulation,
+        memory=needed(split),
+        sent=sent(regime, sizes),
         reads=None if dataset is None else reads(config, dataset, world_size),
         gpu_memory=there,
-        largest=None if there is None else _largest(needed, share, there),
+        largest=None if there is None else _largest(needed, split, there),
     )
-
-
-def _dataset(config: Config) -> Dataset | None:
-    """The configuration's shards, where they exist."""
-    try:
-        dataset = config.data.open()
-    except UserError:
-        if not (config.model.vocab_size and config.model.sequence_length):
-            raise
-        return None
-    check_base(config, dataset)
-    return dataset
 
 
 def _largest(
-    needed: Callable[[int, int], Memory], share: int, there: float
+    needed: Callable[[BatchSplit], Memory], split: BatchSplit, there: float
 ) -> tuple[int, int] | None:
     """The largest divisor of a rank's share of the batch that fits, and its accumulation."""
-    divisors = (micro for micro in range(share, 0, -1) if share % micro == 0)
-    return next(
-        (
-            (micro, share // micro)
-            for micro in divisors
-            if needed(micro, share // micro).peak <= there
-        ),
-        None,
-    )
+    share = split.sequences // split.ranks
+    for micro in range(share, 0, -1):
+        accumulation = share // micro
+        other = replace(split, micro=micro, accumulation=accumulation)
+        if share % micro == 0 and needed(other).peak <= there:
+            return micro, accumulation
+    return None
 
 
-def sent(config: Config, sizes: Sizes, world_size: int, accumulation: int) -> dict[str, int]:
+def sent(regime: Regime, sizes: Sizes) -> dict[str, int]:
     """Bytes that a rank sends in a step.
 
     A ring of W ranks sends (W - 1) / W of what it gathers or scatters, and twice that of what it
@@ -173,20 +152,18 @@ def sent(config: Config, sizes: Sizes, world_size: int, accumulation: int) -> di
     where they are too many to be kept, and scatters gradients; for Muon it reduces them for all,
     and gathers four times what Muon updates.
     """
-    n, stage = sizes.total, config.deepspeed.zero_stage
-    s = 2 if config.train.half else 4
-    ring = (world_size - 1) / world_size
-    muon = config.optim.name == "muon" and stage == 3
-    reductions = accumulation if stage >= 2 else 1
+    n, stage, s, split = sizes.total, regime.stage, regime.weight_bytes, regime.split
+    ring = (split.ranks - 1) / split.ranks
+    muon = regime.optimizer == "muon" and stage == 3
+    reductions = split.accumulation if stage >= 2 else 1
     gradients = reductions * (1 if stage == 3 and not muon else 2) * n * s
     gathers = {
         0: 0,
         1: 1,
         2: 1,
-        3: accumulation * (1 if n <= limits(config, world_size).gathered else 2),
+        3: split.accumulation * (1 if n <= regime.gathered else 2),
     }[stage]
-    micro = config.data.global_batch_size // accumulation
-    codes = accumulation * micro * (config.model.latent_size + 1) * 4
+    codes = split.sequences * (regime.latent_size + 1) * 4
     parts = {
         "gradients": gradients,
         "weights": gathers * n * s,

@@ -1,6 +1,7 @@
 """Steps that go wrong: counted, told, and too many in a row stop the run."""
 
 import math
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -8,10 +9,11 @@ from t5vae.common.errors import UserError
 
 SETTLED = 20  # steps until a running mean is trusted
 DECAY = 0.98
+WATCHED = ("nats_per_token", "grad_norm")
 
 
 @dataclass
-class Watch:
+class Anomalies:
     """Looks at every step, on all ranks with the same figures.
 
     A step is bad if it was skipped, since a loss or a gradient was not finite, or if the
@@ -36,19 +38,20 @@ class Watch:
     seen: int = 0
 
     def look(
-        self, *, applied: bool, nonfinite_ranks: list[int], figures: dict[str, float]
+        self, figures: dict[str, float], applied: bool, nonfinite_ranks: Collection[int]
     ) -> str | None:
         """Count a step; what is to be told of it.
 
         Args:
+            figures: of the step: the cross-entropy and, where it is known, the gradient's norm.
             applied: whether the weights were updated.
             nonfinite_ranks: whose loss was not finite.
-            figures: the cross-entropy and, where it is known, the gradient's norm.
         """
+        figures = {name: figures[name] for name in WATCHED if name in figures}
         problem = None
         if nonfinite_ranks:
             self.nonfinite += 1
-            ranks = ", ".join(map(str, nonfinite_ranks))
+            ranks = ", ".join(map(str, sorted(nonfinite_ranks)))
             problem = f"the loss of rank {ranks} is not finite: skipped"
         elif not applied:
             problem = "the gradient is not finite: skipped"
@@ -65,10 +68,22 @@ class Watch:
         self.in_a_row = self.in_a_row + 1 if problem else 0
         return problem
 
-    @property
-    def is_over(self) -> bool:
-        """Whether too many steps in a row went wrong."""
-        return 0 < self.limit <= self.in_a_row
+    def stop_if_over(self, event: str, replay: str) -> None:
+        """End the run where too many steps in a row went wrong.
+
+        Args:
+            event: what was told of the last step.
+            replay: the command that shows its batch.
+
+        Raises:
+            UserError: that it is over.
+        """
+        if 0 < self.limit <= self.in_a_row:
+            raise UserError(
+                f"{self.in_a_row} steps in a row went wrong; {event}; the checkpoints before them "
+                f"are untouched: look at the batch ({replay}), lower optim.lr, or use another "
+                "train.precision"
+            )
 
     @property
     def counts(self) -> dict[str, int]:
@@ -95,16 +110,3 @@ class Watch:
             most = self.spike * mean if self.spike and self.seen >= SETTLED else value
             self.means[name] = mean + share * (min(value, most) - mean)
         self.seen += 1
-
-
-def gone_wrong(watch: Watch, last: str, replay: str) -> UserError:
-    """The error that ends a run.
-
-    Args:
-        last: what was told of the last step.
-        replay: the command that shows its batch.
-    """
-    return UserError(
-        f"{watch.in_a_row} steps in a row went wrong; {last}; the checkpoints before them are "
-        f"untouched: look at the batch ({replay}), lower optim.lr, or use another train.precision"
-    )

@@ -1,32 +1,34 @@
-"""From a configuration and its shards to a model and its batches."""
+"""From a configuration and its shards to a model."""
 
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 
-from shards import Batch, Dataset, ShardStream
+from shards import Dataset
 from t5vae.common.errors import UserError
-from t5vae.config import Config
-from t5vae.model import T5VAE, T5VAEConfig, read_base, t5_settings
+from t5vae.config import Model, Objective
+from t5vae.model import T5VAE, T5VAEConfig, check_tokenizer, read_base, t5_settings
 
 
-def model_config(config: Config, dataset: Dataset | None) -> T5VAEConfig:
+def model_config(model: Model, objective: Objective, dataset: Dataset | None) -> T5VAEConfig:
     """The model's configuration; vocabulary, special ids and T come from the shards unless set.
 
     Args:
+        model: the configuration's section.
+        objective: says whether the model must know an unknown token.
         dataset: the shards; None where there are none yet and the configuration names both
             `model.vocab_size` and `model.sequence_length`.
 
     Raises:
         UserError: where an explicit key cannot hold what the shards contain.
     """
-    vocabulary, length = config.model.vocab_size, config.model.sequence_length
+    vocabulary, length = model.vocab_size, model.sequence_length
     pad, eos, unknown = 0, 1, 2
     if dataset:
         vocabulary = vocabulary or dataset.vocab_size
         length = length or dataset.max_length
-        pad, eos, unknown = _special_tokens(config, dataset)
+        pad, eos, unknown = _special_tokens(objective, dataset)
         if vocabulary < dataset.vocab_size:
             raise UserError(
                 f"model.vocab_size {vocabulary} is smaller than the {dataset.vocab_size} pieces of "
@@ -37,7 +39,7 @@ def model_config(config: Config, dataset: Dataset | None) -> T5VAEConfig:
                 f"model.sequence_length {length} is shorter than the longest sequences in "
                 f"{dataset.path} ({dataset.max_length} tokens); leave it out to take the shards'"
             )
-    t5, tied = _t5_settings(config)
+    t5, tied = _t5_settings(model)
     own = {"vocab_size": vocabulary, "pad_token_id": pad, "eos_token_id": eos}
     elsewhere = {"base", "t5", "vocab_size", "sequence_length"}
     execution = {"gradient_checkpointing", "compile", "fused_cross_entropy"}
@@ -46,11 +48,11 @@ def model_config(config: Config, dataset: Dataset | None) -> T5VAEConfig:
         tie_word_embeddings=tied,
         sequence_length=length,
         unknown_token_id=unknown,
-        **config.model.model_dump(exclude=elsewhere | execution),
+        **model.model_dump(exclude=elsewhere | execution),
     )
 
 
-def _special_tokens(config: Config, dataset: Dataset) -> tuple[int, int, int]:
+def _special_tokens(objective: Objective, dataset: Dataset) -> tuple[int, int, int]:
     """The ids of pad, end and unknown."""
     pad, eos, unknown = dataset.pad_id, dataset.eos_id, dataset.tokenizer().unk_token_id
     if pad == eos:
@@ -60,7 +62,7 @@ def _special_tokens(config: Config, dataset: Dataset) -> tuple[int, int, int]:
         )
     if unknown in (None, pad, eos):
         for name in ("input_mask", "word_dropout"):
-            if getattr(config.objective, name):
+            if getattr(objective, name):
                 raise UserError(
                     f"objective.{name} puts the unknown token in place of others, but the "
                     f"tokenizer of {dataset.path} has none; set it to 0"
@@ -69,10 +71,10 @@ def _special_tokens(config: Config, dataset: Dataset) -> tuple[int, int, int]:
     return pad, eos, unknown
 
 
-def _t5_settings(config: Config) -> tuple[dict[str, Any], bool]:
+def _t5_settings(model: Model) -> tuple[dict[str, Any], bool]:
     """The T5's settings, and whether its embeddings are tied."""
-    given = config.model.t5.model_dump(exclude_none=True)
-    name = config.model.base
+    given = model.t5.model_dump(exclude_none=True)
+    name = model.base
     if name is None:
         return t5_settings({"dropout_rate": 0.0, **given}), True
     base, tied = read_base(name)
@@ -85,53 +87,45 @@ def _t5_settings(config: Config) -> tuple[dict[str, Any], bool]:
     return {**base, **given}, tied
 
 
-def build_model(config: Config, dataset: Dataset, device: torch.device) -> T5VAE:
-    """A T5VAE with random weights from the run's seed, its T5's from the base if there is one.
+def build_model(
+    settings: T5VAEConfig, options: Model, *, seed: int, half: bool, device: torch.device
+) -> T5VAE:
+    """A T5VAE with random weights from a seed, its T5's from the base if there is one.
+
+    Args:
+        settings: the model's.
+        options: the configuration's section, which says how the model computes.
+        seed: of the weights.
+        half: whether it will compute in 16 bits.
+        device: that it will compute on.
 
     Raises:
         UserError: if the base cannot be loaded.
     """
-    torch.manual_seed(config.run.seed)
-    settings = model_config(config, dataset)
-    base = config.model.base
+    torch.manual_seed(seed)
+    base = options.base
     model = T5VAE(settings) if base is None else T5VAE.from_base(settings, base)
-    if config.train.half and device.type == "cpu":
+    if half and device.type == "cpu":
         # On a CPU torch's fused attention is slower in half precision than the plain one.
         model.set_attn_implementation("eager")
-    if config.model.gradient_checkpointing:
+    if options.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    if config.model.compile:
+    if options.compile:
         model.compile_layers()
-    fused = config.model.fused_cross_entropy
+    fused = options.fused_cross_entropy
     possible = device.type == "cuda" and is_installed("liger-kernel")
     model.fused_cross_entropy = possible if fused is None else fused
     return model
 
 
-def open_stream(
-    config: Config, dataset: Dataset, rank: int, world_size: int, device: torch.device
-) -> ShardStream:
-    """The stream of this rank's micro batches, from the beginning."""
-    return ShardStream(
-        dataset,
-        seed=config.run.seed,
-        global_batch_size=config.data.global_batch_size,
-        micro_batch_size=config.data.micro_batch_size,
-        rank=rank,
-        world_size=world_size,
-        on_corrupt=config.data.on_corrupt,
-        sort_by_length=config.data.sort_by_length,
-        pad_to=None if config.model.mask_padding else dataset.max_length,
-        pin_memory=device.type == "cuda",
-    )
+def check_base(base: str | None, dataset: Dataset | None) -> None:
+    """Refuse a base whose tokenizer is not the shards'.
 
-
-def fetch(stream: ShardStream, count: int) -> tuple[list[Batch], UserError | None]:
-    """The next micro batches, or what keeps this rank from reading them."""
-    try:
-        return [next(stream) for _ in range(count)], None
-    except UserError as error:
-        return [], error
+    Raises:
+        UserError: if it is another.
+    """
+    if base is not None and dataset is not None:
+        check_tokenizer(base, dataset.tokenizer(), dataset.path)
 
 
 def is_installed(package: str) -> bool:

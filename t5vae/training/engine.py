@@ -8,62 +8,74 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.profiler import record_function as phase
 from transformers import PreTrainedModel
 
 from t5vae.common.errors import UserError
-from t5vae.config import Config, Optim
+from t5vae.config import BatchSplit, DeepSpeed, Optim
 from t5vae.training.muon import muon_on_cpu
 
 BUCKET = 500_000_000
 """Elements that DeepSpeed reduces at once unless it is told otherwise."""
 
 
-def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
+def deepspeed_config(
+    deepspeed: DeepSpeed, optim: Optim, precision: str | None, split: BatchSplit
+) -> dict[str, Any]:
     """DeepSpeed's configuration: ours, over the user's own.
 
     Raises:
         UserError: where the user's own contradicts ours, with both values, or is not readable.
     """
-    accumulation = config.accumulation(world_size)
-    clipping = config.optim.gradient_clipping
+    clipping = optim.gradient_clipping
     if clipping is None:
-        clipping = 0.0 if config.optim.name == "muon" else 1.0
+        clipping = 0.0 if optim.name == "muon" else 1.0
     offloaded = {
-        "offload_optimizer": config.deepspeed.offload_optimizer,
-        "offload_param": config.deepspeed.offload_parameters,
+        "offload_optimizer": deepspeed.offload_optimizer,
+        "offload_param": deepspeed.offload_parameters,
     }
     ours: dict[str, Any] = {
-        "train_batch_size": config.data.global_batch_size,
-        "train_micro_batch_size_per_gpu": config.data.global_batch_size
-        // (accumulation * world_size),
-        "gradient_accumulation_steps": accumulation,
+        "train_batch_size": split.sequences,
+        "train_micro_batch_size_per_gpu": split.micro,
+        "gradient_accumulation_steps": split.accumulation,
         "gradient_clipping": clipping,
         "zero_optimization": {
-            "stage": config.deepspeed.zero_stage,
+            "stage": deepspeed.zero_stage,
             **{name: {"device": "cpu"} for name, wanted in offloaded.items() if wanted},
         },
         # The optimiser is handed to DeepSpeed as an object: it is AdamW or DeepSpeed's own Muon.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
-    if config.optim.name == "muon" and config.deepspeed.zero_stage == 3:
+    if optim.name == "muon" and deepspeed.zero_stage == 3:
         ours["zero_optimization"]["reduce_scatter"] = False  # Muon needs whole gradients
-    theirs = _user_config(config)
+    theirs = _user_config(deepspeed.config)
     for kind in ("bf16", "fp16"):
-        if kind == config.train.precision or kind in theirs:
-            ours[kind] = {"enabled": kind == config.train.precision}
+        if kind == precision or kind in theirs:
+            ours[kind] = {"enabled": kind == precision}
     for name, instead in (("optimizer", "optim"), ("scheduler", "optim.schedule")):
         if name in theirs:
             raise UserError(
                 f"deepspeed.config sets {name}, which would not be used: set {instead} in its place"
             )
     merged = _merge(theirs, ours)
-    _refuse_unsaved(config, merged)
+    _refuse_unsaved(merged)
     return {"steps_per_print": 2**31, **merged}
 
 
-def _refuse_unsaved(config: Config, merged: dict[str, Any]) -> None:
+def stage_of(settings: dict[str, Any]) -> int:
+    """The ZeRO stage of DeepSpeed's configuration."""
+    return settings["zero_optimization"]["stage"]
+
+
+def is_half(settings: dict[str, Any]) -> bool:
+    """Whether weights and activations have 16 bits."""
+    return any(settings.get(kind, {}).get("enabled") for kind in ("bf16", "fp16"))
+
+
+def _refuse_unsaved(merged: dict[str, Any]) -> None:
     """Refuse what keeps weights or moments where a checkpoint would not find them."""
     for name in ("offload_optimizer", "offload_param"):
         if (merged["zero_optimization"].get(name) or {}).get("device") == "nvme":
@@ -72,16 +84,16 @@ def _refuse_unsaved(config: Config, merged: dict[str, Any]) -> None:
                 "checkpoint has: use cpu"
             )
     accumulates = (merged.get("data_types") or {}).get("grad_accum_dtype")
-    first_stage = config.deepspeed.zero_stage == 1 and config.train.precision == "bf16"
-    if first_stage and accumulates == "fp32" and not config.deepspeed.offload_optimizer:
+    in_bf16 = merged.get("bf16", {}).get("enabled")
+    offloaded = merged["zero_optimization"].get("offload_optimizer")
+    if stage_of(merged) == 1 and in_bf16 and accumulates == "fp32" and not offloaded:
         raise UserError(
             "deepspeed.config sets data_types.grad_accum_dtype to fp32, for which DeepSpeed has "
             "another optimiser at stage 1 that knows no Muon: set deepspeed.zero_stage to 2"
         )
 
 
-def _user_config(config: Config) -> dict[str, Any]:
-    given = config.deepspeed.config
+def _user_config(given: str | dict[str, Any] | None) -> dict[str, Any]:
     if not isinstance(given, str):
         return given or {}
     try:
@@ -127,13 +139,17 @@ def set_learning_rate(engine: Any, share: float) -> None:
 
 
 @contextlib.contextmanager
-def sharded(config: Config, world_size: int) -> Iterator[None]:
+def sharded(settings: dict[str, Any], *, pretrained: bool) -> Iterator[None]:
     """At ZeRO stage 3, deal every layer's weights to the ranks as soon as it is made.
 
     So no rank ever holds the whole of a model with random weights, which are those that it would
     have at any other stage.
+
+    Args:
+        settings: DeepSpeed's configuration.
+        pretrained: whether the model's weights are read, not drawn.
     """
-    if config.deepspeed.zero_stage < 3 or config.model.base:
+    if stage_of(settings) < 3 or pretrained:
         yield
         return
     from deepspeed.runtime.zero import GatheredParameters, Init
@@ -153,14 +169,19 @@ def sharded(config: Config, world_size: int) -> Iterator[None]:
 
     PreTrainedModel._initialize_weights = draw_gathered
     try:
-        with Init(config_dict_or_path=deepspeed_config(config, world_size)):
+        with Init(config_dict_or_path=settings):
             yield
     finally:
         PreTrainedModel._initialize_weights = draw
 
 
-def build_engine(model: nn.Module, config: Config, world_size: int) -> Any:
+def build_engine(model: nn.Module, settings: dict[str, Any], optim: Optim) -> Any:
     """Wrap a model in a DeepSpeed engine with its optimiser.
+
+    Args:
+        model: on this rank's device, or sharded.
+        settings: DeepSpeed's configuration.
+        optim: what to update it with.
 
     Raises:
         UserError: if the device cannot compute in this precision.
@@ -168,23 +189,24 @@ def build_engine(model: nn.Module, config: Config, world_size: int) -> Any:
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
-    if config.train.precision == "fp16" and not get_accelerator().is_fp16_supported():
+    if settings.get("fp16", {}).get("enabled") and not get_accelerator().is_fp16_supported():
         raise UserError("this device does not compute in fp16: set train.precision to bf16 or fp32")
-    settings = deepspeed_config(config, world_size)
     elements = sum(getattr(weight, "ds_numel", weight.numel()) for weight in model.parameters())
     # More of the buffer that this makes in every step would stay empty.
-    settings["zero_optimization"].setdefault("reduce_bucket_size", min(BUCKET, elements))
-    offload = settings["zero_optimization"].get("offload_optimizer") or {}
+    bucket = {"reduce_bucket_size": min(BUCKET, elements)}
+    zero = bucket | settings["zero_optimization"]
+    offload = zero.get("offload_optimizer") or {}
     optimizer = _optimizer(
         model,
-        config.optim,
-        world_size,
+        optim,
+        dist.get_world_size(),
         on_cpu=get_accelerator().device_name() == "cpu",
         offloaded=offload.get("device") == "cpu",
     )
-    unpartitioned, half = config.deepspeed.zero_stage == 0, config.train.half
+    unpartitioned, half = stage_of(settings) == 0, is_half(settings)
     if unpartitioned and not half:
         _skip_nonfinite(optimizer)
+    settings = settings | {"zero_optimization": zero}
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     if unpartitioned and half:
         _undo_first_step(engine.optimizer)
@@ -293,6 +315,18 @@ def _lion(settings: list[dict[str, Any]], offloaded: bool) -> torch.optim.Optimi
         )
     groups = [{k: v for k, v in group.items() if k != "eps"} for group in settings]
     return (DeepSpeedCPULion if offloaded else FusedLion)(groups)
+
+
+def backward(engine: Any, loss: Tensor) -> None:
+    """The gradient of a micro batch's loss."""
+    with phase("backward"):
+        engine.backward(loss)
+
+
+def update(engine: Any) -> None:
+    """After each micro batch; after the last one the weights are updated."""
+    with phase("optimizer"):
+        engine.step()
 
 
 def gradient_norm(engine: Any, optim: Optim) -> dict[str, float]:

@@ -1,18 +1,21 @@
 """The meter: how fast a run is, what it waits for, and how much memory it takes."""
 
-import contextlib
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 
 from shards import Batch
+from t5vae.config import BatchSplit
 from t5vae.model import T5VAEConfig, training_flops
 from t5vae.training.step import real_tokens
 
+P = ParamSpec("P")
+R = TypeVar("R")
 PEAKS = {
     "B200": 2250e12,
     "H100 PCIe": 756e12,
@@ -59,41 +62,46 @@ class Meter:
 
     Args:
         device: this rank's.
-        world_size: ranks.
+        split: how the global batch is dealt.
         peak: operations a second of one device, for MFU; None where it is not known.
     """
 
-    def __init__(self, device: torch.device, world_size: int, peak: float | None):
+    def __init__(self, device: torch.device, split: BatchSplit, peak: float | None):
         self.device = device
-        self.peaks = None if peak is None else peak * world_size
+        self.split = split
+        self.peaks = None if peak is None else peak * split.ranks
         self._begin()
 
     def _begin(self) -> None:
         self.began = time.perf_counter()
         self.waited = self.paused = 0.0
         self.steps = 0
-        self.sequences = self.tokens = self.flops = 0.0
+        self.tokens = self.flops = 0.0
 
-    def count(self, *, sequences: float, tokens: float, flops: float) -> None:
-        """One more step, with what all ranks did in it."""
+    def count(self, tokens: float, flops: float, waited: float) -> None:
+        """One more step.
+
+        Args:
+            tokens, flops: what all ranks did in it.
+            waited: seconds of it that went by without work: waiting for data.
+        """
         self.steps += 1
-        self.sequences += sequences
         self.tokens += tokens
+        self.waited += waited
         self.flops += flops
 
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """What takes a step's time without being work: waiting for data."""
-        before = time.perf_counter()
-        yield
-        self.waited += time.perf_counter() - before
+    def apart(self, work: Callable[P, R]) -> Callable[P, R]:
+        """The same work, whose time is not that of steps: it lies between them."""
 
-    @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        """What lies between steps, such as an evaluation or a save, and has its own figures."""
-        before = time.perf_counter()
-        yield
-        self.paused += time.perf_counter() - before
+        @wraps(work)
+        def timed(*args: P.args, **kwargs: P.kwargs) -> R:
+            before = time.perf_counter()
+            try:
+                return work(*args, **kwargs)
+            finally:
+                self.paused += time.perf_counter() - before
+
+        return timed
 
     def read(self) -> dict[str, float]:
         """The figures, for metrics.jsonl; the meter begins anew.
@@ -107,7 +115,7 @@ class Meter:
         seconds = time.perf_counter() - self.began - self.paused
         figures = {
             "tokens_per_second": self.tokens / seconds,
-            "sequences_per_second": self.sequences / seconds,
+            "sequences_per_second": self.steps * self.split.sequences / seconds,
             "step_seconds": seconds / max(1, self.steps),
             "data_wait": self.waited / seconds,
             "memory_bytes": peak_memory(self.device),

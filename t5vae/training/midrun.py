@@ -1,20 +1,23 @@
-"""The probe: what a run finds out about its space while it trains, all ranks together."""
+"""Evaluation in mid-run: what a run finds out about its space while it trains, on all ranks."""
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Generator, Tensor
+from torch.profiler import record_function as phase
 from transformers import PreTrainedTokenizerBase
 
 from shards import Dataset
 from t5vae.checkpoint.randomness import undisturbed
-from t5vae.config import Config
+from t5vae.config import Eval
 from t5vae.evaluation import metrics
 from t5vae.evaluation.geometry import geometry
 from t5vae.latent import LatentSpace, checker
@@ -41,9 +44,10 @@ class Findings:
     tables: Tables
 
     @property
-    def held_out(self) -> float:
-        """Teacher-forced cross-entropy of held-out sequences, in nats a token."""
-        return self.figures["eval/nats_per_token"]
+    def held_out(self) -> float | None:
+        """Teacher-forced cross-entropy of held-out sequences, nats a token; None if not finite."""
+        nats = self.figures["eval/nats_per_token"]
+        return nats if math.isfinite(nats) else None
 
     def __str__(self) -> str:
         shown = {
@@ -99,7 +103,7 @@ class DealtSpace(LatentSpace):
         return [shares[row % len(shares)][row // len(shares)] for row in range(count)]
 
 
-class Probe:
+class MidRunEvaluation:
     """Evaluates a model in training, on held-out sequences and on draws from the prior.
 
     It leaves the training stream, the generators and the weights alone, so that losses are the
@@ -108,24 +112,32 @@ class Probe:
     Args:
         engine: DeepSpeed's, around the model.
         dataset: whose split valid holds the held-out sequences.
-        config: the run's.
+        settings: how many of them, and what makes a text valid.
     """
 
-    def __init__(self, engine: Any, dataset: Dataset, config: Config):
+    def __init__(self, engine: Any, dataset: Dataset, settings: Eval):
         self.engine = engine
-        self.is_valid = None if config.eval.check is None else checker(config.eval.check)
-        self.decoded = config.eval.decoded
-        ids_NT, lengths_N = dataset.read("valid", dataset.first("valid", config.eval.sequences))
-        self.ids = [row[:n].tolist() for row, n in zip(ids_NT, lengths_N, strict=True)]
-        with self._evaluating():
-            self.space = DealtSpace(
-                engine.module, dataset.tokenizer(), sharded=config.deepspeed.zero_stage == 3
-            )
+        self.is_valid = None if settings.check is None else checker(settings.check)
+        self.decoded = settings.decoded
+        self.dataset, self.sequences = dataset, settings.sequences
+
+    @cached_property
+    def ids(self) -> Ids:
+        """The held-out sequences."""
+        numbers = self.dataset.first("valid", self.sequences)
+        ids_NT, lengths_N = self.dataset.read("valid", numbers)
+        return [row[:n].tolist() for row, n in zip(ids_NT, lengths_N, strict=True)]
+
+    @cached_property
+    def space(self) -> DealtSpace:
+        engine = self.engine
+        sharded = engine.zero_optimization_stage() == 3
+        return DealtSpace(engine.module, self.dataset.tokenizer(), sharded=sharded)
 
     def look(self) -> Findings:
         """Evaluate the model as it is; all ranks call it together, and find the same."""
         began = time.perf_counter()
-        with undisturbed(), self._evaluating():
+        with undisturbed(), self._evaluating(), phase("evaluation"):
             figures, tables = self._measure()
         figures["seconds"] = time.perf_counter() - began
         return Findings({f"eval/{name}": value for name, value in figures.items()}, tables)

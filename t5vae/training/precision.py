@@ -10,13 +10,10 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 
-from shards import Dataset
 from t5vae.cluster.agreement import all_max
-from t5vae.config import Config
+from t5vae.config import BatchSplit, Config
 from t5vae.model import T5VAEConfig
-from t5vae.training.build import model_config
 
 Precision = Literal["fp32", "bf16"]
 Product = tuple[int, int, int]
@@ -29,7 +26,11 @@ ACCELERATED = (8192, 1e11)
 
 
 def settle(
-    config: Config, dataset: Dataset | None, device: torch.device, before: Mapping[str, Any]
+    config: Config,
+    settings: T5VAEConfig,
+    split: BatchSplit,
+    device: torch.device,
+    before: Mapping[str, Any],
 ) -> tuple[Config, list[str]]:
     """Set `train.precision` where it is null, and on a CPU Muon's.
 
@@ -37,14 +38,15 @@ def settle(
 
     Args:
         config: the run's.
-        dataset: its shards.
+        settings: the model's.
+        split: how the global batch is dealt.
         device: this rank's.
         before: the layout of the checkpoint that the run goes on from, whose precisions it keeps.
 
     Returns:
         The configuration, and a line for each choice that was timed.
     """
-    settings, reasons = model_config(config, dataset), []
+    reasons: list[str] = []
 
     def chosen(name: str, products: list[Product], what: str = "") -> str:
         if before.get(name):
@@ -54,29 +56,20 @@ def settle(
         return precision
 
     if config.train.precision is None:
-        tokens = settings.sequence_length * _micro_batch(config)
+        tokens = settings.sequence_length * split.micro
         precision = chosen("precision", model_products(settings, tokens))
-        config = _with(config, "train", precision=precision)
+        config = config.with_("train", precision=precision)
     on_cpu = config.optim.name == "muon" and device.type == "cpu"
     if on_cpu and config.optim.muon_precision is None:
         width = settings.t5_config.d_model
         precision = chosen("muon_precision", [(width, width, width)], "muon in ")
-        config = _with(config, "optim", muon_precision=precision)
+        config = config.with_("optim", muon_precision=precision)
     return config, reasons
 
 
 def settled(config: Config, precision: Precision) -> Config:
     """The configuration with this precision if it has none."""
-    return config if config.train.precision else _with(config, "train", precision=precision)
-
-
-def _with(config: Config, section: str, **changes: str) -> Config:
-    return config.model_copy(update={section: getattr(config, section).model_copy(update=changes)})
-
-
-def _micro_batch(config: Config) -> int:
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    return config.data.global_batch_size // (config.accumulation(world) * world)
+    return config if config.train.precision else config.with_("train", precision=precision)
 
 
 def model_products(settings: T5VAEConfig, tokens: int) -> list[Product]:

@@ -2,17 +2,14 @@
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from torch.profiler import profile
-from torch.profiler import record_function as phase
 
 from t5vae.common.quiet import quiet_start
-from t5vae.config import Config
 
 PHASES = ("data", "forward", "mmd", "backward", "optimizer", "evaluation", "save")
 OPERATORS = 20  # rows of the second table
-
-__all__ = ["PHASES", "Profiler", "phase"]
 
 
 class Profiler:
@@ -23,32 +20,41 @@ class Profiler:
     slows these steps down.
 
     Args:
-        config: the run's.
+        steps: the first and the last, from 1; None for none.
+        folder: the run's.
         rank: this process's.
         say: told where the files are.
     """
 
-    def __init__(self, config: Config, rank: int, say: Callable[[str], None]):
-        self.first, self.last = config.train.profile or (0, -1)
-        self.folder = config.run_dir / "profile"
-        self.log_file = config.run_dir / "logs" / f"rank-{rank:05d}.log"
+    def __init__(
+        self,
+        steps: tuple[int, int] | None,
+        folder: Path,
+        rank: int,
+        say: Callable[[str], None],
+    ):
+        self.first, self.last = steps or (0, -1)
+        self.folder = folder / "profile"
+        self.log_file = folder / "logs" / f"rank-{rank:05d}.log"
         self.rank, self.say = rank, say
         self.profile: profile | None = None
+        self.step = 0
 
-    def step(self, done: int) -> None:
-        """Between two steps, of which so many are done."""
-        if self.profile is None and self.first <= done + 1 <= self.last:
-            self.profile, self.begin = profile(), done
+    def before(self, step: int) -> None:
+        """A step follows, counted from 1."""
+        if self.profile is None and self.first <= step <= self.last:
+            self.profile, self.begin = profile(), step
             with quiet_start(self.log_file):
                 self.profile.start()
             self.began = time.perf_counter()
-        elif self.profile is not None and done == self.last:
-            self._finish(done)
+        elif self.profile is not None and step == self.last + 1:
+            self._finish(self.last)
+        self.step = step
 
-    def close(self, done: int) -> None:
+    def close(self) -> None:
         """The run ends."""
         if self.profile is not None:
-            self._finish(done)
+            self._finish(self.step)
 
     def _finish(self, done: int) -> None:
         assert self.profile is not None
@@ -57,7 +63,7 @@ class Profiler:
             self.profile.stop()
         try:
             self._write(self.profile, done, seconds)
-            self.say(f"profiled steps {self.begin + 1:,} to {done:,}: {self.folder}/steps.txt")
+            self.say(f"profiled steps {self.begin:,} to {done:,}: {self.folder}/steps.txt")
         except OSError as error:
             self.say(f"the profile could not be written: {error}")
         self.profile = None
@@ -68,7 +74,7 @@ class Profiler:
         with quiet_start(self.log_file):
             found.export_chrome_trace(str(trace))
         if self.rank == 0:
-            text = table(found, self.begin + 1, done, seconds)
+            text = table(found, self.begin, done, seconds)
             (self.folder / "steps.txt").write_text(text)
 
 

@@ -49,7 +49,7 @@ def finished(configure, tmp_path_factory) -> Path:
     run, config = tmp_path_factory.mktemp("runs") / "small", configure()
     shards = config.data.open()
     torch.manual_seed(0)
-    T5VAE(model_config(config, shards)).save_pretrained(run / "export")
+    T5VAE(model_config(config.model, config.objective, shards)).save_pretrained(run / "export")
     shards.tokenizer().save_pretrained(run / "export")
     (run / "export/SOURCE").write_text(f"step-{STEP:08d} 0123")
     (run / "config.yaml").write_text(config.dump())

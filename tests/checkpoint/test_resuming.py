@@ -12,7 +12,7 @@ from t5vae.checkpoint.randomness import seed_everything
 from t5vae.checkpoint.resuming import Start, resume
 from t5vae.cluster.run_folder import lock_run
 from t5vae.common.errors import UserError
-from t5vae.training.anomalies import Watch
+from t5vae.training.anomalies import Anomalies
 
 IDENTITY = {
     "format": FORMAT,
@@ -37,9 +37,8 @@ class Began:
     """A run that starts on some ranks, and what came of it."""
 
     def __init__(self, config, ranks, make_engine, identity, **layout):
-        self.said, self.dropped, self.data = [], [], []
+        self.said, self.dropped = [], []
         self.engines = [make_engine(seed=9) for _ in range(ranks.world)]
-        self.watches = [Watch(3, 5.0) for _ in range(ranks.world)]
 
         def rank_main(rank):
             log = SimpleNamespace(
@@ -47,17 +46,16 @@ class Began:
                 say=self.said.append if rank == 0 else lambda text: None,
                 drop_after=self.dropped.append if rank == 0 else lambda step: None,
             )
-            stream = SimpleNamespace(load_state_dict=self.data.append)
             now = {**LAYOUT, "world_size": ranks.world, **layout}
-            return resume(
-                config, identity, now, self.engines[rank], stream, self.watches[rank], log
-            )
+            folder, settings = config.run_dir, config.checkpoint
+            return resume(folder, settings, identity, now, self.engines[rank], log)
 
         everyone = ranks.run(rank_main)
         self.errors = [told.exception() for told in everyone]
         if not any(self.errors):
             self.start, *others = (told.result() for told in everyone)
             assert all(other == self.start for other in others)
+            self.where = self.start.done, self.start.weights_from
 
 
 @pytest.fixture
@@ -117,28 +115,28 @@ def are_weights_of(engine, wanted):
     return all(one.equal(other) for one, other in pairs)
 
 
-# manifest.resume auto and never.
+# checkpoint.resume auto and never.
 
 
 @pytest.mark.parametrize("rule", ["auto", "never"])
 def test_where_there_is_nothing_a_run_starts_anew(begin, make_engine, rule):
     began = begin(2, checkpoint={"resume": rule})
-    assert began.start == Start(0, None)
+    assert began.start == Start(done=0, data={}, anomalies={}, weights_from=None)
     assert began.said == []
     assert began.dropped == [0]
-    assert began.data == []
     assert all(are_weights_of(engine, make_engine(seed=9)) for engine in began.engines)
 
 
 def test_a_run_goes_on_from_its_newest_checkpoint_on_every_rank(begin, run, save, make_engine):
-    watch = Watch(9, 1.0, skipped=2, spikes=1, means={"nats_per_token": 1.5}, seen=30)
+    means = {"nats_per_token": 1.5}
+    anomalies = Anomalies(9, 1.0, skipped=2, spikes=1, means=means, seen=30)
     for step in (10, 20):
         engine = make_engine(seed=step, steps=3)
-        told = {"watch": watch.state_dict(), "data": {"consumed": step}}
+        told = {"watch": anomalies.state_dict(), "data": {"consumed": step}}
         save(run / "checkpoints", step, IDENTITY, engine, world=2, **told)
     began = begin(2)
-    assert began.start == Start(20, None)
-    assert began.data == [{"consumed": 20}] * 2
+    assert began.where == (20, None)
+    assert began.start.data == {"consumed": 20}
     assert began.dropped == [20]
     assert began.said == [f"resuming from {run}/checkpoints/step-00000020"]
     for found in began.engines:
@@ -147,12 +145,21 @@ def test_a_run_goes_on_from_its_newest_checkpoint_on_every_rank(begin, run, save
         for number, moments in wanted["state"].items():
             for kind, moment in moments.items():
                 assert state["state"][number][kind].equal(moment), kind
-    for found in began.watches:
-        assert found == Watch(3, 5.0, skipped=2, spikes=1, means=watch.means, seen=30)
+    counting = Anomalies(3, 5.0)
+    counting.load_state_dict(began.start.anomalies)
+    assert counting == Anomalies(3, 5.0, skipped=2, spikes=1, means=means, seen=30)
 
 
 def draws():
     return random.random(), random.gauss(0, 1), np.random.randn(), torch.rand(3).tolist()
+
+
+def test_a_new_run_draws_what_its_seed_says(begin):
+    for seed in (0, 7):
+        seed_everything(seed)
+        expected = draws()
+        begin(identity={**IDENTITY, "seed": seed})
+        assert draws() == expected
 
 
 def test_generators_go_on_where_they_were_saved(begin, run, save):
@@ -194,7 +201,7 @@ def test_what_may_differ_is_told_and_the_run_goes_on(
     engine = make_engine(seed=4)
     save(run / "checkpoints", 10, IDENTITY, engine, world=before)
     began = begin(3, layout=now)
-    assert began.start == Start(10, None)
+    assert began.where == (10, None)
     assert began.said[1:] == said
     assert all(are_weights_of(found, engine) for found in began.engines)
 
@@ -215,7 +222,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_taken(begin, run, save,
         save(run / "checkpoints", step, IDENTITY, make_engine(seed=step), world=2)
     damage(run / "checkpoints/step-00000020")
     began = begin(2)
-    assert began.start == Start(10, None)
+    assert began.where == (10, None)
     assert "step-00000020 is damaged" in began.said[0]
     assert began.said[1].endswith("step-00000010")
     assert are_weights_of(began.engines[1], make_engine(seed=10))
@@ -240,7 +247,7 @@ def test_one_that_was_set_aside_earlier_stops_no_run_that_has_another(begin, run
         save(run / "checkpoints", step, IDENTITY)
     damage(run / "checkpoints/step-00000020")
     for _ in range(2):
-        assert begin().start.step == 10
+        assert begin().start.done == 10
 
 
 def test_what_a_crash_left_is_swept_at_the_start(begin, run, save):
@@ -251,7 +258,7 @@ def test_what_a_crash_left_is_swept_at_the_start(begin, run, save):
     assert names(run / "checkpoints") == ["step-00000010"]
 
 
-# manifest.resume weights.
+# checkpoint.resume weights.
 
 
 def from_weights(source=None):
@@ -263,16 +270,14 @@ def test_weights_alone_are_taken_from_a_run_or_a_checkpoint_of_it(begin, other, 
     source = other if step is None else other / f"checkpoints/step-000000{step}"
     began = begin(3, checkpoint=from_weights(source))
     taken = other / f"checkpoints/step-000000{step or 20}"
-    assert began.start == Start(0, str(taken))
+    assert began.start == Start(done=0, data={}, anomalies={}, weights_from=str(taken))
     assert began.said == [f"starting from the weights of {taken}"]
     assert began.dropped == [0]
-    assert began.data == []
-    for engine, watch in zip(began.engines, began.watches, strict=True):
+    for engine in began.engines:
         assert are_weights_of(engine, make_engine(seed=step or 20))
         moments = engine.optimizer.state_dict()["state"][0]
         wanted = make_engine(seed=9).optimizer.state_dict()["state"][0]
         assert all(moments[kind].equal(wanted[kind]) for kind in wanted)
-        assert watch == Watch(3, 5.0)
 
 
 def test_a_source_is_left_as_it_is_damaged_or_not(begin, other, make_engine):
@@ -288,15 +293,15 @@ def test_a_run_from_weights_goes_on_once_it_has_a_checkpoint(begin, run, save, o
     save(run / "checkpoints", 5, IDENTITY, engine, weights_from="there")
     for source in (other, None):
         began = begin(checkpoint=from_weights(source))
-        assert began.start == Start(5, "there")
+        assert began.where == (5, "there")
         assert are_weights_of(began.engines[0], engine)
-    assert begin(checkpoint={"resume": "auto"}).start == Start(5, "there")
+    assert begin(checkpoint={"resume": "auto"}).where == (5, "there")
     assert names(run) == [".lock", "checkpoints"]
 
 
 @pytest.mark.parametrize("differs", [{"optimizer": "muon"}, {"seed": 7}])
 def test_weights_may_be_those_of_a_run_that_trained_otherwise(begin, other, differs):
-    assert begin(identity={**IDENTITY, **differs}, checkpoint=from_weights(other)).start.step == 0
+    assert begin(identity={**IDENTITY, **differs}, checkpoint=from_weights(other)).start.done == 0
 
 
 @pytest.mark.parametrize(
@@ -339,7 +344,7 @@ def test_without_a_source_the_runs_own_past_is_set_aside_and_its_weights_taken(
     (run / "metrics.jsonl").write_text('{"step": 20}\n')
     began = begin(2, checkpoint=from_weights())
     taken = run / "before-0/checkpoints/step-00000020"
-    assert began.start == Start(0, str(taken))
+    assert began.start == Start(weights_from=str(taken))
     assert are_weights_of(began.engines[1], make_engine(seed=20))
     assert names(run) == [".lock", "before-0", "checkpoints"]
     assert names(run / "before-0") == ["checkpoints", "metrics.jsonl"]
@@ -352,7 +357,8 @@ def test_a_run_set_aside_that_saved_nothing_yet_starts_from_the_same_weights(
 ):
     save(run / "checkpoints", 10, IDENTITY, make_engine(seed=10))
     starts = [begin(checkpoint=from_weights()).start for _ in range(2)]
-    assert starts == [Start(0, str(run / "before-0/checkpoints/step-00000010"))] * 2
+    taken = str(run / "before-0/checkpoints/step-00000010")
+    assert starts == [Start(weights_from=taken)] * 2
     assert names(run) == [".lock", "before-0", "checkpoints"]
 
 

@@ -9,20 +9,19 @@ HOSTS = ("node2", "node1", "node1")
 
 
 @pytest.fixture
-def run(make_config, save, monkeypatch):
+def run(tmp_path, monkeypatch):
     """Start attempts of a run in a job, at the step of a checkpoint; each gives its number."""
-    config = make_config(launcher={"max_restarts": 2})
-    (config.run_dir / "checkpoints").mkdir(parents=True)
+    newest = 0
 
     def begin(job=None, step=0):
         monkeypatch.delenv("SLURM_JOB_ID", raising=False)
         if job:
             monkeypatch.setenv("SLURM_JOB_ID", job)
-        if step:
-            save(config.run_dir / "checkpoints", step)
-        return attempts.begin(config, HOSTS)
+        nonlocal newest
+        newest = max(newest, step)
+        return attempts.begin(tmp_path, newest, HOSTS, max_restarts=2)
 
-    begin.file = config.run_dir / attempts.ATTEMPTS
+    begin.file = tmp_path / attempts.ATTEMPTS
     return begin
 
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from t5vae.cluster import preflight
 from t5vae.cluster.errors import UnhealthyError
-from t5vae.cluster.preflight import Meeting
+from t5vae.cluster.preflight import Preflight
 from t5vae.cluster.process_group import free_port
 from t5vae.cluster.ranks import Ranks
 from t5vae.common.errors import UserError
@@ -18,24 +18,22 @@ HOSTS = ("node1", "node1", "node2", "node2")
 
 
 @pytest.fixture
-def meet(make_config, monkeypatch):
-    """Ranks of two hosts, as threads, each with its problem: what each is told, and the meetings.
+def meet(tmp_path, monkeypatch):
+    """Ranks of two hosts, as threads, each with its problem: what each is told, and the first's.
 
     A rank whose problem is "absent" does not come; one that is a number comes later.
     """
     monkeypatch.setattr(preflight, "quiet_start", lambda path: contextlib.nullcontext())
-    config = make_config(train={"timeout": 2})
-    config.run_dir.mkdir()
 
     def run(*problems):
         port = free_port()
-        meetings = []
+        preflights = []
 
         def rank_main(rank):
             ranks = Ranks(rank, 4, rank % 2, 2, "127.0.0.1", port, HOSTS)
-            meetings.append(Meeting(config, ranks))
+            preflights.append(Preflight(ranks, tmp_path, patience=2))
             try:
-                with meetings[-1]:
+                with preflights[-1]:
                     if isinstance(problems[rank], float):
                         time.sleep(problems[rank])
                     elif problems[rank]:
@@ -46,7 +44,7 @@ def meet(make_config, monkeypatch):
         come = [rank for rank in range(4) if problems[rank] != "absent"]
         with ThreadPoolExecutor(4) as threads:
             told = [threads.submit(rank_main, rank) for rank in come]
-        first = next(meeting for meeting in meetings if meeting.ranks.rank == min(come))
+        first = next(one for one in preflights if one.ranks.rank == min(come))
         return [future.result() for future in told], first
 
     return run
@@ -109,19 +107,19 @@ def test_a_host_without_room_for_temporary_files_is_named(meet, monkeypatch):
     assert all("MiB free" in str(error) for error in told)
 
 
-def test_a_fault_of_the_program_is_nobodys_illness(make_config):
+def test_a_fault_of_the_program_is_nobodys_illness(tmp_path):
     ranks = Ranks(0, 4, 0, 2, "127.0.0.1", free_port(), HOSTS)
-    with pytest.raises(ZeroDivisionError), Meeting(make_config(), ranks):
+    with pytest.raises(ZeroDivisionError), Preflight(ranks, tmp_path, patience=2):
         raise ZeroDivisionError
 
 
-def test_on_one_host_nobody_is_asked(make_config):
+def test_on_one_host_nobody_is_asked(tmp_path):
     ranks = Ranks(0, 2, 0, 2, "127.0.0.1", 1)
-    with pytest.raises(UserError, match="as it is"), Meeting(make_config(), ranks):
+    with pytest.raises(UserError, match="as it is"), Preflight(ranks, tmp_path, patience=2):
         raise UserError("as it is")
-    with Meeting(make_config(), ranks) as meeting:
+    with Preflight(ranks, tmp_path, patience=2) as alone:
         pass
-    assert meeting.report(torch.device("cpu")) is None
+    assert alone.report(torch.device("cpu")) is None
 
 
 def test_the_report_times_an_all_reduce_and_is_kept(meet, monkeypatch):
@@ -132,6 +130,6 @@ def test_the_report_times_an_all_reduce_and_is_kept(meet, monkeypatch):
     line = first.report(torch.device("cpu"))
     assert line.startswith("4 ranks on 2 hosts (node1, node2); an all-reduce of 16 MiB takes ")
     assert set(reduced) == {16 * 2**20}
-    written = json.loads((first.config.run_dir / "health.json").read_text())
+    written = json.loads((first.folder / "health.json").read_text())
     assert written["ranks"] == first.rows
     assert written["all_reduce"] >= 0

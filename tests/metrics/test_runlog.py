@@ -4,10 +4,10 @@ import os
 import subprocess
 import sys
 import time
+from typing import ClassVar
 
 import pytest
 
-from t5vae.checkpoint.saving import Saved
 from t5vae.common.quiet import quiet_start
 from t5vae.metrics import runlog
 from t5vae.metrics.reading import METRICS, read_metrics
@@ -16,6 +16,19 @@ from t5vae.metrics.runlog import RunLog
 
 def record(step: int) -> dict:
     return {"step": step, "loss": 1 / step, "mmd": 0.1 + 0.2, "tokens_per_second": 1e4}
+
+
+class Found:
+    """What an evaluation found."""
+
+    figures: ClassVar = {"eval/mmd": 0.5}
+    tables: ClassVar = {"samples": [{"text": "x = 1"}]}
+
+    def __str__(self):
+        return "mmd 0.5"
+
+
+FOUND = Found()
 
 
 @pytest.fixture
@@ -62,7 +75,7 @@ def test_a_printed_line_says_the_time_spent_and_left(make_config, monkeypatch, c
 
 def test_every_line_says_how_many_steps_there_are_when_it_was_and_what_is_saved(log):
     before = time.time()
-    log.saved(Saved(log.path.parent / "checkpoints/step-00000005", 1000, 2.0, 0.5))
+    log.saved("saved", step=5, seconds=2.0, stall=0.5)
     log.metrics(record(6))
     log.metrics(record(7))
     *_, fifth, sixth, seventh = read_metrics(log.path.parent)
@@ -76,7 +89,7 @@ def test_every_line_says_how_many_steps_there_are_when_it_was_and_what_is_saved(
 
 def test_the_last_line_has_the_last_save_though_that_came_after_it(log):
     before = log.path.read_text().splitlines()
-    log.saved(Saved(log.path.parent / "checkpoints/step-00000005", 1000, 2.0, 0.5))
+    log.saved("saved", step=5, seconds=2.0, stall=0.5)
     log.close()
     after = log.path.read_text().splitlines()
     assert after[:-1] == before[:-1]
@@ -85,10 +98,9 @@ def test_the_last_line_has_the_last_save_though_that_came_after_it(log):
 
 
 def test_a_last_line_that_has_the_times_of_the_save_before_keeps_them(log):
-    folder = log.path.parent / "checkpoints"
-    log.saved(Saved(folder / "step-00000005", 1000, 2.123456789, 0.123456789))
+    log.saved("saved", step=5, seconds=2.123456789, stall=0.123456789)
     log.metrics(record(6))
-    log.saved(Saved(folder / "step-00000006", 1000, 2.0, 0.5))
+    log.saved("saved", step=6, seconds=2.0, stall=0.5)
     log.close()
     *_, fifth, last = read_metrics(log.path.parent)
     assert last["checkpoint"] == 6
@@ -115,7 +127,7 @@ def test_a_disk_with_no_room_for_the_last_save_leaves_the_last_line(log, monkeyp
             self.writes += 1
             return self.file.write(content[:-9] if self.writes == 1 else content)
 
-    log.saved(Saved(log.path.parent / "checkpoints/step-00000005", 1000, 2.0, 0.5))
+    log.saved("saved", step=5, seconds=2.0, stall=0.5)
     monkeypatch.setattr(runlog, "open", Full, raising=False)
     log.close()
     assert log.path.read_text() == before
@@ -190,11 +202,13 @@ def test_other_ranks_are_silent(make_config, capfd):
     log.metrics(record(1))
     log.say("something")
     log.drop_after(0)
-    log.start(0)
-    log.advance(1)
+    assert list(log.steps(8)) == [9, 10]
+    log.step(9, {"loss": 1.0, "position": 128}, FOUND, "an event")
+    log.saved("saved", step=9, seconds=2.0, stall=0.5)
+    log.stopped(9, "told to stop")
     log.close()
     assert capfd.readouterr() == ("", "")
-    assert not (config.run_dir / METRICS).exists()
+    assert list(config.run_dir.iterdir()) == []
 
 
 def test_a_line_is_said_as_it_is_brackets_and_all(make_config, capsys):
@@ -213,6 +227,40 @@ def test_each_logged_step_is_one_line_for_people(log, capsys):
     assert lines[0].split()[:4] == ["step", "6/10", "loss", "0.167"]
 
 
+def test_steps_are_counted_from_the_one_after_those_done_to_the_last(log):
+    assert list(log.steps(5)) == [6, 7, 8, 9, 10]
+    assert list(log.steps(10)) == []
+    log.metrics(record(10))
+    assert read_metrics(log.path.parent)[-1]["checkpoint"] == 10
+
+
+def test_a_step_is_written_and_told_with_what_was_found_and_what_went_wrong(log, capsys):
+    log.step(6, {"loss": 1.0, "position": 80}, None, None)
+    log.step(7, {"loss": 2.0, "position": 1096}, FOUND, "a spike")
+    *_, sixth, seventh = read_metrics(log.path.parent)
+    common = {"steps", "time", "checkpoint"}
+    assert {k: v for k, v in sixth.items() if k not in common} == {"step": 6, "loss": 1.0}
+    assert {k: v for k, v in seventh.items() if k not in common} == {
+        "step": 7,
+        "loss": 2.0,
+        "eval/mmd": 0.5,
+        "event": "a spike",
+        "position": 1096,
+    }
+    assert capsys.readouterr().err.splitlines()[2:] == [
+        "step 7: mmd 0.5",
+        "step 7: a spike (the batch from position 1,096)",
+    ]
+    written = json.loads((log.path.parent / "samples/step-00000007.json").read_text())
+    assert written == {"step": 7, **FOUND.tables}
+
+
+def test_a_run_that_is_stopped_says_why_and_where(log, capsys):
+    log.stopped(1234, "told to stop")
+    said = "told to stop: saved at step 1,234; the same command goes on from there\n"
+    assert capsys.readouterr().err == said
+
+
 def test_a_run_whose_lines_nobody_reads_any_more_goes_on(log, monkeypatch):
     reader, writer = os.pipe()
     os.close(reader)
@@ -229,7 +277,7 @@ def test_what_libraries_print_at_the_start_goes_to_a_file_and_what_follows_does_
     file.write_text("an earlier start\n")
     code = (
         "import os, sys\nfrom pathlib import Path\n"
-        "from t5vae.metrics.runlog import quiet_start\n"
+        "from t5vae.common.quiet import quiet_start\n"
         f"with quiet_start(Path({str(file)!r})):\n"
         "    print('from python'); os.write(2, b'from c++\\n')\n"
         "print('after'); print('after', file=sys.stderr)\n"

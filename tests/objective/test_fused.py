@@ -171,6 +171,7 @@ def test_only_flat_kernels_need_fp32_factors():
     assert fused.default_precision(make_kernel("legacy", 1000), 1000) == "fp32"
 
 
+@pytest.mark.soak
 def test_every_tile_compiles_for_an_h100_without_spilling():
     command = [sys.executable, "benchmarks/fused.py", "--kernels", "multi_rbf,imq"]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}

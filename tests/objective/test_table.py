@@ -146,10 +146,15 @@ def test_blocked_on_large_batches(case):
     check(measure(case, "blocked"), case)
 
 
+def is_large(case: Case) -> bool:
+    """Whether the interpreter takes seconds for it."""
+    return case.dimensions == 1000 or case.count > 70
+
+
 @cache
-def interpreted() -> dict[str, list[float]]:
+def interpreted(large: bool) -> dict[str, list[float]]:
     done = subprocess.run(
-        [sys.executable, __file__],
+        [sys.executable, __file__, *(["large"] if large else [])],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -159,14 +164,18 @@ def interpreted() -> dict[str, list[float]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", TRITON, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, marks=pytest.mark.soak if is_large(c) else (), id=str(c)) for c in TRITON],
+)
 def test_triton_under_its_interpreter(case):
     pytest.importorskip("triton", reason="Triton has no build for this platform")
-    check(Errors(*interpreted()[str(case)]), case)
+    check(Errors(*interpreted(is_large(case))[str(case)]), case)
 
 
 if __name__ == "__main__":
     from t5vae.objective import fused
 
     fused.default_precision = lambda *_: "fp32"
-    print(json.dumps({str(case): measure(case, "triton") for case in TRITON}))
+    cases = [case for case in TRITON if is_large(case) == ("large" in sys.argv)]
+    print(json.dumps({str(case): measure(case, "triton") for case in cases}))

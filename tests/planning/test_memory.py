@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from t5vae.config import BatchSplit
 from t5vae.model import T5VAE
 from t5vae.planning.activations import Activations, Affine, activations
-from t5vae.planning.memory import Sizes, memory, sizes_of, state_bytes
+from t5vae.planning.memory import Sizes, memory, regime_of, sizes_of, state_bytes
 from t5vae.training.build import model_config
 
 ROWS, LENGTH, VOCABULARY = 6, 24, 300
@@ -20,7 +21,7 @@ def settings(make_config):
     def make(**changes):
         sized = {"vocab_size": VOCABULARY, "sequence_length": LENGTH, "latent_size": 8}
         config = make_config(model={"t5": T5, "token_size": 4, **sized, **changes})
-        return model_config(config, config.data.open())
+        return model_config(config.model, config.objective, config.data.open())
 
     return make
 
@@ -114,20 +115,14 @@ def test_states_are_zeros_arithmetic(
         train={"precision": precision},
         deepspeed={"zero_stage": stage},
     )
-    assert state_bytes(config, N, ranks) == pytest.approx(1000 * per_parameter)
+    regime = regime_of(config, config.data.split(ranks))
+    assert state_bytes(regime, N) == pytest.approx(1000 * per_parameter)
 
 
 def needed(config, *, rows=16, accumulation=1, ranks=4, accelerated=True, saved=1000.0, n=N):
     kept = Activations(Affine(0, saved), Affine(0, 0), Affine(0, 0))
-    return memory(
-        config,
-        n,
-        kept,
-        micro_batch_size=rows,
-        accumulation=accumulation,
-        world_size=ranks,
-        accelerated=accelerated,
-    )
+    split = BatchSplit(rows * ranks * accumulation, ranks, rows, accumulation)
+    return memory(regime_of(config, split), n, kept, accelerated=accelerated)
 
 
 def test_more_rows_more_stages_and_more_ranks_count(make_config):

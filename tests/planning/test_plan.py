@@ -9,9 +9,9 @@ import pytest
 import shards
 from shards import ShardStream
 from t5vae.common.errors import UserError
-from t5vae.config import load_config
+from t5vae.config import BatchSplit, load_config
 from t5vae.metrics.reading import read_metrics
-from t5vae.planning.memory import Sizes
+from t5vae.planning.memory import Sizes, regime_of
 from t5vae.planning.plan import plan, reads, sent
 from tests.launching import rank_starter, run_of, small_config
 
@@ -82,12 +82,12 @@ def test_what_is_sent_follows_from_the_stage(
 ):
     config = make_config(optim={"name": optimizer}, deepspeed={"zero_stage": stage})
     sizes = Sizes(total=10**6, muon=9 * 10**5, largest_group=10**5)
-    found = sent(config, sizes, 2, accumulation)
+    found = sent(regime_of(config, BatchSplit(16, 2, 8 // accumulation, accumulation)), sizes)
     assert found["gradients"] == gradients * 10**6
     assert found["weights"] == weights * 10**6
     assert found.get("muon", 0) == (4 * 9 * 10**5 if (optimizer, stage) == ("muon", 3) else 0)
     assert found["latents"] == 16 * (8 + 1) * 4 / 2
-    assert not any(sent(config, sizes, 1, accumulation).values())
+    assert not any(sent(regime_of(config, BatchSplit(16, 1, 16, 1)), sizes).values())
 
 
 @pytest.fixture(scope="module")

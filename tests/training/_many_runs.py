@@ -30,8 +30,8 @@ from t5vae.cluster.ranks import Ranks
 from t5vae.cluster.stopping import StopRequest
 from t5vae.common.errors import UserError
 from t5vae.config import Config, load_config
-from t5vae.training import loop
-from t5vae.training.step import Losses, Step
+from t5vae.training import loop, start
+from t5vae.training.step import Loss
 
 
 @dataclass
@@ -71,11 +71,12 @@ class Seen:
     weights: dict[int, str] = field(default_factory=dict)
 
 
-def start(run: Run, config: Config, ranks: Ranks) -> Seen:
+def seen_of(run: Run, config: Config, ranks: Ranks) -> Seen:
     """Run `loop.run`, and look at every step."""
     found, stop, output = Seen(), StopRequest(), io.StringIO()
     batch = config.data.global_batch_size
-    following, micro_step = ShardStream.__next__, loop.micro_step
+    following, loss_of, backward = ShardStream.__next__, Loss.__call__, loop.backward
+    poison = contextlib.ExitStack()
 
     def next_batch(stream: ShardStream) -> Batch:
         step = stream.consumed // batch + 1
@@ -84,23 +85,29 @@ def start(run: Run, config: Config, ranks: Ranks) -> Seen:
         found.sequences.setdefault(step, []).extend(read.sequence.tolist())
         return read
 
-    def look_and_step(engine: Any, rows: Batch, micro: int, step: Step, *arguments: Any) -> Losses:
+    def look_and_lose(self: Loss, engine: Any, rows: Batch, micro: int) -> Tensor:
+        step = self.position // batch + 1
         if not micro:
-            found.moments[step.number] = digest(fragments(engine))
-            found.weights[step.number] = digest(
+            found.moments[step] = digest(fragments(engine))
+            found.weights[step] = digest(
                 {
                     name: getattr(weight, "ds_tensor", weight).data
                     for name, weight in engine.module.named_parameters()
                 }
             )
-        kind, *where = run.poison.get(str(step.number), [""])
-        hit = where == [ranks.rank, micro]
-        with poisoned(engine.module, kind) if hit else contextlib.nullcontext():
-            return micro_step(engine, rows, micro, step, *arguments)
+        kind, *where = run.poison.get(str(step), [""])
+        if where == [ranks.rank, micro]:
+            poison.enter_context(poisoned(engine.module, kind))
+        return loss_of(self, engine, rows, micro)
+
+    def go_back(engine: Any, loss: Tensor) -> None:
+        with poison:
+            backward(engine, loss)
 
     with (
         patch.object(ShardStream, "__next__", next_batch),
-        patch.object(loop, "micro_step", look_and_step),
+        patch.object(Loss, "__call__", look_and_lose),
+        patch.object(loop, "backward", go_back),
         contextlib.redirect_stderr(output),
     ):
         try:
@@ -140,7 +147,7 @@ def digest(tensors: dict[str, Tensor]) -> str:
 def rank_main(rank: int, world: int, port: int, folder: Path, runs: list[dict]) -> None:
     torch.set_num_threads(1)
     ranks = Ranks(rank, world, rank, world, "127.0.0.1", port)
-    start_process_group = loop.start_process_group
+    start_process_group = start.start_process_group
 
     def start_once(*arguments: Any, **options: Any) -> torch.device:
         if dist.is_initialized():
@@ -148,12 +155,12 @@ def rank_main(rank: int, world: int, port: int, folder: Path, runs: list[dict]) 
         return start_process_group(*arguments, **options)
 
     with (
-        patch.object(loop, "start_process_group", start_once),
+        patch.object(start, "start_process_group", start_once),
         patch.object(dist, "destroy_process_group", lambda: None),
         patch.object(type(get_accelerator()), "is_fp16_supported", lambda self: True),
     ):
         for run in (Run(**given) for given in runs):
-            found = start(run, load_config(folder / "base.yaml", run.settings), ranks)
+            found = seen_of(run, load_config(folder / "base.yaml", run.settings), ranks)
             (folder / f"{run.name}.{rank}.json").write_text(json.dumps(asdict(found)))
     dist.destroy_process_group()
 

@@ -126,20 +126,21 @@ def _pause_in_saves(pause: dict[str, Any] | None, saves: SimpleNamespace) -> Non
 
 
 def _watch_steps(record: str | None, stop_at: dict[str, Any] | None) -> None:
-    from t5vae.training import loop
+    from t5vae.training.step import Loss
 
-    micro_step = loop.micro_step
+    loss_of = Loss.__call__
 
-    def watched(engine: Any, batch: Any, micro: int, step: Any, *rest: Any) -> Any:
+    def watched(self: Loss, engine: Any, batch: Any, micro: int) -> Any:
+        step = self.position // self.split.sequences + 1
         if record:
-            line = json.dumps({"step": step.number, "sequences": batch.sequence.tolist()})
+            line = json.dumps({"step": step, "sequences": batch.sequence.tolist()})
             with open(f"{record}/sequences-{os.environ['RANK']}.jsonl", "a") as file:
                 file.write(line + "\n")
-        if stop_at and step.number == stop_at["step"]:
+        if stop_at and step == stop_at["step"]:
             _sleep(stop_at)
-        return micro_step(engine, batch, micro, step, *rest)
+        return loss_of(self, engine, batch, micro)
 
-    loop.micro_step = watched
+    Loss.__call__ = watched
 
 
 def _sleep(where: dict[str, Any]) -> None:

@@ -12,13 +12,19 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, T5Config, T5ForConditionalGeneration
 
-from shards import open_index
+from shards import Dataset, open_index
 from t5vae.checkpoint.export import export
+from t5vae.cluster.ranks import Ranks
 from t5vae.common.errors import UserError
-from t5vae.training import build, setup
+from t5vae.config import Config
+from t5vae.model import T5VAE, T5VAEConfig
+from t5vae.planning.describe import describe, open_if_there
+from t5vae.training import build
+from t5vae.training.job import resolve
 
 TRAIN = Path(__file__).parents[2] / "train.py"
 CPU = torch.device("cpu")
+ALONE = Ranks(0, 1, 0, 1, "127.0.0.1", 0)
 
 
 @pytest.fixture(scope="session")
@@ -58,6 +64,15 @@ def from_base(make_config, base):
     return make
 
 
+def model_config(config: Config, index: Dataset) -> T5VAEConfig:
+    return build.model_config(config.model, config.objective, index)
+
+
+def build_model(config: Config, index: Dataset) -> T5VAE:
+    settings = model_config(config, index)
+    return build.build_model(settings, config.model, seed=0, half=False, device=CPU)
+
+
 def refusal(call, *args) -> str:
     with pytest.raises(UserError) as caught:
         call(*args)
@@ -66,28 +81,28 @@ def refusal(call, *args) -> str:
 
 
 def test_the_sizes_are_the_bases_and_the_vocabulary_is_the_shards(from_base, index):
-    made = build.model_config(from_base(), index)
+    made = model_config(from_base(), index)
     assert (made.t5["d_model"], made.t5["num_layers"], made.t5["dropout_rate"]) == (16, 2, 0.1)
     assert made.t5["vocab_size"] == 300
     assert not made.tie_word_embeddings
-    assert setup.describe(from_base(), index, 1)["parameters"] == sum(
-        p.numel() for p in build.build_model(from_base(), index, CPU).parameters()
+    assert describe(from_base(), index, 1)["parameters"] == sum(
+        p.numel() for p in build_model(from_base(), index).parameters()
     )
 
 
 def test_a_size_may_repeat_the_bases_and_dropout_may_differ(from_base, index):
-    made = build.model_config(from_base(t5={"d_model": 16, "dropout_rate": 0.0}), index)
+    made = model_config(from_base(t5={"d_model": 16, "dropout_rate": 0.0}), index)
     assert made.t5["dropout_rate"] == 0
 
 
 def test_a_size_that_is_not_the_bases_is_refused_with_both_values(from_base, base, index):
-    message = refusal(build.model_config, from_base(t5={"d_ff": 32}), index)
+    message = refusal(model_config, from_base(t5={"d_ff": 32}), index)
     for word in ("model.t5.d_ff", "32", "24", str(base)):
         assert word in message
 
 
 def test_dropout_of_the_configuration_reaches_the_layers(from_base, index):
-    model = build.build_model(from_base(t5={"dropout_rate": 0.25}), index, CPU)
+    model = build_model(from_base(t5={"dropout_rate": 0.25}), index)
     rates = {module.p for module in model.t5.modules() if isinstance(module, torch.nn.Dropout)}
     assert rates == {0.25}
 
@@ -95,13 +110,13 @@ def test_dropout_of_the_configuration_reaches_the_layers(from_base, index):
 def test_shards_of_another_tokenizer_are_refused_before_the_start(make_config, base, other_dataset):
     data = {"shards": str(other_dataset), "global_batch_size": 16}
     config = make_config(data=data, model={"base": str(base)})
-    for check in (setup.check_before_start, setup.describe_config):
-        assert f"--tokenizer {base}" in refusal(check, config, 1)
+    for message in (refusal(resolve, config, ALONE), refusal(open_if_there, config)):
+        assert f"--tokenizer {base}" in message
 
 
 def test_a_missing_base_is_refused_before_the_start(make_config):
     config = make_config(model={"base": "no/such-t5"})
-    assert "no/such-t5" in refusal(setup.check_before_start, config, 1)
+    assert "no/such-t5" in refusal(resolve, config, ALONE)
 
 
 @pytest.mark.distributed

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from t5vae.checkpoint.manifest import consolidated_weights
 from t5vae.config import Config, Train, load_config
 from t5vae.training import budget
-from t5vae.training.budget import Pace, with_steps_before
+from t5vae.training.budget import Pace
+from t5vae.training.job import Job, with_steps_before
 from tests.launching import exact_metrics, free_port, small_config
 
 ROOT = Path(__file__).parents[2]
@@ -71,15 +72,12 @@ def test_steps_evaluations_and_saves_fit_into_the_time(seconds, evaluations, sav
 
 @given(st.integers(1, 300), st.integers(0, 20), st.integers(0, 20))
 def test_a_run_is_evaluated_and_saved_as_the_loop_does(steps, evaluations, saves):
-    def due(step: int, every: int) -> bool:
-        return bool(every and step % every == 0)
-
-    last = {steps}
-    saved = {step for step in range(1, steps + 1) if due(step, saves)} | last
-    evaluated = {step for step in range(1, steps + 1) if due(step, evaluations)} | saved
+    job = Job(config(evaluations, saves, steps=steps), None, None, None, 0, None, {})
+    saved = [step for step in range(1, steps + 1) if job.saves_after(step)]
+    evaluated = [step for step in range(1, steps + 1) if job.evaluates_after(step)]
     pace = Pace(0.0, 0.0, evaluation=1.0, save=1000.0)
     if evaluations:
-        assert pace.whole(steps, config(evaluations, saves)) == len(evaluated) + 1000 * len(saved)
+        assert pace.whole(steps, job.config) == len(evaluated) + 1000 * len(saved)
 
 
 @pytest.fixture
@@ -138,13 +136,13 @@ def rank_main(rank: int, folder: Path) -> None:
     """
     from t5vae.cluster.ranks import Ranks
     from t5vae.cluster.stopping import StopRequest
-    from t5vae.training import loop
+    from t5vae.training import loop, start
 
     ranks = Ranks(rank, 2, rank, 2, "127.0.0.1", int(os.environ["PORT"]))
     start_process_group, destroy, build = (
-        loop.start_process_group,
+        start.start_process_group,
         dist.destroy_process_group,
-        loop._build,
+        start.build,
     )
     made: list[weakref.ref] = []
 
@@ -166,7 +164,7 @@ def rank_main(rank: int, folder: Path) -> None:
         made.clear()
         return load_config(config.run_dir / "config.yaml").train
 
-    loop.start_process_group, loop._build = start_once, build_when_all_are_gone
+    start.start_process_group, start.build = start_once, build_when_all_are_gone
     dist.destroy_process_group = lambda: None
     budget.SECONDS = 0.2
     budget.process_seconds = lambda: 0.0  # this process has more than one run

@@ -1,4 +1,4 @@
-"""Runs that are killed, damaged, out of disk or short of a rank: none loses more than it may.
+"""Runs that are killed or damaged: none loses more than it may.
 
 Ranks are forked by a process that has all imports (`launching.rank_starter`), but where a launcher
 is named.
@@ -7,13 +7,9 @@ is named.
 import json
 import os
 import random
-import re
-import shutil
-import signal
-import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,104 +19,26 @@ import pytest
 from shards import open_index
 from t5vae.checkpoint import retention
 from t5vae.checkpoint.manifest import verify
-from t5vae.metrics.reading import read_metrics
 from tests.launching import (
     SLOW_SAVES,
-    Ranks,
     exact_metrics,
     launcher,
-    lines_written,
-    rank_starter,
     run_of,
-    small_config,
     steps_saved,
     torchrun,
 )
 from tests.training._slow_saves import POINTS, RANK_0_ALONE
+from tests.training.interrupted import (
+    EVERY,
+    STEPS,
+    WORLD,
+    Golden,
+    last_step,
+    resumed_step,
+    sequences_read,
+)
 
 pytestmark = pytest.mark.distributed
-
-EVERY = 5
-STEPS = 50
-WORLD = 2
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    """Starts ranks: start(world, config, *overrides, **what _slow_saves.py is to do)."""
-    with rank_starter(tmp_path_factory.mktemp("ranks")) as starter:
-        yield starter
-
-
-@pytest.fixture(scope="module")
-def write_config(dataset, tmp_path_factory):
-    """Writes a run's configuration into a new folder that holds the run's own folder too."""
-
-    def write(steps: int = STEPS, **sections: dict) -> Path:
-        whole = {
-            "optim": {"name": "adamw"},
-            "train": {"steps": steps, "precision": "fp32"},
-            "checkpoint": {"every": EVERY},
-            **sections,
-        }
-        return small_config(tmp_path_factory.mktemp("run"), dataset, **whole)
-
-    return write
-
-
-@dataclass
-class Golden:
-    """A run that was never interrupted."""
-
-    config: Path
-    run: Path
-    sequences: dict[int, list[list[int]]]
-
-
-@pytest.fixture(scope="module")
-def golden_run(start, write_config):
-    """Makes a run of so many steps, never interrupted."""
-
-    def make(steps: int) -> Golden:
-        config = write_config(steps)
-        run = run_of(config)
-        done = start(WORLD, config, record=str(config.parent))
-        assert done.end() == [0, 0], done.output()
-        return Golden(config, run, sequences_read(config.parent))
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def golden(golden_run):
-    return golden_run(STEPS)
-
-
-def sequences_read(folder: Path) -> dict[int, list[list[int]]]:
-    """The sequences that each rank read in each step; of one done again, in the last."""
-    read: dict[int, list[list[int]]] = {}
-    for rank in range(WORLD):
-        lines = (folder / f"sequences-{rank}.jsonl").read_text().splitlines()
-        last = {line["step"]: line["sequences"] for line in map(json.loads, lines)}
-        for step in sorted(last):
-            read.setdefault(step, []).append(last[step])
-    return read
-
-
-def last_step(run: Path) -> int:
-    return read_metrics(run)[-1]["step"] if lines_written(run) else 0
-
-
-def step_named(line: str) -> int:
-    return int(line.partition("step-")[2][:8])
-
-
-def resumed_step(output: str) -> int | None:
-    """Where a run that has been started again goes on; None if it did not come so far."""
-    lines = output.splitlines()
-    found = [step_named(line) for line in lines if line.startswith("resuming from ")]
-    begun = any(line.endswith(" steps") and " parameters, " in line for line in lines)
-    return found[0] if found else 0 if begun else None
 
 
 @dataclass
@@ -208,11 +126,6 @@ def kill_until_done(
     assert list((run / "checkpoints").glob("*.*")) == []
 
 
-@pytest.fixture
-def start_two(start):
-    return lambda config, *overrides, **asked: start(WORLD, config, *overrides, **asked)
-
-
 def test_every_sequence_is_read_exactly_once_an_epoch(golden, dataset):
     number = open_index(dataset).sequences("train")
     assert 2 * number < STEPS * 16
@@ -295,14 +208,6 @@ def test_a_run_killed_at_many_random_moments_ends_as_if_it_never_was(
 # Damaged files.
 
 
-@pytest.fixture
-def copy_of(golden, tmp_path):
-    """The run that was never interrupted, to be damaged; and the setting that makes it the run."""
-    run = tmp_path / "run"
-    shutil.copytree(golden.run, run)
-    return run, f"run.output_dir={run}"
-
-
 def truncate(path: Path) -> None:
     os.truncate(path, path.stat().st_size - 1)
 
@@ -358,227 +263,3 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_refused_and_nothing_is_delet
             assert f"{folder.name}.damaged-0" in line
         assert Counter(path.name for path in run.rglob("*") if path.is_file()) >= files
         assert (run / "metrics.jsonl").read_bytes() == metrics
-
-
-# A full disk.
-
-
-@pytest.fixture
-def small_disk(tmp_path) -> Iterator[Path]:
-    """A disk of 4 MiB of its own."""
-    if not shutil.which("mount") or os.geteuid() != 0:
-        pytest.skip("only root can mount a small disk")
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(tmp_path)],
-        capture_output=True,
-        text=True,
-    )
-    if mounted.returncode:
-        pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.strip()}")
-    yield tmp_path
-    subprocess.run(["umount", str(tmp_path)], check=True)
-
-
-@pytest.mark.parametrize("asynchronous", [False, True])
-def test_a_full_disk_stops_a_run_or_costs_a_checkpoint_and_nothing_else(
-    golden, small_disk, start_two, asynchronous
-):
-    run = small_disk / "run"
-    settings = [f"run.output_dir={run}", f"checkpoint.asynchronous={asynchronous}"]
-    folder, ballast = run / "checkpoints", small_disk / "ballast"
-
-    stopped = start_two(golden.config, *settings, disk={2: "full"})
-    assert stopped.end() == [2, 2], stopped.output()
-    (line,) = stopped.errors()
-    assert "No space left on device" in line
-    assert f"step-{2 * EVERY:08d}" in line
-    assert "Traceback" not in stopped.output()
-    assert [path.name for path in folder.iterdir()] == [f"step-{EVERY:08d}"]
-    assert verify(folder / f"step-{EVERY:08d}") is None
-
-    ballast.unlink()
-    settings.append("checkpoint.on_error=continue")
-    going_on = start_two(golden.config, *settings, disk={1: "full", 3: "free"})
-    assert going_on.end() == [0, 0], going_on.output()
-    assert resumed_step(going_on.output()) == EVERY
-    told = [line for line in going_on.output().splitlines() if "could not be saved" in line]
-    assert [step_named(line) for line in told] == [2 * EVERY, 3 * EVERY]
-    assert all("training goes on" in line for line in told)
-    assert exact_metrics(run) == exact_metrics(golden.run)
-
-    shutil.rmtree(folder / f"step-{STEPS:08d}")
-    last = start_two(golden.config, *settings, disk={1: "full"})
-    assert last.end() == [2, 2], last.output()
-    (line,) = last.errors()
-    assert f"step-{STEPS:08d} could not be saved" in line
-    assert verify(folder / f"step-{STEPS - EVERY:08d}") is None
-
-
-# Signals, and ranks that are lost.
-
-
-@pytest.fixture
-def three(start, write_config):
-    """Starts three ranks that train until they are stopped, and waits for their first steps."""
-
-    def begin(config: Path, *overrides: str) -> Ranks:
-        options = ["data.global_batch_size=24", "checkpoint.every=0", *overrides]
-        ranks = start(3, config, *options, record=str(config.parent))
-        run = run_of(config)
-        ranks.wait_until(lambda: resumed_step(ranks.output()) is not None)
-        begun = resumed_step(ranks.output())
-        ranks.wait_until(lambda: last_step(run) > begun + 5)
-        return ranks
-
-    return begin
-
-
-def test_a_signal_to_one_rank_stops_all_at_the_same_step_with_one_checkpoint(three, write_config):
-    config = write_config(1_000_000)
-    run, stopped = run_of(config), []
-    for number, rank in ((signal.SIGTERM, 1), (signal.SIGUSR2, 2)):
-        ranks = three(config)
-        assert resumed_step(ranks.output()) == (stopped[-1] if stopped else 0)
-        ranks.send(number, rank)
-        assert ranks.end() == [0, 0, 0], ranks.output()
-        stopped.append(last_step(run))
-        assert f"told to stop: saved at step {stopped[-1]:,}" in ranks.output()
-        assert ranks.output().count("saved /") == 1
-        assert steps_saved(run) == stopped
-        ends = [(config.parent / f"sequences-{of}.jsonl").read_text().splitlines() for of in "012"]
-        assert [json.loads(lines[-1])["step"] for lines in ends] == stopped[-1:] * 3
-    assert stopped[0] < stopped[1]
-
-
-@pytest.mark.parametrize(
-    ("lost", "number", "timeout"),
-    [(2, signal.SIGKILL, 20), (0, signal.SIGKILL, 20), (1, signal.SIGSTOP, 5)],
-)
-def test_the_other_ranks_end_in_time_and_name_the_one_that_is_lost(
-    three, write_config, lost, number, timeout
-):
-    config = write_config(1_000_000)
-    ranks = three(config, f"train.timeout={timeout}")
-    ranks.send(number, lost)
-    others = [rank for rank in range(3) if rank != lost]
-    # Long before gloo's own 30 minutes, or PATIENCE: after 15 seconds more where nothing else runs.
-    assert ranks.end(*others, patience=timeout + 60) == [1, 1], ranks.output(others[0])
-    for rank in others:
-        (line,) = ranks.errors(rank)
-        names = re.fullmatch(r"error: rank ([0-9, ]+) of 3 is lost: .*", line)
-        assert names
-        assert str(lost) in names[1].split(", ")
-        assert "Traceback" not in ranks.output(rank)
-    ranks.kill()
-
-
-def test_a_second_interrupt_ends_a_run_at_once_with_130(start, write_config, tmp_path):
-    stop_at = {"step": 5, "rank": 0, "marker": str(tmp_path / "paused")}
-    config = write_config()
-    ranks = start(WORLD, config, stop_at=stop_at)
-    ranks.wait_until((tmp_path / "paused").exists)
-    ranks.send(signal.SIGINT)
-    time.sleep(0.2)  # two signals at once would be one
-    assert ranks.is_alive()
-    ranks.send(signal.SIGINT)
-    code, other = ranks.end()
-    assert code == 130
-    assert other in (1, 130)  # waiting for the first one, it may hear of the signals after its end
-    assert steps_saved(run_of(config)) == []
-
-
-# Weights of another run, and runs that are not this one.
-
-
-def level(lines: list[dict[str, Any]]) -> float:
-    return sum(line["nats_per_token"] for line in lines) / len(lines)
-
-
-def check_started_from(weights: Path, run: Path, metrics: list[dict[str, Any]]) -> None:
-    """A run counts from 1 and begins about where another ended, whose metrics these are."""
-    first = read_metrics(run)[0]
-    assert first["step"] == 1
-    assert first["consumed"] == first["step"] * 24
-    fell = level(metrics[:1]) - level(metrics[-10:])
-    assert fell > 1
-    assert first["nats_per_token"] == pytest.approx(level(metrics[-10:]), abs=fell / 4)
-    manifest = retention.newest_manifest(run / "checkpoints")
-    assert manifest is not None
-    assert manifest["weights_from"] == str(weights)
-
-
-WEIGHTS = ("checkpoint.resume=weights", "data.global_batch_size=24", "train.steps=20")
-
-
-def test_a_run_starts_from_the_weights_of_another_once(golden, write_config, start):
-    config = write_config()
-    run, marker = run_of(config), config.parent / "paused"
-    weights = golden.run / "checkpoints" / f"step-{STEPS:08d}"
-    settings = [*WEIGHTS, f"checkpoint.source={golden.run}"]
-    before = {path: path.stat().st_mtime_ns for path in golden.run.rglob("*")}
-
-    pause = {"point": "before the rename", "save": 2, "rank": 0, "marker": str(marker)}
-    first = start(3, config, *settings, pause=pause)
-    first.wait_until(marker.exists)
-    first.kill()
-    assert f"starting from the weights of {weights}" in first.output()
-    check_started_from(weights, run, read_metrics(golden.run))
-
-    second = start(3, config, *settings)
-    assert second.end() == [0, 0, 0], second.output()
-    assert resumed_step(second.output()) == EVERY
-    assert "starting from the weights" not in second.output()
-    assert [line["step"] for line in read_metrics(run)] == list(range(1, 21))
-    check_started_from(weights, run, read_metrics(golden.run))
-    assert {path: path.stat().st_mtime_ns for path in golden.run.rglob("*")} == before
-
-    third = start(3, config, *settings)
-    assert third.end() == [0, 0, 0]
-    assert "already trained" in third.output()
-
-
-def test_a_run_starts_from_its_own_weights_and_is_set_aside_once(golden, copy_of, start, tmp_path):
-    run, override = copy_of
-    weights = run / "before-0" / "checkpoints" / f"step-{STEPS:08d}"
-    settings = [*WEIGHTS, override]
-    for save, where in ((1, "before the rename"), (2, "before the manifest")):
-        marker = tmp_path / f"paused-{save}"
-        pause = {"point": where, "save": save, "rank": 0, "marker": str(marker)}
-        killed = start(3, golden.config, *settings, pause=pause)
-        killed.wait_until(marker.exists)
-        killed.kill()
-        assert f"starting from the weights of {weights}" in killed.output()
-    metrics = read_metrics(run / "before-0")
-    assert metrics == read_metrics(golden.run)
-    check_started_from(weights, run, metrics)
-
-    last = start(3, golden.config, *settings)
-    assert last.end() == [0, 0, 0], last.output()
-    assert resumed_step(last.output()) == EVERY
-    assert steps_saved(run) == [10, 15, 20]
-    assert steps_saved(run / "before-0") == steps_saved(golden.run)
-    assert not (run / "before-1").exists()
-
-
-@pytest.mark.parametrize("resume", ["auto", "weights"])
-def test_weights_of_another_model_are_refused_with_both_sizes(golden, copy_of, start_two, resume):
-    settings = [copy_of[1], f"checkpoint.resume={resume}", "train.steps=60"]
-    refused = start_two(golden.config, *settings, "model.latent_size=12")
-    assert refused.end() == [2, 2], refused.output()
-    (line,) = refused.errors()
-    assert "model.latent_size 8, this run has 12" in line
-
-
-@pytest.mark.parametrize(("resume", "what"), [("auto", "shards"), ("weights", "tokenizer")])
-def test_another_tokenizer_is_refused_with_both_fingerprints(
-    golden, copy_of, start_two, dataset, other_dataset, resume, what
-):
-    run, override = copy_of
-    settings = [override, f"checkpoint.resume={resume}", "train.steps=60"]
-    refused = start_two(golden.config, *settings, f"data.shards={other_dataset}")
-    assert refused.end() == [2, 2], refused.output()
-    (line,) = refused.errors()
-    manifest = retention.newest_manifest(golden.run / "checkpoints")
-    assert manifest is not None
-    assert f'{what} "{manifest[what]}", this run has "' in line
-    assert (run / "metrics.jsonl").read_bytes() == (golden.run / "metrics.jsonl").read_bytes()

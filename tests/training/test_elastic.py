@@ -1,10 +1,5 @@
-"""Runs that stop and go on, on the same ranks and on others, and steps that are not finite."""
+"""Runs that stop and go on, on the same ranks and on others."""
 
-import json
-import os
-import re
-import subprocess
-import sys
 from collections import Counter
 from itertools import pairwise, product
 from pathlib import Path
@@ -12,99 +7,12 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-import yaml
 
-import shards
 from t5vae.checkpoint import retention
-from t5vae.checkpoint.manifest import consolidated_weights, open_fragments, read_manifest, verify
-from t5vae.metrics.reading import read_metrics
-from tests.launching import TIMINGS
+from t5vae.checkpoint.manifest import consolidated_weights, open_fragments, read_manifest
+from tests.training.many_runs import BATCH, SEQUENCES, STAGES, Folder, Settings, settings_of
 
 pytestmark = pytest.mark.distributed
-
-SCRIPT = Path(__file__).with_name("_many_runs.py")
-SEQUENCES, BATCH = 360, 72
-BASE = {
-    "data": {"global_batch_size": BATCH},
-    "model": {
-        "t5": {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2},
-        "latent_size": 8,
-        "token_size": 4,
-    },
-    "objective": {"latent_noise": 0.5},
-    "train": {"timeout": 60},
-    "checkpoint": {"every": 0, "keep_last": 100},
-    "log": {"every": 1},
-}
-SHARD_SMALL_ONES_TOO = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
-STAGES, PRECISIONS = (0, 1, 2, 3), ("fp32", "bf16")
-Settings = dict[str, Any]
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory) -> Path:
-    """Five global batches an epoch."""
-    folder = tmp_path_factory.mktemp("corpus")
-    texts = (f"value_{i} = function_{i % 7}({', '.join('abcdef'[: i % 6])})" for i in range(360))
-    (folder / "lines.txt").write_text("\n".join(texts) + "\n")
-    options = {"max_length": 24, "valid_fraction": 0, "block_size": 32}
-    shards.build(folder / "lines.txt", folder / "dataset", tokenizer="train:300", **options)
-    return folder / "dataset"
-
-
-class Folder(NamedTuple):
-    """Where a fixture's runs are, and what their ranks saw."""
-
-    path: Path
-
-    def run(self, name: str, out: str, settings: Settings, **options: Any) -> dict[str, Any]:
-        """A run for the ranks' script.
-
-        Args:
-            name: of this start of it.
-            out: the run's own name: its folder.
-        """
-        settings = {"run.output_dir": str(self.path / out), **settings}
-        if settings["deepspeed.zero_stage"] == 3:
-            settings["deepspeed.config"] = {
-                **SHARD_SMALL_ONES_TOO,
-                **settings.get("deepspeed.config", {}),
-            }
-        given = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
-        return {"name": name, "settings": given, **options}
-
-    def start(self, dataset: Path, launches: list[tuple[int, list[dict[str, Any]]]]) -> None:
-        """Start ranks for each (world size, runs); runs of ZeRO-3 leave traces, and come last."""
-        base = {**BASE, "data": {**BASE["data"], "shards": str(dataset)}}
-        (self.path / "base.yaml").write_text(yaml.safe_dump(base))
-        ordered = [
-            {
-                "world": world,
-                "runs": sorted(runs, key=lambda run: "deepspeed.zero_stage=3" in run["settings"]),
-            }
-            for world, runs in launches
-        ]
-        (self.path / "launches.json").write_text(json.dumps(ordered))
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-        environment |= {"TORCHDYNAMO_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
-        if sys.platform == "linux":  # elsewhere the loopback has another name
-            environment["GLOO_SOCKET_IFNAME"] = "lo"
-        command = [sys.executable, "-W", "ignore", str(SCRIPT), str(self.path)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
-        assert done.returncode == 0, done.stderr[-3000:]
-
-    def seen(self, name: str, world: int = 2) -> list[dict[str, Any]]:
-        """What each rank saw of a start."""
-        files = [self.path / f"{name}.{rank}.json" for rank in range(world)]
-        return [json.loads(file.read_text()) for file in files]
-
-    def metrics(self, out: str) -> list[dict[str, Any]]:
-        """Every line without its timings."""
-        lines = read_metrics(self.path / out)
-        return [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines]
-
-    def last(self, out: str) -> Path:
-        return retention.list_checkpoints(self.path / out / "checkpoints")[-1]
 
 
 def state_of(saved: Path) -> dict[tuple[str, str], torch.Tensor]:
@@ -124,16 +32,6 @@ FP16 = {
     "deepspeed.config": {"fp16": {"initial_scale_power": 14, "loss_scale_window": 2}},
 }
 FOUR_MICRO_BATCHES = {"data.micro_batch_size": 9}
-
-
-def settings_of(stage: int, optimizer: str, precision: str, **others: Any) -> Settings:
-    return {
-        "deepspeed.zero_stage": stage,
-        "optim.name": optimizer,
-        "train.precision": precision,
-        "optim.muon_precision": "fp32",
-        **others,
-    }
 
 
 EXACT = {
@@ -165,7 +63,7 @@ KINDS = {"adamw": 3, "muon": 4}  # weights, and the moments of each
 
 
 @pytest.fixture(scope="module")
-def exact(dataset, tmp_path_factory) -> Folder:
+def exact(short_dataset, tmp_path_factory) -> Folder:
     """Every run in one go, and stopped in the middle and gone on with in new processes."""
     folder = Folder(tmp_path_factory.mktemp("exact"))
     first, second = [], []
@@ -174,7 +72,7 @@ def exact(dataset, tmp_path_factory) -> Folder:
         first.append(folder.run(f"{name}.golden", f"{name}.golden", settings))
         first.append(folder.run(f"{name}.first", name, settings, stop_at=STOP))
         second.append(folder.run(f"{name}.second", name, settings))
-    folder.start(dataset, [(2, first), (2, second)])
+    folder.start(short_dataset, [(2, first), (2, second)])
     return folder
 
 
@@ -253,7 +151,7 @@ def journey_settings(name: str, leg: Leg) -> Settings:
 
 
 @pytest.fixture(scope="module")
-def elastic(dataset, tmp_path_factory) -> Folder:
+def elastic(short_dataset, tmp_path_factory) -> Folder:
     """Every journey, leg by leg, and a run of two ranks in one go."""
     folder = Folder(tmp_path_factory.mktemp("elastic"))
     launches: list[tuple[int, list]] = []
@@ -282,7 +180,7 @@ def elastic(dataset, tmp_path_factory) -> Folder:
                 of_world.setdefault(leg.world, []).append(run)
         launches += of_world.items()
     launches.append((1, [folder.run(f"{SMALLER_MMD}.1", SMALLER_MMD, small)]))
-    folder.start(dataset, launches)
+    folder.start(short_dataset, launches)
     return folder
 
 
@@ -373,115 +271,3 @@ def test_every_stage_starts_from_the_same_weights(elastic, bottleneck):
         assert found.keys() == wanted.keys()
         for name, weight in wanted.items():
             torch.testing.assert_close(found[name], weight, rtol=0, atol=1e-20)
-
-
-# Steps that are not finite.
-
-POISON_STEPS, POISON_STOP = 8, 7
-POISONED = {
-    f"zero {stage}, {optimizer}, {precision}, accumulation {micro_batches}": {
-        **settings_of(stage, optimizer, precision),
-        "data.micro_batch_size": BATCH // (2 * micro_batches),
-        "train.steps": POISON_STEPS,
-    }
-    for stage, optimizer, precision in product(STAGES, ("adamw", "muon"), PRECISIONS)
-    for micro_batches in [1 + ((optimizer == "adamw") == (precision == "fp32"))]
-}
-BAD_RANK = {2: 1, 3: 0, 5: 1, 6: 0}  # by step
-OVER = {
-    "zero 0, adamw, fp32": {},
-    "zero 1, muon, bf16": {"checkpoint.asynchronous": True, "checkpoint.every": 1},
-    "zero 3, adamw, bf16": {},
-}
-OVER_EVERY, LIMIT = 3, 3
-
-
-@pytest.fixture(scope="module")
-def poisoned(dataset, tmp_path_factory) -> Folder:
-    """Runs with steps that are not finite, and gone on with; others with no other step."""
-    folder = Folder(tmp_path_factory.mktemp("poisoned"))
-    first, second = [], []
-    for name, settings in POISONED.items():
-        last = 1 if "accumulation 2" in name else 0
-        kinds = {2: ("nan", 0), 3: ("inf", last), 5: ("latent", last), 6: ("gradient", last)}
-        poison = {step: (kind, BAD_RANK[step], micro) for step, (kind, micro) in kinds.items()}
-        options = {"stop_at": POISON_STOP, "poison": poison}
-        first.append(folder.run(f"{name}.first", name, settings, **options))
-        if not last:
-            second.append(folder.run(f"{name}.second", name, settings))
-    for name, extras in OVER.items():
-        settings = {
-            **EXACT[name],
-            "train.steps": POISON_STEPS,
-            "train.max_bad_steps": LIMIT,
-            "checkpoint.every": OVER_EVERY,
-            **extras,
-        }
-        poison = {step: ("nan", 1, 0) for step in range(4, POISON_STEPS + 1)}
-        first.append(folder.run(f"{name}.first", name, settings, poison=poison))
-        second.append(folder.run(f"{name}.second", name, settings))
-    folder.start(dataset, [(2, first), (2, second)])
-    return folder
-
-
-@pytest.mark.parametrize("name", POISONED)
-def test_a_step_that_is_not_finite_on_one_rank_changes_no_rank(poisoned, name):
-    for rank in poisoned.seen(f"{name}.first"):
-        assert rank["error"] is None
-        for step in range(1, POISON_STOP):
-            for what in ("weights", "moments"):
-                if step == 6 and what == "moments" and "zero 3, muon" in name:
-                    continue  # DeepSpeed moves the momentum of other matrices than the poisoned
-                before, after = rank[what][str(step)], rank[what][str(step + 1)]
-                assert (before == after) == (step in BAD_RANK), (step, what)
-
-
-@pytest.mark.parametrize("name", POISONED)
-def test_steps_that_are_not_finite_are_counted_and_the_count_goes_on(poisoned, name):
-    lines = poisoned.metrics(name)
-    steps = POISON_STOP if "accumulation 2" in name else POISON_STEPS
-    assert [line["consumed"] for line in lines] == [BATCH * n for n in range(1, steps + 1)]
-    assert [line["skipped"] for line in lines] == [0, 1, 2, 2, 3, 4, 4, 4][:steps]
-    assert [line["nonfinite"] for line in lines] == [0, 1, 2, 2, 3, 3, 3, 3][:steps]
-    lost = [line["step"] for line in lines if line["loss"] is None]
-    assert lost == [2, 3, 5]  # at step 6 the gradient alone is not finite
-
-
-@pytest.mark.parametrize("name", POISONED)
-def test_steps_that_are_not_finite_are_told_with_rank_and_position(poisoned, name):
-    output = poisoned.seen(f"{name}.first")[0]["output"]
-    told = [line for line in output.splitlines() if "skipped" in line]
-    whose = {step: f"the loss of rank {rank}" for step, rank in BAD_RANK.items()}
-    whose[6] = "the gradient"
-    assert told == [
-        f"step {step}: {what} is not finite: skipped (the batch from position {BATCH * (step - 1)})"
-        for step, what in whose.items()
-    ]
-
-
-@pytest.mark.parametrize("name", OVER)
-def test_too_many_bad_steps_end_the_run_on_all_ranks_with_the_command_that_shows_the_batch(
-    poisoned, dataset, name
-):
-    errors = [rank["error"] for rank in poisoned.seen(f"{name}.first")]
-    assert errors[0] == errors[1]
-    assert "3 steps in a row went wrong; step 6: the loss of rank 1 is not finite" in errors[0]
-    position = BATCH * 5
-    replay = f"t5vae shards inspect {dataset} --position={position} --batch={BATCH} --seed=0"
-    assert replay in errors[0]
-
-
-@pytest.mark.parametrize("name", OVER)
-def test_a_run_ended_by_bad_steps_saves_none_of_the_last_and_goes_on_from_what_is_there(
-    poisoned, name
-):
-    second = poisoned.seen(f"{name}.second")[0]
-    assert second["error"] is None
-    assert "damaged" not in second["output"]
-    newest = {4, 5} if OVER[name] else {3}  # asynchronous: the last may not be committed
-    assert int(re.search(r"resuming from .+/step-(\d+)", second["output"])[1]) in newest
-    lines = poisoned.metrics(name)
-    assert [line["step"] for line in lines] == list(range(1, POISON_STEPS + 1))
-    assert all(line["loss"] is not None for line in lines[-3:])
-    for saved in retention.list_checkpoints(poisoned.path / name / "checkpoints"):
-        assert verify(saved) is None

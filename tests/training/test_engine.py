@@ -30,7 +30,8 @@ def made(world_size: int = 1, user: object = None, **sections: dict) -> dict:
     zero = {"config": user, **sections.pop("zero", {})}
     train = {"precision": "bf16", **sections.pop("train", {})}
     config = Config(data=data, deepspeed=zero, train=train, **sections)
-    return deepspeed_config(config, world_size)
+    split = config.data.split(world_size)
+    return deepspeed_config(config.deepspeed, config.optim, config.train.precision, split)
 
 
 def refusal(*args: object, **sections: dict) -> str:
@@ -276,9 +277,9 @@ def test_a_device_without_fp16_is_refused_before_anything_is_built(monkeypatch):
     from deepspeed.accelerator import get_accelerator
 
     monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda self: False)
-    config = Config(data={"shards": "x", "global_batch_size": 8}, train={"precision": "fp16"})
+    settings = made(train={"precision": "fp16"})
     with pytest.raises(UserError, match=r"fp16: set train\.precision to bf16 or fp32"):
-        build_engine(torch.nn.Linear(2, 2), config, 1)
+        build_engine(torch.nn.Linear(2, 2), settings, Optim())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device has it")

@@ -29,13 +29,13 @@ from t5vae.cluster.ranks import Ranks
 from t5vae.config import Config
 from t5vae.model import T5VAE, Regularisers, row_keys
 from t5vae.objective import PendingMMD, mmd, reference, sliced_epps_pulley
-from t5vae.training import build
-from t5vae.training.engine import build_engine, set_learning_rate
-from t5vae.training.step import Losses, Step, micro_step
+from t5vae.training.build import model_config
+from t5vae.training.engine import backward, build_engine, deepspeed_config, set_learning_rate
+from t5vae.training.step import Loss
 
 WORLDS, STAGES = (1, 2, 4), (0, 1, 2, 3)
 ROWS, LONGEST, VOCABULARY = 8, 16, 40  # rows of a micro step, over all ranks
-SEED, POSITION = 3, 64
+SEED, POSITION, CPU = 3, 64, torch.device("cpu")
 SMALL = {"t5": {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}}
 SMALL |= {"vocab_size": VOCABULARY, "sequence_length": LONGEST, "latent_size": 6, "token_size": 4}
 MIXED = [5, 16, 2, 9, 3, 12, 7, 2]
@@ -109,7 +109,8 @@ def make_config(case: Case, stage: int = 0, world: int = 1) -> Config:
 
 
 def make_model(case: Case) -> T5VAE:
-    settings = build.model_config(make_config(case), None)
+    config = make_config(case)
+    settings = model_config(config.model, config.objective, None)
     settings.tie_word_embeddings = MODELS[case.model].tied
     torch.manual_seed(SEED)
     model = T5VAE(settings)
@@ -200,6 +201,12 @@ def one_process(name: str) -> Found:
 # What a rank runs.
 
 
+def make_engine(case: Case, stage: int, world: int) -> Any:
+    config = make_config(case, stage, world)
+    settings = deepspeed_config(config.deepspeed, config.optim, "fp32", config.data.split(world))
+    return build_engine(make_model(case), settings, config.optim)
+
+
 def rank_step(engine: Any, name: str, stage: int) -> dict[str, Any]:
     """A step through the product, but for its update."""
     from deepspeed.utils import safe_get_full_grad
@@ -207,13 +214,13 @@ def rank_step(engine: Any, name: str, stage: int) -> dict[str, Any]:
     case, rank, world = CASES[name], dist.get_rank(), dist.get_world_size()
     config, batches = make_config(case, stage, world), micro_batches(case, rank, world)
     tokens = all_tokens(micro_batches(case))
-    step = Step(1, POSITION, tokens, case.weight, world * len(batches))
-    losses: list[Losses] = []
+    loss = Loss(config.objective, SEED, config.data.split(world), CPU)
+    loss.begin(POSITION, tokens, case.weight)
     with recorded(engine) as events:
         for micro, batch in enumerate(batches):
             if micro:
                 engine.step()
-            losses.append(micro_step(engine, batch, micro, step, config, torch.device("cpu")))
+            backward(engine, loss(engine, batch, micro))
     gradients = {
         key: safe_get_full_grad(parameter).detach().clone()
         for key, parameter in engine.module.named_parameters()
@@ -222,15 +229,11 @@ def rank_step(engine: Any, name: str, stage: int) -> dict[str, Any]:
     engine.step()  # only forgets the gradients
     afterwards = [
         mmd(part.codes_BD, **mmd_options(config), **draw(batch, micro)).item()
-        for micro, (part, batch) in enumerate(zip(losses, batches, strict=True))
+        for micro, (part, batch) in enumerate(zip(loss.found, batches, strict=True))
     ]
-    found = Found(
-        [part.nll for part in losses],
-        [part.mmd for part in losses],
-        [part.epps_pulley for part in losses],
-        gradients,
-    )
-    return vars(found) | {"events": events, "afterwards": afterwards}
+    parts = ("nll", "mmd", "epps_pulley")
+    found = {name: [getattr(part, name) for part in loss.found] for name in parts}
+    return {**found, "gradients": gradients, "events": events, "afterwards": afterwards}
 
 
 @contextmanager
@@ -271,20 +274,22 @@ def recorded(engine: Any) -> Iterator[list[str]]:
 
 def backward_collectives(engine: Any, batch: Batch) -> dict[str, dict[str, int]]:
     """How many collectives `engine.backward` calls, by kind, in micro steps with three losses."""
-    config, backward = make_config(CASES["whole"]), engine.backward
+    go_back = engine.backward
     found: dict[str, dict[str, int]] = {}
 
     def counted(name: str) -> Callable[[Tensor], None]:
         def call(loss: Tensor) -> None:
             with CommDebugMode() as collectives:
-                backward(loss)
+                go_back(loss)
             found[name] = {str(kind): n for kind, n in collectives.get_comm_counts().items()}
 
         return call
 
-    step = Step(1, POSITION, 1.0, 10.0, 1)
+    config = make_config(CASES["whole"])
+    loss = Loss(config.objective, SEED, config.data.split(1), CPU)
+    loss.begin(POSITION, 1.0, 10.0)
     with patch.object(engine, "backward", counted("with mmd")):
-        micro_step(engine, batch, 0, step, config, torch.device("cpu"))
+        backward(engine, loss(engine, batch, 0))
     engine.step()
     counted("without")(engine(batch.ids, mode="score").nll.sum())
     engine.step()
@@ -302,8 +307,7 @@ def rank_main(rank: int, world: int, port: int, folder: Path) -> None:
     for stage in STAGES:
         for model in MODELS:
             names = [name for name, case in CASES.items() if case.model == model]
-            case = CASES[names[0]]
-            engine = build_engine(make_model(case), make_config(case, stage, world), world)
+            engine = make_engine(CASES[names[0]], stage, world)
             engine.train()
             if stage == 3:
                 assert not any(p.numel() for p in engine.module.parameters()), "not sharded"

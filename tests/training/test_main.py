@@ -6,11 +6,11 @@ import sys
 
 import pytest
 
-from shards import open_index
 from t5vae.cluster.errors import LostRankError
+from t5vae.cluster.ranks import Ranks
 from t5vae.cluster.run_folder import lock_run
 from t5vae.training import main as program
-from t5vae.training.setup import identity
+from t5vae.training.job import resolve
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_STEP_ID", "SLURM_LOCALID")
 
@@ -134,11 +134,12 @@ def test_an_error_that_no_user_can_mend_keeps_its_traceback(config_file, monkeyp
 
 
 def test_a_run_folder_of_another_run_is_one_line_with_both_values(
-    capsys, config_file, make_config, dataset, save
+    capsys, config_file, make_config, save
 ):
     config = make_config()
     lock_run(config.run_dir).close()
-    save(config.run_dir / "checkpoints", 10, identity(config, open_index(dataset)))
+    job = resolve(config, Ranks(0, 1, 0, 1, "127.0.0.1", 0))
+    save(config.run_dir / "checkpoints", 10, job.identity)
     before = {path: path.stat().st_mtime_ns for path in config.run_dir.rglob("*")}
     line = error_line(capsys, config_file, "data.global_batch_size=32")
     assert "16" in line

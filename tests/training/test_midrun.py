@@ -9,9 +9,9 @@ import torch
 
 from t5vae.evaluation import evaluate
 from t5vae.latent import LatentSpace
-from t5vae.training import midrun as probing
-from t5vae.training.build import build_model
-from t5vae.training.midrun import STEPS, Probe
+from t5vae.training import midrun
+from t5vae.training.build import build_model, model_config
+from t5vae.training.midrun import STEPS, MidRunEvaluation
 
 
 @pytest.fixture
@@ -21,11 +21,9 @@ def model(make_config):
     model = {"t5": {**t5, "dropout_rate": 0.3}, "latent_size": 8, "token_size": 4}
     config = make_config(model=model, eval={"every": 1, "sequences": 30, "decoded": 20})
     dataset = config.data.open()
-    return SimpleNamespace(
-        config=config,
-        dataset=dataset,
-        engine=build_model(config, dataset, torch.device("cpu")).train(),
-    )
+    settings = model_config(config.model, config.objective, dataset)
+    built = build_model(settings, config.model, seed=0, half=False, device=torch.device("cpu"))
+    return SimpleNamespace(settings=config.eval, dataset=dataset, engine=built.train())
 
 
 @pytest.fixture
@@ -33,17 +31,17 @@ def look(model, together, monkeypatch):
     """What so many ranks find."""
 
     def find(world: int, **changes):
-        settings = model.config.eval.model_copy(update=changes)
-        config = model.config.model_copy(update={"eval": settings})
         ranks = together(world)
-        monkeypatch.setattr(probing, "dist", ranks)
-        engine = model.engine
-        probe = Probe(
-            SimpleNamespace(module=engine, eval=engine.eval, train=engine.train),
-            model.dataset,
-            config,
+        monkeypatch.setattr(midrun, "dist", ranks)
+        engine = SimpleNamespace(
+            module=model.engine,
+            eval=model.engine.eval,
+            train=model.engine.train,
+            zero_optimization_stage=lambda: 0,
         )
-        return [done.result() for done in ranks.run(lambda rank: probe.look())]
+        settings = model.settings.model_copy(update=changes)
+        evaluation = MidRunEvaluation(engine, model.dataset, settings)
+        return [done.result() for done in ranks.run(lambda rank: evaluation.look())]
 
     return find
 

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from t5vae.cluster.agreement import from_first
 from t5vae.config import Config
 from t5vae.training import precision
-from t5vae.training.precision import model_products, product_seconds, settle, settled
+from t5vae.training.build import model_config
+from t5vae.training.precision import model_products, product_seconds, settled
 
 CPU = torch.device("cpu")
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -29,6 +30,12 @@ def config(optimizer: str = "adamw", muon_precision: str | None = None, **train:
         optim={"name": optimizer, "muon_precision": muon_precision},
         train=train,
     )
+
+
+def settle(given: Config, before: object) -> tuple[Config, list[str]]:
+    """`precision.settle` of a run of two ranks."""
+    settings = model_config(given.model, given.objective, None)
+    return precision.settle(given, settings, given.data.split(2), CPU, before)
 
 
 @pytest.fixture
@@ -54,7 +61,7 @@ def clock(monkeypatch):
 )
 def test_bf16_is_taken_where_the_clock_says_that_it_is_1_2_times_as_fast(clock, fp32, bf16, chosen):
     clock(fp32 / 1e3, bf16 / 1e3)
-    settled, (reason,) = settle(config(), None, CPU, {})
+    settled, (reason,) = settle(config(), {})
     assert settled.train.precision == chosen
     times = {"fp32": f"{fp32:g} ms", "bf16": f"{bf16:g} ms"}
     other = "fp32" if chosen == "bf16" else "bf16"
@@ -66,15 +73,16 @@ def test_bf16_is_taken_where_the_clock_says_that_it_is_1_2_times_as_fast(clock, 
 
 def test_muons_iteration_is_chosen_by_square_products_of_its_own(clock):
     timed = clock(1.0, 2.0)
-    settled, reasons = settle(config("muon"), None, CPU, {})
+    settled, reasons = settle(config("muon"), {})
     assert (settled.train.precision, settled.optim.muon_precision) == ("fp32", "fp32")
     assert [reason.startswith("muon in fp32: ") for reason in reasons] == [False, True]
     assert timed[-1] == [(16, 16, 16)]
-    assert settle(config(), None, CPU, {})[0].optim.muon_precision is None
+    assert settle(config(), {})[0].optim.muon_precision is None
 
 
 def test_the_products_are_the_models_own():
-    settings = precision.model_config(config(), None)
+    given = config()
+    settings = model_config(given.model, given.objective, None)
     assert model_products(settings, 7) == [(7, 8, 16), (7, 48, 16), (7, 16, 48), (7, 100, 16)]
 
 
@@ -82,7 +90,7 @@ def test_the_products_are_the_models_own():
 def test_a_precision_that_is_set_stays_and_nothing_is_timed(clock, set_):
     timed = clock(1.0, 2.0)
     given = config("muon", "bf16", precision=set_)
-    assert settle(given, None, CPU, {"precision": "fp32"}) == (given, [])
+    assert settle(given, {"precision": "fp32"}) == (given, [])
     assert settled(given, "bf16") == given
     assert timed == []
 
@@ -90,7 +98,7 @@ def test_a_precision_that_is_set_stays_and_nothing_is_timed(clock, set_):
 def test_a_run_that_goes_on_keeps_its_precisions_and_nothing_is_timed(clock):
     timed = clock(1.0, 2.0)
     before = {"precision": "fp16", "muon_precision": "bf16"}
-    kept, reasons = settle(config("muon"), None, CPU, before)
+    kept, reasons = settle(config("muon"), before)
     assert (kept.train.precision, kept.optim.muon_precision) == ("fp16", "bf16")
     assert timed == reasons == []
 
@@ -142,7 +150,7 @@ def rank_main(rank: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     times = {0: {FP32: 3e-3, BF16: 1e-3}, 1: {FP32: 2e-3, BF16: 5e-3}}
     precision.product_seconds = lambda products, dtype, device: times[rank][dtype]
-    chosen, (reason,) = settle(config(), None, CPU, from_first({} if rank == 0 else None))
+    chosen, (reason,) = settle(config(), from_first({} if rank == 0 else None))
     found = {"precision": chosen.train.precision, "reason": reason}
     (folder / f"{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()

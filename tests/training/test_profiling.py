@@ -4,28 +4,34 @@ import time
 
 import pytest
 import torch
+from torch.profiler import record_function as phase
 
 from t5vae.training import profiling
-from t5vae.training.profiling import Profiler, phase
+from t5vae.training.profiling import Profiler
 
 
 @pytest.fixture
-def profiled(make_config):
+def folder(tmp_path):
+    """A run's."""
+    (tmp_path / "logs").mkdir()
+    return tmp_path
+
+
+@pytest.fixture
+def profiled(folder):
     """Steps with a matrix product and a wait; what was told, and the folder of the profile."""
 
     def run(first: int, last: int, *, start: int = 0, end: int = 6):
-        config = make_config(train={"steps": 10, "profile": [first, last]})
-        (config.run_dir / "logs").mkdir(parents=True)
         told: list[str] = []
-        profiler = Profiler(config, 0, told.append)
-        for step in range(start, end):
-            profiler.step(step)
+        profiler = Profiler((first, last), folder, 0, told.append)
+        for step in range(start + 1, end + 1):
+            profiler.before(step)
             with phase("data"):
                 time.sleep(0.02)
             with phase("forward"):
                 torch.ones(300, 300) @ torch.ones(300, 300)
-        profiler.close(end)
-        return told, config.run_dir / "profile"
+        profiler.close()
+        return told, folder / "profile"
 
     return run
 
@@ -62,24 +68,23 @@ def test_the_table_says_where_a_steps_time_goes(profiled):
     assert float(mm[1]) == 1  # a step
 
 
-def test_steps_that_never_come_and_no_profile_write_nothing(profiled, make_config):
+def test_steps_that_never_come_and_no_profile_write_nothing(profiled, tmp_path):
     told, folder = profiled(8, 9)
     assert told == []
     assert not folder.exists()
-    profiler = Profiler(make_config(), 0, told.append)
-    for step in range(3):
-        profiler.step(step)
-    profiler.close(3)
+    profiler = Profiler(None, tmp_path, 0, told.append)
+    for step in (1, 2, 3):
+        profiler.before(step)
+    profiler.close()
     assert told == []
+    assert not folder.exists()
 
 
-def test_a_profile_that_cannot_be_written_stops_nothing(make_config):
-    config = make_config(train={"steps": 10, "profile": [1, 2]})
-    (config.run_dir / "logs").mkdir(parents=True)
-    (config.run_dir / "profile").write_text("in the way")
+def test_a_profile_that_cannot_be_written_stops_nothing(folder):
+    (folder / "profile").write_text("in the way")
     told: list[str] = []
-    profiler = Profiler(config, 0, told.append)
-    for step in range(4):
-        profiler.step(step)
+    profiler = Profiler((1, 2), folder, 0, told.append)
+    for step in (1, 2, 3, 4):
+        profiler.before(step)
     assert len(told) == 1
     assert told[0].startswith("the profile could not be written: ")

@@ -1,0 +1,105 @@
+"""The start of a job: its ranks meet, its folder is locked, what was left open is settled."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import IO, Any
+
+import torch
+import torch.distributed as dist
+
+from t5vae.checkpoint.randomness import be_deterministic
+from t5vae.checkpoint.retention import newest_manifest
+from t5vae.cluster import attempts
+from t5vae.cluster.agreement import check_shared, from_first, raise_together
+from t5vae.cluster.preflight import Preflight
+from t5vae.cluster.process_group import limit_waiting, start_process_group
+from t5vae.cluster.run_folder import LOCK, lock_run, make_folder
+from t5vae.common.errors import UserError
+from t5vae.common.quiet import log_libraries_to, quiet_start
+from t5vae.metrics.runlog import RunLog
+from t5vae.training.budget import fix_steps
+from t5vae.training.build import build_model
+from t5vae.training.engine import build_engine, sharded
+from t5vae.training.job import Job, manifest_before
+from t5vae.training.precision import settle
+
+
+@contextmanager
+def started(job: Job, preflight: Preflight) -> Iterator[tuple[Job, torch.device, Any, RunLog]]:
+    """Start a job, all its ranks together, and give back what it took once it ends well.
+
+    Yields:
+        The job with its steps and precisions, this rank's device, DeepSpeed's engine, the log.
+
+    Raises:
+        UserError: if another process trains in the run's folder, or not all ranks share it; and
+            see `fix_steps`, `build_engine`.
+    """
+    config, ranks = job.config, job.ranks
+    make_folder(job.folder / "logs")
+    with quiet_start(job.log_file):
+        if config.train.deterministic:
+            be_deterministic()
+        device = start_process_group(
+            ranks,
+            config.train.timeout,
+            compiles=config.model.compile,
+            interface=config.launcher.interface,
+        )
+        lock, attempt = _claim(job)
+        health = preflight.report(device)
+        before = from_first((manifest_before(config) or {}).get("layout", {}))
+        config, reasons = settle(config, job.settings, job.split, device, before)
+        job, fixed = fix_steps(replace(job, config=config), device, build)
+        engine = build(job, device)
+        limit_waiting(config.train.timeout)
+    log_libraries_to(job.log_file)
+    log = RunLog(job.config, enabled=ranks.is_first)
+    log.attempt(attempt, health)
+    for reason in reasons + fixed:
+        log.say(reason)
+    yield job, device, engine, log
+    log.close()
+    dist.destroy_process_group()
+    if lock:
+        lock.truncate(0)
+        lock.close()
+
+
+def build(job: Job, device: torch.device) -> Any:
+    """DeepSpeed's engine around a new model."""
+    options = job.config.model
+    with sharded(job.deepspeed, pretrained=options.base is not None):
+        model = build_model(
+            job.settings,
+            options,
+            seed=job.config.run.seed,
+            half=job.config.train.half,
+            device=device,
+        )
+    return build_engine(model, job.deepspeed, job.config.optim)
+
+
+def _claim(job: Job) -> tuple[IO[str] | None, int]:
+    """Lock the run's folder, or refuse on all ranks: one that left alone would hang the rest.
+
+    Returns:
+        On rank 0 the lock, and the number of this attempt.
+    """
+    lock, attempt, problem = None, 0, None
+    if job.ranks.is_first:
+        try:
+            lock = lock_run(job.folder, anew=job.config.checkpoint.resume == "never")
+            newest = newest_manifest(job.folder / "checkpoints")
+            attempt = attempts.begin(
+                job.folder,
+                newest["step"] if newest else 0,
+                job.ranks.hosts,
+                max_restarts=job.config.launcher.max_restarts,
+            )
+        except UserError as error:
+            problem = error
+    raise_together(problem)
+    check_shared(job.folder / LOCK)
+    return lock, attempt
