@@ -215,10 +215,11 @@ def parts(
     """What a T5 and a T5VAE do differently, forward and backward: the T5's, and the T5VAE's."""
     rows, width = len(batch.ids), t5.config.d_model
     ids_BT, weights_B = batch.ids.to(place.device), batch.weights.to(place.device)
-    mask_BT = (ids_BT != PAD).long()
-    labels_BT = ids_BT.masked_fill(ids_BT == PAD, -100)
+    real_BT = ids_BT != PAD
+    mask_BT, labels_BT = real_BT.long(), ids_BT.masked_fill(~real_BT, -100)
     like = {"device": place.device, "dtype": place.dtype, "requires_grad": True}
     states_BTC = torch.randn(rows, LENGTH, width, **like)
+    states_NC = states_BTC.detach()[real_BT].requires_grad_()
     z_BD = torch.randn(rows, LATENT, **like)
     pull_BMC = torch.randn_like(model.bottleneck.expand(z_BD.detach()))
     mmd = RUN.objective.mmd
@@ -228,7 +229,7 @@ def parts(
         cross_entropy(logits_NV, labels_BT.flatten()).backward()
 
     def t5vae_scores() -> None:
-        model._score(states_BTC * width**-0.5, ids_BT, None).loss.backward()
+        model._score(states_NC * width**-0.5, ids_BT, real_BT, None).loss.backward()
 
     def bottleneck() -> None:
         code_BD = model.bottleneck.compress(states_BTC, mask_BT)
