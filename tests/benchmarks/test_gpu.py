@@ -133,7 +133,7 @@ def test_reads_of_the_host_are_counted_by_place(gpu, monkeypatch):
     assert count == 3
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_all_of_it_runs_at_toy_size(gpu, tmp_path):
     command = [sys.executable, ROOT / "benchmarks/gpu.py", "--smoke", "--out", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -138,6 +138,7 @@ def test_every_sequence_is_read_exactly_once_an_epoch(golden, dataset):
     assert sorted(golden.sequences) == list(range(1, STEPS + 1))
 
 
+@pytest.mark.soak
 def test_a_run_that_torchrun_started_and_that_is_killed_three_times_ends_as_if_it_never_was(
     golden, write_config, tmp_path
 ):

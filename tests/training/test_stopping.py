@@ -93,6 +93,7 @@ def commands(tmp_path):
     return folder
 
 
+@pytest.mark.soak
 def test_a_stopped_make_train_exports_nothing_and_goes_on_when_it_is_run_again(
     launch, config, dataset, commands
 ):
