@@ -105,16 +105,16 @@ class RunLog:
         Args:
             after: steps done.
         """
-        self.start(after)
         for step in range(after + 1, self.last_step + 1):
             yield step
             if self.bar is not None:
                 self.bar.update(self.task, completed=step)
 
-    def start(self, step: int) -> None:
-        """Begin after a step: with the trackers, and on a terminal with the bar."""
+    def start(self, step: int, summary: str) -> None:
+        """Begin after a step: say what is trained, start the trackers and, on a terminal, a bar."""
         if not self.enabled:
             return
+        self.say(summary)
         self.checkpoint = step
         self.began = time.monotonic(), step
         self.trackers.start(step)

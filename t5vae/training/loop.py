@@ -44,16 +44,15 @@ def run(config: Config, ranks: Ranks, stop: StopRequest) -> None:
         if start.done:
             feed.load_state_dict(start.data)
             anomalies.load_state_dict(start.anomalies)
-        log.say(job.summary)
         if ranks.is_first:
             config.write()
+        log.start(start.done, job.summary)
         of_run = job.identity | {"layout": job.layout, "weights_from": start.weights_from}
         checkpoints = Checkpoints(job.folder / "checkpoints", config.checkpoint, of_run, log)
         profiler = Profiler(config.train.profile, job.folder, ranks.rank, log.say)
         meter = Meter(device, job.split, peak_flops(device, half=config.train.half))
-        profile = meter.apart(profiler.before)
         evaluate = meter.apart(MidRunEvaluation(engine, job.dataset, config.eval).look)
-        save = meter.apart(checkpoints.save)
+        profile, save = meter.apart(profiler.before), meter.apart(checkpoints.save)
 
         step = start.done
         for step in log.steps(start.done):

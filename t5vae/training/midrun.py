@@ -5,7 +5,6 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -112,27 +111,20 @@ class MidRunEvaluation:
     Args:
         engine: DeepSpeed's, around the model.
         dataset: whose split valid holds the held-out sequences.
-        settings: how many of them, and what makes a text valid.
+        settings: how many of them, and what makes a text valid; nothing is read where `every` is 0.
     """
 
     def __init__(self, engine: Any, dataset: Dataset, settings: Eval):
         self.engine = engine
-        self.is_valid = None if settings.check is None else checker(settings.check)
         self.decoded = settings.decoded
-        self.dataset, self.sequences = dataset, settings.sequences
-
-    @cached_property
-    def ids(self) -> Ids:
-        """The held-out sequences."""
-        numbers = self.dataset.first("valid", self.sequences)
-        ids_NT, lengths_N = self.dataset.read("valid", numbers)
-        return [row[:n].tolist() for row, n in zip(ids_NT, lengths_N, strict=True)]
-
-    @cached_property
-    def space(self) -> DealtSpace:
-        engine = self.engine
+        if not settings.every:
+            return
+        self.is_valid = None if settings.check is None else checker(settings.check)
+        ids_NT, lengths_N = dataset.read("valid", dataset.first("valid", settings.sequences))
+        self.ids = [row[:n].tolist() for row, n in zip(ids_NT, lengths_N, strict=True)]
         sharded = engine.zero_optimization_stage() == 3
-        return DealtSpace(engine.module, self.dataset.tokenizer(), sharded=sharded)
+        with self._evaluating():
+            self.space = DealtSpace(engine.module, dataset.tokenizer(), sharded=sharded)
 
     def look(self) -> Findings:
         """Evaluate the model as it is; all ranks call it together, and find the same."""

@@ -61,7 +61,7 @@ def test_a_printed_line_says_the_time_spent_and_left(make_config, monkeypatch, c
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(runlog, "process_seconds", lambda: next(spent))
     log = RunLog(config, enabled=True)
-    log.start(100)  # a run that goes on
+    log.start(100, "a run that goes on")
     for step, times in {
         110: "1:10 spent, 4:50 left",
         200: "2:00 spent, 2:00 left",
@@ -202,6 +202,7 @@ def test_other_ranks_are_silent(make_config, capfd):
     log.metrics(record(1))
     log.say("something")
     log.drop_after(0)
+    log.start(8, "a run that goes on")
     assert list(log.steps(8)) == [9, 10]
     log.step(9, {"loss": 1.0, "position": 128}, FOUND, "an event")
     log.saved("saved", step=9, seconds=2.0, stall=0.5)
@@ -230,6 +231,7 @@ def test_each_logged_step_is_one_line_for_people(log, capsys):
 def test_steps_are_counted_from_the_one_after_those_done_to_the_last(log):
     assert list(log.steps(5)) == [6, 7, 8, 9, 10]
     assert list(log.steps(10)) == []
+    log.start(10, "a run that is done")
     log.metrics(record(10))
     assert read_metrics(log.path.parent)[-1]["checkpoint"] == 10
 
