@@ -55,12 +55,15 @@ train: .venv/.installed
 	@echo 'model        $(RUN)/export      (AutoModel.from_pretrained after "import t5vae")'
 	@echo 'evaluation   $(RUN)/eval.html   (eval.json)'
 
+PARALLEL := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
+
+# Slow tests share what their file starts; those that start ranks take all cores, one at a time.
 test: test-fast
-	$(BIN)/python -m pytest -m '(distributed or slow) and not soak and not cluster'
+	$(PARALLEL) --dist loadfile -m 'slow and not distributed and not soak and not cluster'
+	$(BIN)/python -m pytest -m 'distributed and not soak and not cluster'
 
 test-fast: setup
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 \
-	  -m 'not soak and not cluster and not distributed and not slow'
+	$(PARALLEL) -m 'not soak and not cluster and not distributed and not slow'
 
 # On a real SLURM of three hosts on this machine; as root.
 test-cluster: setup

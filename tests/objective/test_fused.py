@@ -11,7 +11,7 @@ import sys
 from functools import cache
 from itertools import chain, product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -132,33 +132,45 @@ def exp2m1_error() -> float:
     return float(((out - right) / right).abs().max())
 
 
+def is_large(case: Case) -> bool:
+    """Whether the interpreter takes seconds for it."""
+    return case.dimensions >= 300 or max(case.size) >= 200
+
+
+def each(cases: list[Case]) -> list[Any]:
+    """Parameters of a test; large ones are left to the soak."""
+    return [
+        pytest.param(c, marks=pytest.mark.soak if is_large(c) else (), id=str(c)) for c in cases
+    ]
+
+
 @cache
-def interpreted() -> dict[str, list[float]]:
+def interpreted(large: bool = False) -> dict[str, list[float]]:
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__]
+    command = [sys.executable, __file__, *(["large"] if large else [])]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("case", FP32, ids=str)
+@pytest.mark.parametrize("case", each(FP32))
 def test_fp32_factors_match_the_formula(case):
-    errors = Errors(*interpreted()[str(case)])
+    errors = Errors(*interpreted(is_large(case))[str(case)])
     flat = case.kernel == "legacy" and case.dimensions == 1000
     assert errors.total <= 1e-6
     assert errors.pull <= (1e-4 if flat else 1e-5)
 
 
-@pytest.mark.parametrize("case", FP16, ids=str)
+@pytest.mark.parametrize("case", each(FP16))
 def test_fp16_factors_lose_no_more_than_their_rounding(case):
-    errors = Errors(*interpreted()[str(case)])
+    errors = Errors(*interpreted(is_large(case))[str(case)])
     assert errors.total <= 1e-4
     assert errors.pull <= (1e-2 if case.codes == "huge" else 2e-3)
 
 
-@pytest.mark.parametrize("case", BF16_INPUT, ids=str)
+@pytest.mark.parametrize("case", each(BF16_INPUT))
 def test_codes_that_were_bf16_match_the_formula_of_the_codes_before(case):
-    assert Errors(*interpreted()[str(case)]).pull <= 1e-2
+    assert Errors(*interpreted(is_large(case))[str(case)]).pull <= 1e-2
 
 
 def test_exp2m1_keeps_its_digits():
@@ -200,5 +212,6 @@ def test_a_gpu_gives_what_the_interpreter_gives(case):
 
 if __name__ == "__main__":
     fused.CHUNK = 2**15  # several chunks of rows
-    measured = {str(case): measure(case, "cpu") for case in chain(FP32, FP16, BF16_INPUT)}
+    wanted = [c for c in chain(FP32, FP16, BF16_INPUT) if is_large(c) == ("large" in sys.argv)]
+    measured = {str(case): measure(case, "cpu") for case in wanted}
     print(json.dumps(measured | {"exp2m1": [exp2m1_error()]}))
