@@ -14,6 +14,8 @@ from pathlib import Path
 
 from launcher.backend import ENDED, Backend, State, Task
 from launcher.backends import BACKENDS
+from t5vae.cluster.attempts import ATTEMPTS
+from t5vae.cluster.run_folder import LOCK
 from t5vae.common.errors import UserError
 from t5vae.common.files import read_records, write_records
 
@@ -104,7 +106,7 @@ def _jobs_of(run: Path) -> list[Job]:
     files = (run / "jobs").glob("*.json")
     records = [record for file in files for record in read_records(file)]
     jobs = {record["id"]: Job(run=run, **record) for record in records}
-    for attempt in read_records(run / "attempts.jsonl"):
+    for attempt in read_records(run / ATTEMPTS):
         if attempt["job"] and attempt["job"] not in jobs:
             jobs[attempt["job"]] = Job(attempt["job"], run, PLAIN, "", attempt["time"])
     return sorted(jobs.values(), key=lambda job: job.order)
@@ -164,7 +166,7 @@ def holder(run: Path) -> Job | None:
         UserError: a process that is no job of this folder trains there, or a backend is silent.
     """
     jobs = _jobs_of(run)
-    lock = run / ".lock"
+    lock = run / LOCK
     trains = read_records(lock)
     if trains and trains[0]["job"] not in (None, *(job.id for job in jobs)):
         jobs.append(Job(trains[0]["job"], run, PLAIN, "", now()))

@@ -6,6 +6,7 @@ from typing import Any
 
 from launcher.backend import State
 from launcher.jobs import Job
+from t5vae.cluster.attempts import ATTEMPTS
 from t5vae.common.errors import UserError
 from t5vae.common.files import read_records
 from t5vae.config import load_config
@@ -33,7 +34,7 @@ def _row(job: Job, state: State) -> tuple[str, ...]:
     of = "?" if steps is None else f"{steps:,}"
     done = bool(last) and last["step"] == steps
     word = "COMPLETED" if state.word == "ENDED" and done else state.word
-    attempts = [a for a in read_records(job.run / "attempts.jsonl") if a["job"] == job.id]
+    attempts = [a for a in read_records(job.run / ATTEMPTS) if a["job"] == job.id]
     return (
         job.id,
         word,

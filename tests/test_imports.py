@@ -35,8 +35,7 @@ FLOORS = (
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # What submits jobs reads configurations and shards' indexes alone; on a login node that is quick.
 LAUNCHER = {"launcher", "t5vae.common", "t5vae.config", "t5vae.cluster", "shards"}
-# (file, function, imported): all packages make old names known; and what a job runs on the compute
-# node may start training there.
+# (file, function, imported): what a job runs on the compute node may start training there.
 EXCEPTIONS = {
     ("launcher/task.py", "Training.__call__", "t5vae.training.exit_code_of"),
     ("launcher/task.py", "Training._train", "t5vae.training.UnhealthyError"),

@@ -101,15 +101,14 @@ def _trial(job: Job, device: torch.device, build: Callable[[Job, torch.device], 
     config = job.config
     engine = build(job, device)
     set_learning_rate(engine, 0.0)  # what is learned would be lost: nothing may go wrong either
-    looks = config.eval.every > 0
-    evaluation = MidRunEvaluation(engine, job.dataset, config.eval) if looks else None
+    evaluation = MidRunEvaluation(engine, job.dataset, config.eval)
     feed = open_feed(job, device)
     loss = Loss(config.objective, config.run.seed, job.split, device)
     start = time.perf_counter() - began
     try:
         _step_seconds(engine, feed, loss, most=WARM_UP)
         step = _step_seconds(engine, feed, loss)
-        evaluated = evaluation.look().figures["eval/seconds"] if evaluation else 0.0
+        evaluated = evaluation.look().figures["eval/seconds"] if config.eval.every else 0.0
         save = _save_seconds(engine, job.folder / "trial")
     finally:
         feed.close()

@@ -1,5 +1,11 @@
 """Small runs, for tests of what is saved of them."""
 
+import threading
+
+import pytest
+
+from t5vae.checkpoint import saving
+from t5vae.checkpoint.fragments import write
 from tests.small_runs import (  # noqa: F401
     damaged_dataset,
     dataset,
@@ -10,3 +16,17 @@ from tests.small_runs import (  # noqa: F401
     save,
     together,
 )
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """Writing waits until this is set."""
+    gate = threading.Event()
+
+    def wait_and_write(*args):
+        assert gate.wait(60)
+        return write(*args)
+
+    monkeypatch.setattr(saving, "write", wait_and_write)
+    yield gate
+    gate.set()

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import threading
 from contextlib import closing
 from types import SimpleNamespace
 
@@ -10,7 +9,6 @@ import pytest
 
 from t5vae.checkpoint import saving
 from t5vae.checkpoint.checkpoints import Checkpoints
-from t5vae.checkpoint.fragments import write
 from t5vae.checkpoint.manifest import read_manifest
 from t5vae.common.errors import UserError
 from t5vae.config import Checkpoint
@@ -61,20 +59,6 @@ def begin(tmp_path, together, make_engine):
     yield make
     for checkpoints in begun:
         checkpoints.close()
-
-
-@pytest.fixture
-def held(monkeypatch):
-    """Writing waits until this is set."""
-    gate = threading.Event()
-
-    def wait_and_write(*args):
-        assert gate.wait(60)
-        return write(*args)
-
-    monkeypatch.setattr(saving, "write", wait_and_write)
-    yield gate
-    gate.set()
 
 
 def test_a_manifest_says_what_the_run_and_what_the_step_is(begin):

@@ -2,7 +2,6 @@ import errno
 import json
 import os
 import random
-import threading
 import time
 from contextlib import closing
 from pathlib import Path
@@ -50,20 +49,6 @@ def make_saver(tmp_path, together):
     yield make
     for saver in made:
         saver.close()
-
-
-@pytest.fixture
-def held(monkeypatch):
-    """Writing waits until this is set."""
-    gate = threading.Event()
-
-    def wait_and_write(*args):
-        assert gate.wait(60)
-        return write(*args)
-
-    monkeypatch.setattr(saving, "write", wait_and_write)
-    yield gate
-    gate.set()
 
 
 def test_a_manifest_says_what_was_saved_and_by_how_many(tmp_path, save):

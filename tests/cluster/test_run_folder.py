@@ -10,20 +10,13 @@ import pytest
 
 from t5vae.cluster import run_folder
 from t5vae.cluster.run_folder import LOCK, lock_run, make_folder
-from t5vae.common.errors import UserError
+from tests.small_runs import refusal
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """Of a run, not there yet."""
     return tmp_path / "run"
-
-
-def refusal(call, *args, **options) -> str:
-    with pytest.raises(UserError) as caught:
-        call(*args, **options)
-    assert len(str(caught.value).splitlines()) == 1
-    return str(caught.value)
 
 
 def test_a_run_folder_is_made_and_locked(folder):

@@ -15,12 +15,12 @@ from transformers import AutoModel, T5Config, T5ForConditionalGeneration
 from shards import Dataset, open_index
 from t5vae.checkpoint.export import export
 from t5vae.cluster.ranks import Ranks
-from t5vae.common.errors import UserError
 from t5vae.config import Config
 from t5vae.model import T5VAE, T5VAEConfig
 from t5vae.planning.describe import describe, open_if_there
 from t5vae.training import build
 from t5vae.training.job import resolve
+from tests.small_runs import refusal
 
 TRAIN = Path(__file__).parents[2] / "train.py"
 CPU = torch.device("cpu")
@@ -71,13 +71,6 @@ def model_config(config: Config, index: Dataset) -> T5VAEConfig:
 def build_model(config: Config, index: Dataset) -> T5VAE:
     settings = model_config(config, index)
     return build.build_model(settings, config.model, seed=0, half=False, device=CPU)
-
-
-def refusal(call, *args) -> str:
-    with pytest.raises(UserError) as caught:
-        call(*args)
-    assert len(str(caught.value).splitlines()) == 1
-    return str(caught.value)
 
 
 def test_the_sizes_are_the_bases_and_the_vocabulary_is_the_shards(from_base, index):

@@ -11,20 +11,13 @@ import yaml
 from shards import open_index
 from t5vae.checkpoint.retention import list_checkpoints
 from t5vae.cluster.ranks import Ranks
-from t5vae.common.errors import UserError
 from t5vae.config import Config, load_config
 from t5vae.training.job import Job, manifest_before, resolve
+from tests.small_runs import refusal
 
 
 def job_of(config: Config, world_size: int = 1) -> Job:
     return resolve(config, Ranks(0, world_size, 0, world_size, "127.0.0.1", 0))
-
-
-def refusal(call, *args) -> str:
-    with pytest.raises(UserError) as caught:
-        call(*args)
-    assert len(str(caught.value).splitlines()) == 1
-    return str(caught.value)
 
 
 def test_a_run_that_fits_is_resolved(make_config, dataset):
