@@ -10,6 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
+def log_file_of(run: Path, rank: int) -> Path:
+    """A rank's file in a run's folder."""
+    return run / "logs" / f"rank-{rank:05d}.log"
+
+
 @contextlib.contextmanager
 def quiet_start(log_file: Path) -> Iterator[None]:
     """Send what DeepSpeed, torch and gloo say while they start to a file instead of the terminal.

@@ -15,6 +15,7 @@ from t5vae.checkpoint.manifest import FORMAT, check_identity, verify
 from t5vae.checkpoint.retention import newest_manifest
 from t5vae.cluster.ranks import Ranks
 from t5vae.common.errors import UserError
+from t5vae.common.quiet import log_file_of
 from t5vae.config import BatchSplit, Config, Eval, Train, load_config
 from t5vae.latent import checker
 from t5vae.model import T5VAE, T5VAEConfig, parameter_counts
@@ -56,7 +57,7 @@ class Job:
     @property
     def log_file(self) -> Path:
         """This rank's, for what libraries say."""
-        return self.folder / "logs" / f"rank-{self.ranks.rank:05d}.log"
+        return log_file_of(self.folder, self.ranks.rank)
 
     @cached_property
     def deepspeed(self) -> dict[str, Any]:

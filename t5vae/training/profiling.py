@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch.profiler import profile
 
-from t5vae.common.quiet import quiet_start
+from t5vae.common.quiet import log_file_of, quiet_start
 
 PHASES = ("data", "forward", "mmd", "backward", "optimizer", "evaluation", "save")
 OPERATORS = 20  # rows of the second table
@@ -35,7 +35,7 @@ class Profiler:
     ):
         self.first, self.last = steps or (0, -1)
         self.folder = folder / "profile"
-        self.log_file = folder / "logs" / f"rank-{rank:05d}.log"
+        self.log_file = log_file_of(folder, rank)
         self.rank, self.say = rank, say
         self.profile: profile | None = None
         self.step = 0
