@@ -67,6 +67,9 @@ class Backend(Protocol):
     def script(self, configs: Sequence[Config], folder: Path) -> str:
         """What `queue` would hand in, for a dry run; on any machine."""
 
+    def enter(self) -> None:
+        """In a process of a job, before it trains: tell it its place among the ranks."""
+
     def states(self, ids: list[str]) -> dict[str, State]:
         """What became of jobs; those it has forgotten are left out.
 

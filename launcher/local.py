@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
-from submitit.helpers import Checkpointable, TorchDistributedEnvironment
+from submitit.helpers import TorchDistributedEnvironment
 from submitit.local.local import LocalExecutor
 
 from launcher import slurm
@@ -34,12 +34,19 @@ def queue(tasks: Sequence[Task], folder: Path, after: list[str]) -> list[str]:
         stderr_to_stdout=True,
     )
     with _own_output():
-        return [job.job_id for job in executor.submit_array([Rank(task) for task in tasks])]
+        return [job.job_id for job in executor.submit_array(tasks)]
 
 
 def script(configs: Sequence[Config], folder: Path) -> str:
     """SLURM's: a process of this machine has no script, and the configuration may go there next."""
     return slurm.script(configs, folder)
+
+
+def enter() -> None:
+    """Tell this process its place among the ranks by the environment, as torchrun would."""
+    ranks = TorchDistributedEnvironment()
+    ranks.master_addr = "127.0.0.1"
+    ranks.export(set_cuda_visible_devices=False, overwrite=True)
 
 
 def states(ids: list[str]) -> dict[str, State]:
@@ -79,16 +86,3 @@ def _own_output() -> Iterator[None]:
             os.dup2(copy, stream)
             os.close(copy)
         os.close(nowhere)
-
-
-class Rank(Checkpointable):
-    """A task that is told its place among the ranks by the environment, as torchrun would."""
-
-    def __init__(self, task: Task):
-        self.task = task
-
-    def __call__(self) -> None:
-        ranks = TorchDistributedEnvironment()
-        ranks.master_addr = "127.0.0.1"
-        ranks.export(set_cuda_visible_devices=False, overwrite=True)
-        self.task()

@@ -111,6 +111,10 @@ def options(configs: Sequence[Config], after: list[str]) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if value is not None}
 
 
+def enter() -> None:
+    """Training reads its place from SLURM's own variables."""
+
+
 def states(ids: list[str]) -> dict[str, State]:
     """What became of jobs, from the queue in one question, and of those it forgot from accounts.
 

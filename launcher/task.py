@@ -6,6 +6,7 @@ import sys
 from submitit import JobEnvironment
 from submitit.helpers import Checkpointable
 
+from launcher.backends import BACKENDS
 from launcher.jobs import Job, queue
 from t5vae.cluster.scheduler import job_id
 from t5vae.config import Config
@@ -24,6 +25,7 @@ class Training(Checkpointable):
     def __call__(self) -> None:
         """Train; a process that ends otherwise than well exits with a code of its own."""
         os.environ.setdefault("OMP_NUM_THREADS", str(self.config.launcher.cpus_per_task))
+        BACKENDS[JobEnvironment().cluster].enter()
         from t5vae.training import exit_code_of
 
         code = exit_code_of(self._train)

@@ -35,6 +35,9 @@ class Pods:
     def script(self, configs, folder):
         return f"kind: Job of {len(configs)}"
 
+    def enter(self):
+        pass
+
     def states(self, ids):
         return {job: State("Running", "pod") for job in ids if (self.folder / job).read_text()}
 
