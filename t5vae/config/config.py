@@ -10,7 +10,7 @@ from t5vae.common.files import write_whole
 from t5vae.config.launching import Launcher
 from t5vae.config.learning import Model, Objective, Optim
 from t5vae.config.running import Checkpoint, Data, DeepSpeed, Eval, Log, Run, Train
-from t5vae.config.section import Section
+from t5vae.common.section import Section
 
 
 class Config(Section):

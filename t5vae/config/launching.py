@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from t5vae.config.section import Section
+from t5vae.common.section import Section
 
 
 def minutes(time: Any) -> Any:

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from t5vae.config.section import Fraction, Section
+from t5vae.common.section import Fraction, Section
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from t5vae.common.errors import UserError
-from t5vae.config.section import Interval, Section
+from t5vae.common.section import Interval, Section
 
 if TYPE_CHECKING:
     from shards import Dataset

@@ -1,0 +1,29 @@
+"""The kinds that a name can choose, in a configuration or a command: a line each.
+
+A value is what the name stands for, or where that is found, "module:attribute", so that a table
+loads nothing heavy. Formats of corpora, storage schemes and the launcher's backends have tables of
+their own, in `shards` and `launcher`.
+"""
+
+from pkgutil import resolve_name
+from typing import Any
+
+Table = dict[str, Any]
+
+BOTTLENECKS: Table = {
+    "flatten": "t5vae.model.bottleneck:FlattenBottleneck",
+    "attention": "t5vae.model.bottleneck:AttentionBottleneck",
+}
+OPTIMISERS: Table = {}
+PRIORS: Table = {}
+TERMS: Table = {}
+
+
+def find(table: Table, name: str) -> Any:
+    """What a name of a table stands for.
+
+    Raises:
+        KeyError: it is not in the table.
+    """
+    found = table[name]
+    return resolve_name(found) if isinstance(found, str) else found
