@@ -26,13 +26,13 @@ from torch import Generator, Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))  # `shards` is the package, not the script
 from shards.write.corpora import Corpus as Source
 from t5vae.common.errors import UserError
+from t5vae.common.kinds import PRIORS
 from t5vae.evaluation.metrics import exact_match, quality
 from t5vae.evaluation.trigram import Trigram
 from t5vae.latent import LatentSpace, checker, measure
 from t5vae.latent.corpus import Corpus
 from t5vae.latent.functions import python_tree
 from t5vae.latent.optimize import Candidate
-from t5vae.latent.priors import PRIORS
 
 ROOT = Path(__file__).parents[1]
 DOC = ROOT / "docs" / "benchmarks" / "uses.md"

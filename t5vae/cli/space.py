@@ -23,12 +23,17 @@ from t5vae.cli.given import (
     load,
 )
 from t5vae.common.errors import UserError
+from t5vae.common.kinds import PRIORS
 
 if TYPE_CHECKING:
     from rich.text import Text
     from torch import Tensor
 
     from t5vae.latent.differences import Part
+
+    PriorName = str
+else:
+    PriorName = Literal[tuple(PRIORS)]
 
 Temperature = Annotated[
     float,
@@ -247,7 +252,7 @@ def sample(
     run: Space,
     n: Annotated[int, typer.Option("-n", help="How many.", min=1)] = 10,
     prior: Annotated[
-        Literal["normal", "gaussian", "gmm", "flow"],
+        PriorName,
         typer.Option(help="That of training, or one fitted on codes of training sequences."),
     ] = "normal",
     temperature: Temperature = 0.0,

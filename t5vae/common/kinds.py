@@ -15,7 +15,12 @@ BOTTLENECKS: Table = {
     "attention": "t5vae.model.bottleneck:AttentionBottleneck",
 }
 OPTIMISERS: Table = {}
-PRIORS: Table = {}
+PRIORS: Table = {
+    "normal": "t5vae.latent.priors.normal:Normal",
+    "gaussian": "t5vae.latent.priors.gaussian:Gaussian",
+    "gmm": "t5vae.latent.priors.mixture:Mixture",
+    "flow": "t5vae.latent.priors.flow:Flow",
+}
 TERMS: Table = {}
 
 

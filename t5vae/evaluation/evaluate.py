@@ -24,7 +24,8 @@ from t5vae.latent.checkers import Checker
 from t5vae.latent.measures import Measure
 from t5vae.latent.measures import measure as named_measure
 from t5vae.latent.paths import path
-from t5vae.latent.priors import Normal, fit_prior
+from t5vae.latent.priors import fit_prior
+from t5vae.latent.priors.normal import Normal
 from t5vae.latent.properties import fit_property
 
 SCHEMA_VERSION = 2

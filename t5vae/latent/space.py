@@ -21,7 +21,7 @@ from t5vae.latent.folders import load_model
 from t5vae.latent.measures import NAMES, measure
 from t5vae.latent.optimize import Optimized, optimize
 from t5vae.latent.paths import grid, path
-from t5vae.latent.priors import PRIORS, Normal, Prior, fit_prior
+from t5vae.latent.priors import Prior, find_prior, fit_prior
 from t5vae.latent.properties import Property
 from t5vae.latent.workspace import Workspace
 from t5vae.model import T5VAE
@@ -137,8 +137,8 @@ class LatentSpace(Codec):
 
         Args:
             n: how many texts.
-            prior: "normal" for N(0, I); or fitted on codes: "gaussian" (their mean and
-                covariance), "gmm" (a mixture of Gaussians), "flow" (a normalising flow).
+            prior: one of `t5vae.common.kinds.PRIORS`: "normal" for N(0, I); or fitted on codes,
+                such as "gaussian" with their mean and covariance.
             check: keep only what this checker finds valid, see :func:`t5vae.latent.checker`.
             seed: of the draws; the same seed gives the same texts.
             fit: what a prior is fitted on: texts, or codes [N, D]; by default the run's training
@@ -179,12 +179,11 @@ class LatentSpace(Codec):
         Raises:
             UserError: for an unknown prior, or nothing to fit on.
         """
-        if name == "normal":
-            return Normal(self.latent_size)
-        if fit is not None or name not in PRIORS:
-            codes_ND = self.encode(fit) if fit is not None and not isinstance(fit, Tensor) else fit
-            return fit_prior(name, codes_ND)
-        return self._workspace.prior(self, name)
+        if not find_prior(name).fewest:
+            return fit_prior(name, torch.empty(0, self.latent_size))
+        if fit is None:
+            return self._workspace.prior(self, name)
+        return fit_prior(name, fit if isinstance(fit, Tensor) else self.encode(fit))
 
     def neighbors(self, text: str, radius: float = 1.5, n: int = 10, seed: int = 0) -> list[str]:
         """What lies around a text: codes at a distance from its own in random directions, decoded.

@@ -86,7 +86,7 @@ class Workspace:
         if prior is None:
             corpus = self.training(codec)
             prior = fit_prior(name, corpus.codes_ND[self.fitting_rows(corpus)])
-            save_prior(prior, path, made_from)
+            save_prior(name, prior, path, made_from)
         return prior
 
     def property(self, name: str) -> Property | None:

@@ -6,8 +6,9 @@ import shutil
 import numpy as np
 import pytest
 
+from t5vae.common.kinds import PRIORS
 from t5vae.latent import LatentSpace
-from t5vae.latent.priors import Flow
+from t5vae.latent.priors.flow import Flow
 from tests.latent import tiny
 
 TEXTS = ["x = 1", "print(é)", "", "[b]return[/b]"]
@@ -123,7 +124,7 @@ def test_a_path_and_a_square(ok, document, run, space):
     assert len(ok("grid", run, *TEXTS, "--steps", 2)[0].splitlines()) == 5
 
 
-@pytest.mark.parametrize("prior", ["normal", "gaussian", "gmm", "flow"])
+@pytest.mark.parametrize("prior", PRIORS)
 def test_samples_are_counted(ok, document, run, prior, monkeypatch):
     monkeypatch.setattr(Flow, "STEPS", 20)
     how = ("-n", 6, "--prior", prior, "--temperature", 1, "--check", "regex:.*[a-m].*")

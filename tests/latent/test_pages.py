@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from t5vae.latent.priors import Flow
+from t5vae.latent.priors.flow import Flow
 
 PAGES = sorted((Path(__file__).parents[2] / "docs" / "use").glob("*.md"))
 DOWNLOADS = "molecules.md"

@@ -5,7 +5,9 @@ import torch
 from torch import Generator
 
 from t5vae.common.errors import UserError
-from t5vae.latent.priors import PRIORS, Flow, fit_prior, load_prior, save_prior
+from t5vae.common.kinds import PRIORS
+from t5vae.latent.priors import fit_prior, load_prior, save_prior
+from t5vae.latent.priors.flow import Flow
 
 MADE_FROM = {"model_sha256": "abc"}
 
@@ -30,9 +32,14 @@ def small_flow():
 
 
 @pytest.fixture(scope="module", params=PRIORS)
-def prior(request, small_flow):
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def prior(name, small_flow):
     """Each of them, fitted on a ring."""
-    return fit_prior(request.param, ring(4000))
+    return fit_prior(name, ring(4000))
 
 
 def test_draws_repeat_by_seed(prior):
@@ -53,10 +60,10 @@ def test_the_density_adds_up_to_one_and_is_that_of_the_draws(prior):
         assert share_N[grid_N2[:, column] > edge].sum().item() == pytest.approx(drawn, abs=0.02)
 
 
-def test_a_kept_prior_draws_the_same(prior, tmp_path):
+def test_a_kept_prior_draws_the_same(name, prior, tmp_path):
     path = tmp_path / "deep" / "prior.safetensors"
     assert load_prior(path, MADE_FROM) is None
-    save_prior(prior, path, MADE_FROM)
+    save_prior(name, prior, path, MADE_FROM)
     kept = load_prior(path, MADE_FROM)
     assert type(kept) is type(prior)
     assert torch.equal(kept.draw(9, generator()), prior.draw(9, generator()))
@@ -65,12 +72,12 @@ def test_a_kept_prior_draws_the_same(prior, tmp_path):
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
-def test_a_kept_prior_that_lacks_tensors_is_damaged(prior, tmp_path, monkeypatch):
+def test_a_kept_prior_that_lacks_tensors_is_damaged(name, prior, tmp_path, monkeypatch):
     path = tmp_path / "prior.safetensors"
     tensors = prior.tensors()
     tensors.pop(next(reversed(tensors)))
     monkeypatch.setattr(prior, "tensors", lambda: tensors)
-    save_prior(prior, path, MADE_FROM)
+    save_prior(name, prior, path, MADE_FROM)
     with pytest.raises(UserError, match=r"prior.safetensors is damaged .*: remove it"):
         load_prior(path, MADE_FROM)
 

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from t5vae.common.errors import UserError
+from t5vae.common.kinds import PRIORS
 from t5vae.latent import LatentSpace, priors, workspace
-from t5vae.latent.priors import Flow, Gaussian
+from t5vae.latent.priors.flow import Flow
+from t5vae.latent.priors.gaussian import Gaussian
 from t5vae.latent.workspace import Workspace
 from tests.latent import tiny
 
@@ -65,6 +67,23 @@ def test_priors_are_fitted_once_on_training_sequences(space, run, name, monkeypa
 
     monkeypatch.setattr(workspace, "fit_prior", refit)
     assert LatentSpace.load(run, device="cpu").sample(5, name, temperature=1.0) == drawn
+
+
+class Toy(Gaussian):
+    """A prior from outside."""
+
+
+@pytest.mark.parametrize("toy", [Toy, f"{__name__}:Toy"])
+def test_a_prior_from_outside_is_one_line_in_the_table(space, run, toy, monkeypatch):
+    monkeypatch.setitem(PRIORS, "toy", toy)
+    drawn = space.sample(5, "toy", temperature=1.0)
+    assert (run / "latent" / "priors" / "toy.safetensors").is_file()
+    again = LatentSpace.load(run, device="cpu")
+    assert isinstance(again.prior("toy"), Toy)
+    assert again.sample(5, "toy", temperature=1.0) == drawn
+    assert isinstance(again.prior("toy", fit=["x", "y"]), Toy)
+    with pytest.raises(UserError, match=r"choose one of normal, .*, toy"):
+        again.prior("toys")
 
 
 def test_a_share_of_the_training_sequences_is_fitted_on_the_same_one_each_time(space, monkeypatch):
