@@ -6,11 +6,22 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from shards.write.formats import FORMATS
 from t5vae.common.errors import UserError
 
 if TYPE_CHECKING:
     from shards.format.index import Index
 
+    Format = str
+else:
+    Format = Literal[tuple(FORMATS)]
+
+HELP_OF_FORMATS = ", ".join(f"`{name}` {f.help}" for name, f in FORMATS.items() if f.help) + "."
+HELP_OF_DEFAULTS = "".join(
+    f" With `--format {name}` it may be left out: {f.default.help}."
+    for name, f in FORMATS.items()
+    if f.default
+)
 LENGTHS = (8, 12, 16, 20, 24, 32, 48, 64, 128, 256, 512)
 
 app = typer.Typer(
@@ -38,17 +49,11 @@ def build(
         str | None,
         typer.Argument(
             help="A file (also .gz, .zst), a folder, a quoted glob, a URL, or `-` for standard "
-            "input. With `--format python` it may be left out: Python's standard library.",
+            f"input.{HELP_OF_DEFAULTS}",
             show_default=False,
         ),
     ] = None,
-    format: Annotated[
-        Literal["text", "jsonl", "csv", "parquet", "python", "webdataset"],
-        typer.Option(
-            help="`text` has one sequence a line, `python` one-line statements, `webdataset` one "
-            "sequence a record of tar files."
-        ),
-    ] = "text",
+    format: Annotated[Format, typer.Option(help=HELP_OF_FORMATS)] = "text",
     column: Annotated[
         str | None, typer.Option(help="The field, or WebDataset member, that holds the text.")
     ] = None,

@@ -48,7 +48,6 @@ WORK_VERSION = 1  # of what lies in a work folder
 
 Dtype = Literal["uint16", "uint32"]
 Overflow = Literal["drop", "truncate", "split"]
-Format = Literal["text", "jsonl", "csv", "parquet", "python", "webdataset"]
 
 
 def build(
@@ -57,7 +56,7 @@ def build(
     *,
     tokenizer: str | Path,
     max_length: int,
-    format: Format = "text",
+    format: str = "text",
     column: str | None = None,
     valid_fraction: float = 0.02,
     overflow: Overflow = "drop",
@@ -185,9 +184,7 @@ def _build(
     kind, seed, dedupe = corpus.kind, options.seed, options.dedupe
     groups = group_files(corpus.files)
     of_tokens = TokenEncoder.of(given) if given and kind == "tokens" else None
-    reading = Read(
-        parts / "read", groups, corpus.format, corpus.column, kind, seed, dedupe, of_tokens
-    )
+    reading = Read(parts / "read", groups, corpus.format, corpus.column, seed, dedupe, of_tokens)
     read = carry_out(reading, workers)
     spool = open_spool(reading.folder, [done["spool"] for done in read], kind, dedupe)
     tokenizer = _tokenizer(parts / "tokenizer", given, pieces, spool, options)

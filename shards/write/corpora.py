@@ -4,31 +4,19 @@ A corpus is a fixed list of files; a reading is one pass over some of them.
 """
 
 import hashlib
-import sys
-import sysconfig
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from glob import glob, has_magic
-from pathlib import Path, PurePath, PurePosixPath
-from typing import Any, Literal
+from pathlib import Path, PurePosixPath
+from typing import Any
 
-from shards.write.readers import READERS, ROWS, is_array, member_extensions
+from shards.write.formats import FORMATS
+from shards.write.formats.format import Format
+from shards.write.formats.values import ROWS
 from shards.write.streams import CHUNK, Tap, decompressed, drain, is_url, open_raw
 from t5vae.common.errors import UserError, first_line
 from t5vae.common.files import reading
-
-SUFFIXES: dict[str, tuple[str, ...]] = {
-    "text": ("",),
-    "jsonl": (".jsonl", ".jsonl.gz", ".jsonl.zst"),
-    "csv": (".csv", ".csv.gz", ".csv.zst"),
-    "parquet": (".parquet",),
-    "python": (".py",),
-    "webdataset": (".tar", ".tar.gz", ".tar.zst"),
-}
-WITH_COLUMN = ("jsonl", "csv", "parquet")
-INSTALLED = {"site-packages", "dist-packages"}
-TEXT_MEMBERS = ("txt", "text")
 
 
 @dataclass(frozen=True)
@@ -47,17 +35,17 @@ class Corpus:
     """The files of a source, found at once and in a fixed order.
 
     Args:
-        source: a file, folder or glob, or an fsspec URL of one ("s3://bucket/folder"); None, with
-            format "python", for the running interpreter's standard library.
-        format: "text" (one sequence a line), "jsonl", "csv", "parquet", "python" (every statement
-            that fits one line and parses alone), or "webdataset" (one sequence a record of tar
-            files).
-        column: the field that holds the text, for "jsonl", "csv" and "parquet"; for "webdataset"
+        source: a file, folder or glob, or an fsspec URL of one ("s3://bucket/folder"); None for
+            what the format reads then: with "python" the running interpreter's standard library.
+        format: a name in `shards.write.formats.FORMATS`: "text" has one sequence a line, "python"
+            every statement that fits one line and parses alone, "webdataset" one a record.
+        column: where the text lies, for formats that have columns: a field or, for "webdataset",
             the extension of the records' member that holds the text or, if it ends in "npy", the
-            token ids: found in the first file if None.
+            token ids. None lets a format find it in the first file, if it can.
         name: what to call the corpus, the last part of the source if None.
 
     Attributes:
+        format: the format.
         files: the files, sorted.
         kind: "text", or "tokens" where a sequence is an array of token ids.
 
@@ -72,32 +60,35 @@ class Corpus:
         column: str | None = None,
         name: str | None = None,
     ):
-        if format not in SUFFIXES:
-            raise UserError(f"unknown format {format!r}: choose one of {', '.join(SUFFIXES)}")
-        if format in WITH_COLUMN and column is None:
+        if format not in FORMATS:
+            raise UserError(f"unknown format {format!r}: choose one of {', '.join(FORMATS)}")
+        self.format = FORMATS[format]
+        if self.format.has_columns and not self.format.find_column and column is None:
             raise UserError(f"format {format} needs the name of the text's column (--column)")
-        if format not in (*WITH_COLUMN, "webdataset") and column is not None:
+        if not self.format.has_columns and column is not None:
             raise UserError(f"format {format} has no columns: leave --column out")
-        if source is None and format == "python":
-            version = ".".join(map(str, sys.version_info[:3]))
-            self.name = name or f"standard library of Python {version}"
-            self.files = _find(sysconfig.get_path("stdlib"), format)
-        elif source is None:
-            raise UserError(f"format {format} needs a source: a file, folder, glob or '-'")
-        else:
-            self.name = name or Path(source).name
-            self.files = _find_url(str(source), format) if is_url(source) else _find(source, format)
-        if format == "webdataset" and column is None:
-            column = _find_column(self.files[0].path)
-        self.format = format
+        if source is None:
+            if self.format.default is None:
+                raise UserError(f"format {format} needs a source: a file, folder, glob or '-'")
+            source, name = self.format.default.folder, name or self.format.default.name
+        self.name = name or Path(source).name
+        find = _find_url if is_url(source) else _find
+        self.files = find(str(source), self.format)
+        if not self.files:
+            raise UserError(f"no {format} files in {source}")
+        if self.format.find_column and column is None:
+            path = self.files[0].path
+            with reading(path), Tap(open_raw(path)) as raw:
+                column = self.format.find_column(decompressed(raw, path), path)
+        self.format_name = format
         self.column = column
-        self.kind: Literal["text", "tokens"] = _kind(format, column)
+        self.kind = self.format.kind(column)
 
     def describe(self) -> dict[str, Any]:
         """What is to be read, without reading it: name, format, number of files and their bytes."""
         return {
             "source": self.name,
-            "format": self.format,
+            "format": self.format_name,
             "column": self.column,
             "files": len(self.files),
             "bytes": sum(file.bytes for file in self.files),
@@ -126,7 +117,7 @@ class Reading:
         bytes_read: how many bytes were read, as they are stored.
     """
 
-    def __init__(self, files: Sequence[File], format: str, column: str | None):
+    def __init__(self, files: Sequence[File], format: Format, column: str | None):
         self.files = files
         self.format = format
         self.column = column
@@ -142,7 +133,7 @@ class Reading:
         Raises:
             UserError: a file that is not what its format says, naming the file.
         """
-        tokens = _kind(self.format, self.column) == "tokens"
+        tokens = self.format.kind(self.column) == "tokens"
         held: list[Any] = []
         begun = 0
         for items in self._read():
@@ -163,7 +154,7 @@ class Reading:
             with reading(file.path), Tap(open_raw(file.path)) as raw:
                 stream = decompressed(raw, file.path)
                 try:
-                    for items in READERS[self.format](stream, file.path, self.column):
+                    for items in self.format.read(stream, file.path, self.column):
                         self.bytes_read = before + raw.tell()
                         yield items
                 except SyntaxError:
@@ -178,36 +169,17 @@ def combine(digests: Iterable[str]) -> str:
     return hashlib.sha256(b"".join(map(bytes.fromhex, digests))).hexdigest()
 
 
-def _kind(format: str, column: str | None) -> Literal["text", "tokens"]:
-    arrays = format == "webdataset" and column is not None and is_array(column)
-    return "tokens" if arrays else "text"
-
-
-def _find_column(path: str) -> str:
-    with reading(path), Tap(open_raw(path)) as raw:
-        there = member_extensions(decompressed(raw, path))
-    candidates = [e for e in there if e in TEXT_MEMBERS or is_array(e)]
-    if len(candidates) != 1:
-        raise UserError(
-            f"{path}: name the members that hold the text or the token ids (--column); "
-            f"there are: {', '.join(there) or 'none'}"
-        )
-    return candidates[0]
-
-
-def _find(source: str | Path, format: str) -> list[File]:
+def _find(source: str, format: Format) -> list[File]:
     path = Path(source)
     if path.is_file():
         found = [path]
     elif path.is_dir():
-        named = (p for suffix in SUFFIXES[format] for p in path.rglob(f"*{suffix}"))
-        found = [p for p in named if _belongs(p.relative_to(path), format) and p.is_file()]
-    elif has_magic(str(source)):
-        found = [Path(p) for p in glob(str(source), recursive=True) if Path(p).is_file()]
+        inside = path.rglob("*")
+        found = [p for p in inside if format.claims(p.relative_to(path)) and p.is_file()]
+    elif has_magic(source):
+        found = [Path(p) for p in glob(source, recursive=True) if Path(p).is_file()]
     else:
         raise UserError(f"{source} does not exist: give a file, a folder or a glob")
-    if not found:
-        raise UserError(f"no {format} files in {source}")
     return [_file(path) for path in sorted(found)]
 
 
@@ -216,21 +188,18 @@ def _file(path: Path) -> File:
     return File(str(path), status.st_size, f"{status.st_size} {status.st_mtime_ns}")
 
 
-def _find_url(source: str, format: str) -> list[File]:
+def _find_url(source: str, format: Format) -> list[File]:
     try:
-        found = _list_url(source, format)
+        return _list_url(source, format)
     except FileNotFoundError as error:
         if error.__cause__ is None:
             raise UserError(f"{source} does not exist: give a file, a folder or a glob") from None
         raise UserError(f"cannot read {source}: {first_line(error.__cause__)}") from None
     except Exception as error:  # each storage library raises its own kinds
         raise UserError(f"cannot read {source}: {first_line(error)}") from None
-    if not found:
-        raise UserError(f"no {format} files in {source}")
-    return found
 
 
-def _list_url(source: str, format: str) -> list[File]:
+def _list_url(source: str, format: Format) -> list[File]:
     from fsspec.core import url_to_fs
 
     filesystem, root = url_to_fs(source)
@@ -238,7 +207,7 @@ def _list_url(source: str, format: str) -> list[File]:
         paths = [root]
         if filesystem.info(root)["type"] == "directory" or root.endswith("/"):
             inside = ((path, path.removeprefix(root).lstrip("/")) for path in filesystem.find(root))
-            paths = [path for path, rest in inside if _belongs(PurePosixPath(rest), format)]
+            paths = [path for path, rest in inside if format.claims(PurePosixPath(rest))]
     except FileNotFoundError:
         if not has_magic(root):
             raise
@@ -253,12 +222,3 @@ def _list_url(source: str, format: str) -> list[File]:
             url = f"{head}{path}{tail}" if same else filesystem.unstrip_protocol(path)
             files.append(File(url, info["size"] or 0, stamp))
     return files
-
-
-def _belongs(relative: PurePath, format: str) -> bool:
-    """Whether a file in a folder is meant: not hidden, named as its format is, not installed."""
-    return (
-        relative.name.endswith(SUFFIXES[format])
-        and not any(part.startswith(".") for part in relative.parts)
-        and not (format == "python" and INSTALLED.intersection(relative.parts[:-1]))
-    )

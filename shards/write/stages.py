@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from shards.write.corpora import File, Reading
+from shards.write.formats.format import Format
 from shards.write.spool import FEWEST_BUCKETS, Spool, SpoolWriter
 from shards.write.workers import Counts, Job
 from t5vae.common.files import written
@@ -35,9 +36,8 @@ class Read(Job):
     unit = "bytes"
 
     groups: list[list[File]]
-    format: str
+    format: Format
     column: str | None
-    kind: str
     seed: int
     dedupe: bool
     token_encoder: "TokenEncoder | None"
@@ -53,7 +53,8 @@ class Read(Job):
 
     def __call__(self, task: int, advance: Advance) -> Counts:
         reading = Reading(self.groups[task], self.format, self.column)
-        writer = SpoolWriter(self.folder, task, self.kind, self.seed, self.dedupe)
+        kind = self.format.kind(self.column)
+        writer = SpoolWriter(self.folder, task, kind, self.seed, self.dedupe)
         before = 0
         for items in reading:
             writer.add(self.token_encoder.plain(items) if self.token_encoder else items)

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from shards import Dataset
-from shards.write.corpora import SUFFIXES, WITH_COLUMN, Reading
 from shards.write.corpora import Corpus as Source
+from shards.write.corpora import Reading
+from shards.write.formats import format_of
 from t5vae.common.errors import UserError
 from t5vae.common.files import write_whole
 from t5vae.common.progress import say, stage
@@ -242,12 +243,6 @@ class SplitTexts(Texts):
 
     def describe(self) -> dict[str, Any]:
         return {"shards_sha256": self.dataset.sha256, "split": self.split, "texts": self.total}
-
-
-def format_of(path: str) -> str:
-    """The format of a file of texts, by its name's ending; "text" for any other."""
-    named = (name for name in (*WITH_COLUMN, "webdataset") if path.endswith(SUFFIXES[name]))
-    return next(named, "text")
 
 
 class _Writer:

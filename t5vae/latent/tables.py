@@ -1,11 +1,8 @@
 """Tables of texts and their values, from files."""
 
 import pyarrow
-import pyarrow.csv
-import pyarrow.json
-import pyarrow.parquet
 
-from shards.write.corpora import SUFFIXES
+from shards.write.formats import FORMATS, format_of
 from t5vae.common.errors import UserError
 
 
@@ -13,7 +10,8 @@ def read_values(path: str, column: str, values: str) -> tuple[list[str], list[fl
     """Read texts and their values.
 
     Args:
-        path: a .csv, .jsonl or .parquet file; the first two may be .gz or .zst.
+        path: a file of a format that reads tables: .csv, .jsonl, .parquet; the first two may be .gz
+            or .zst.
         column: the field that holds the text.
         values: the field that holds its value; nan where it is missing.
 
@@ -24,21 +22,12 @@ def read_values(path: str, column: str, values: str) -> tuple[list[str], list[fl
         UserError: no such file or field, another format, or values that are no numbers.
     """
     wanted = pyarrow.schema([(column, pyarrow.string()), (values, pyarrow.float64())])
+    read_table = FORMATS[format_of(path)].read_table
+    if read_table is None:
+        *others, last = sorted(f.suffixes[0] for f in FORMATS.values() if f.read_table)
+        raise UserError(f"{path} is no table: give a {', '.join(others)} or {last} file")
     try:
-        if path.endswith(SUFFIXES["csv"]):
-            options = pyarrow.csv.ConvertOptions(
-                column_types=wanted, include_columns=wanted.names, null_values=["", "nan", "NaN"]
-            )
-            table = pyarrow.csv.read_csv(path, convert_options=options)
-        elif path.endswith(SUFFIXES["jsonl"]):
-            options = pyarrow.json.ParseOptions(
-                explicit_schema=wanted, unexpected_field_behavior="ignore"
-            )
-            table = pyarrow.json.read_json(path, parse_options=options)
-        elif path.endswith(SUFFIXES["parquet"]):
-            table = pyarrow.parquet.read_table(path, columns=wanted.names).cast(wanted)
-        else:
-            raise UserError(f"{path} is no table: give a .csv, .jsonl or .parquet file")
+        table = read_table(path, wanted)
     except (OSError, KeyError, pyarrow.ArrowException) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} cannot be read as a table: {reason}") from None

@@ -2,12 +2,14 @@
 
 import ast
 import hashlib
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 import shards
+from tests.shards.site import Site, serving
 
 MAX_LENGTH = 24
 
@@ -76,3 +78,18 @@ def digests() -> Callable[[Path], dict[str, str]]:
         }
 
     return of
+
+
+@pytest.fixture
+def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The node's cache."""
+    monkeypatch.setenv("T5VAE_CACHE", str(tmp_path / "node"))
+    monkeypatch.setattr("shards.storage.requests.PAUSES", (0.01, 0.02))
+    return tmp_path / "node"
+
+
+@pytest.fixture
+def site(dataset: Path, tmp_path: Path, node: Path) -> Iterator[Site]:
+    """A copy of the dataset on a web server."""
+    with serving(Path(shutil.copytree(dataset, tmp_path / "site"))) as site:
+        yield site

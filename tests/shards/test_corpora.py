@@ -1,53 +1,16 @@
-import csv
 import gzip
 import io
-import json
 import pickle
-import tarfile
 
 import fsspec
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-import webdataset
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards.write.corpora import Corpus, Reading, combine
+from shards.write.corpora import Corpus, combine
 from t5vae.common.errors import UserError
-
-LINES = ["a = 1", "naïve = 'ü'  ", "  indented"]
-PACK = {"txt": bytes, "gz": gzip.compress, "zst": zstandard.compress}
-
-
-def reading(corpus: Corpus, files=None) -> Reading:
-    return Reading(corpus.files if files is None else files, corpus.format, corpus.column)
-
-
-def read(*args) -> list:
-    return [item for items in reading(Corpus(*args)) for item in items]
-
-
-def write(path, kind):
-    if kind == "jsonl":
-        path.write_text("".join(json.dumps({"n": 1, "t": line}) + "\n" for line in LINES))
-    elif kind == "csv":
-        with open(path, "w", newline="") as file:
-            csv.writer(file).writerows([["n", "t"], *([1, line] for line in LINES)])
-    elif kind == "parquet":
-        pq.write_table(pa.table({"n": [1] * 3, "t": LINES}), path)
-    else:
-        write_tar(path, [{"t.txt": line + "\n", "json": b"{}"} for line in LINES])
-    return path
-
-
-def write_tar(path, records):
-    with webdataset.TarWriter(str(path)) as tar:
-        for number, record in enumerate(records):
-            tar.write({"__key__": f"{number:04d}", **record})
-    return path
+from tests.shards.sources import LINES, PACK, read, reading, write
 
 
 @pytest.mark.parametrize("suffix", PACK)
@@ -71,21 +34,11 @@ def test_lines_end_at_newlines_alone_wherever_a_chunk_ends(tmp_path_factory, con
     path.write_bytes(content.encode())
     expected = [line.rstrip("\r\n") for line in io.StringIO(content, newline="\n")]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("shards.write.readers.CHUNK", chunk)
+        patch.setattr("shards.write.formats.text.CHUNK", chunk)
         pass_over = reading(Corpus(path))
         texts = [text for texts in pass_over for text in texts]
     assert texts == [line for line in expected if line.strip()]
     assert pass_over.skipped["empty"] == len(expected) - len(texts)
-
-
-@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "webdataset"])
-def test_files_with_columns(tmp_path, kind):
-    path = write(tmp_path / f"a.{kind}", kind)
-    assert read(path, kind, "t.txt" if kind == "webdataset" else "t") == LINES
-    with pytest.raises(UserError, match=r"'nope'.*: (n, t|json, t\.txt|t\.txt, json)$"):
-        read(path, kind, "nope")
-    with pytest.raises(UserError, match="--column"):
-        read(path, kind)
 
 
 def test_long_corpora_come_in_lists_of_some_thousands(tmp_path):
@@ -211,204 +164,10 @@ def test_a_url_that_fails_while_it_is_read_names_itself(memory):
         list(reading(corpus))
 
 
-SOURCE = '''"""A docstring."""
-import os  # why
-class A:
-    "prose"
-    def f(self): return 'ü', 1
-    def g(self):
-        if self.a: x = 1
-        elif self.b: x = 2
-        return (1,
-                2)
-        y = 3; z = 4
-'''
-
-
-def test_python_takes_one_line_statements_that_parse_alone(tmp_path):
-    (tmp_path / "a.py").write_text(SOURCE)
-    (tmp_path / "b.py").write_text("print 'python 2'\n")
-    (tmp_path / "c.py").write_bytes("# coding: latin-1\nx = 'é'\n".encode("latin-1"))
-    (tmp_path / "d.py").write_text("-" * 200_000 + "1")
-    (tmp_path / "e.py").write_bytes(b"x = '\xff'")
-    (tmp_path / "site-packages").mkdir()
-    (tmp_path / "site-packages" / "d.py").write_text("left = out")
-    pass_over = reading(Corpus(tmp_path, "python"))
-    assert [text for texts in pass_over for text in texts] == [
-        "import os",
-        "def f(self): return 'ü', 1",
-        "return 'ü', 1",
-        "x = 1",
-        "x = 2",
-        "y = 3",
-        "z = 4",
-        "x = 'é'",
-    ]
-    assert pass_over.skipped == {"unparsable file": 3}
-    assert len(pass_over.digests) == 5
-
-
 def test_the_standard_library_is_found_without_installed_packages():
     corpus = Corpus(None, "python")
     assert len(corpus.files) > 300
     assert not any("site-packages" in file.path for file in corpus.files)
-
-
-@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
-def test_webdataset_texts(tmp_path, suffix):
-    records = [{"TXT": "two\nlines\n"}, {"txt": "\r\n"}, {"txt": "é", "jpg": b"\xff" * 3000}]
-    tar = write_tar(tmp_path / "tar", records).read_bytes()
-    pack = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}[suffix]
-    (tmp_path / f"a.tar{suffix}").write_bytes(pack(tar))
-    (tmp_path / "notes.txt").write_text("no tar file")
-    corpus = Corpus(tmp_path, "webdataset")
-    assert (corpus.kind, corpus.column) == ("text", "txt")
-    pass_over = reading(corpus)
-    assert list(pass_over) == [["two\nlines", "é"]]
-    assert pass_over.skipped == {"empty": 1}
-    assert combine(pass_over.digests) == corpus.sha256()
-
-
-def npy(array) -> bytes:
-    file = io.BytesIO()
-    np.save(file, array)
-    return file.getvalue()
-
-
-def test_webdataset_token_arrays(tmp_path):
-    rows = [[3, 4, 1], [], [5, 2**31 - 1]]
-    types = ["uint16", ">i8", "uint64"]
-    records = [
-        {"ids.npy": npy(np.array(row, t)), "txt.json": b"{}"}
-        for row, t in zip(rows, types, strict=True)
-    ]
-    corpus = Corpus(write_tar(tmp_path / "a.tar", records), "webdataset")
-    assert (corpus.kind, corpus.column) == ("tokens", "ids.npy")
-    pass_over = reading(corpus)
-    items = [item for items in pass_over for item in items]
-    assert [np.frombuffer(item, "<i4").tolist() for item in items] == [rows[0], rows[2]]
-    assert pass_over.skipped == {"empty": 1}
-
-
-def test_webdataset_passes_over_what_is_no_record(tmp_path):
-    with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        for name, kind in [("a", tarfile.DIRTYPE), ("a/0.txt", tarfile.SYMTYPE)]:
-            header = tarfile.TarInfo(name)
-            header.type = kind
-            tar.addfile(header)
-        for name in ("README", "a/._1.txt", "a/1.txt", ".hidden"):
-            header = tarfile.TarInfo(name)
-            header.size = 1
-            tar.addfile(header, io.BytesIO(b"x"))
-    assert read(tmp_path / "a.tar", "webdataset") == ["x"]
-
-
-@pytest.mark.parametrize(
-    ("record", "there"),
-    [
-        ({"json": b"{}", "jpg": b""}, "there are: jpg, json"),
-        ({"txt": "a", "ids.npy": npy([1])}, "there are: ids.npy, txt"),
-    ],
-)
-def test_webdataset_members_to_choose_from_are_listed(tmp_path, record, there):
-    with pytest.raises(UserError, match=there):
-        Corpus(write_tar(tmp_path / "a.tar", [record]), "webdataset")
-
-
-@pytest.mark.parametrize(
-    ("member", "content", "message"),
-    [
-        ("txt", b"\xff\xfe", "UTF-8"),
-        ("txt", b"a\0", "binary"),
-        ("npy", b"", "no .npy array"),
-        ("npy", b"no array", "no .npy array"),
-        ("npy", npy([1, 2])[:-3], "no .npy array"),
-        ("npy", npy(np.array([{}], object)), "no .npy array"),
-        ("npy", npy([[1]]), "2-D of int64"),
-        ("npy", npy(1), "0-D"),
-        ("npy", npy([1.0]), "float64"),
-        ("npy", npy([True]), "bool"),
-        ("npy", npy([4, -1]), "-1 to 4"),
-        ("npy", npy([2**31]), "2147483648"),
-    ],
-)
-def test_bad_records_are_named(tmp_path, member, content, message):
-    path = write_tar(tmp_path / "a.tar", [{member: content}])
-    with pytest.raises(UserError, match=message) as error:
-        read(path, "webdataset", member)
-    assert str(error.value).startswith(f"{path}, record '0000'")
-    assert "\n" not in str(error.value)
-
-
-def test_a_record_with_a_member_twice_is_named(tmp_path):
-    with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        for _ in range(2):
-            tar.addfile(tarfile.TarInfo("1.txt"))
-    with pytest.raises(UserError, match="'1': more than one member 'txt'"):
-        read(tmp_path / "a.tar", "webdataset")
-
-
-@pytest.mark.parametrize("suffix", ["", ".gz"])
-def test_a_tar_file_cut_anywhere_is_an_error(tmp_path, suffix):
-    records = [{"txt": "text", "json": b"{}"}] * 3
-    whole = write_tar(tmp_path / "whole", records).read_bytes()
-    with tarfile.open(tmp_path / "whole") as tar:
-        end = tar.getmembers()[-1].offset_data + 512
-    path = tmp_path / f"a.tar{suffix}"
-    for cut in [*range(0, end + 1, 512), *range(7, end, 311)]:
-        content = whole[:cut]
-        path.write_bytes(gzip.compress(content, 1) if suffix else content)
-        with pytest.raises(UserError, match="no whole tar file") as error:
-            read(path, "webdataset", "txt")
-        assert str(path) in str(error.value)
-    path.write_bytes(gzip.compress(whole)[:-9] if suffix else whole[: end + 512])
-    if suffix:
-        with pytest.raises(UserError, match=f"cannot read {path}"):
-            read(path, "webdataset", "txt")
-    else:
-        assert read(path, "webdataset") == ["text"] * 3
-
-
-@settings(max_examples=150, deadline=None)
-@given(data=st.data())
-def test_a_damaged_tar_file_is_an_error_or_read(tmp_path_factory, data):
-    path = tmp_path_factory.getbasetemp() / "damaged.tar"
-    content = bytearray(write_tar(path, [{"ids.npy": npy([1, 2])}] * 2).read_bytes()[:5120])
-    for _ in range(data.draw(st.integers(1, 4))):
-        content[data.draw(st.integers(0, 4096))] = data.draw(st.integers(0, 255))
-    path.write_bytes(content)
-    try:
-        assert len(read(path, "webdataset")) <= 2
-    except UserError as error:
-        assert "\n" not in str(error)  # noqa: PT017 both outcomes are right
-
-
-@pytest.mark.parametrize(
-    ("content", "args", "message"),
-    [
-        (b"\x00\x01\x02\n", (), "binary"),
-        (b"ok\n\xff\xfe\n", (), "UTF-8"),
-        (b"{}\n[1]\n", ("jsonl", "t"), "line 1"),
-        (b'{"t": "a"}\n\n[1]\n', ("jsonl", "t"), "line 3: .* list"),
-        (b'{"t": 1}\n', ("jsonl", "t"), "not text"),
-        (b'{"t": "\\ud800"}\n', ("jsonl", "t"), "Unicode"),
-        (b"not json\n", ("jsonl", "t"), "not a JSON object"),
-        (b"[" * 100_000, ("jsonl", "t"), "not a JSON object"),
-        (b"", ("csv", "t"), "no column 't'"),
-        (b"t\n\xff\n", ("csv", "t"), "UTF-8"),
-        (b"t\n" + b"a" * 200_000, ("csv", "t"), "line 1: field larger"),
-        (b"nothing", ("parquet", "t"), "not a parquet file"),
-        (b"nothing", ("webdataset",), "no whole tar file"),
-        (b"nothing", ("webdataset", "txt"), "no whole tar file"),
-    ],
-)
-def test_bad_content_names_the_file(tmp_path, content, args, message):
-    path = tmp_path / "bad"
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=message) as error:
-        read(path, *args)
-    assert "bad" in str(error.value)
-    assert "\n" not in str(error.value)
 
 
 def test_damaged_compressed_file_names_the_file(tmp_path):

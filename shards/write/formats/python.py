@@ -1,11 +1,15 @@
-"""Sequences of Python: the statements of a source file."""
+"""Python: the statements of source files."""
 
 import ast
 import io
+import sys
+import sysconfig
 import tokenize
 import warnings
 from collections.abc import Iterator
 from typing import IO
+
+from shards.write.formats.format import Default, Format
 
 
 def read_python(stream: IO[bytes], name: str, column: str | None) -> Iterator[list[str]]:
@@ -62,3 +66,17 @@ def _parses(statement: str) -> bool:
     except SyntaxError:
         return False
     return True
+
+
+PYTHON = Format(
+    read_python,
+    suffixes=(".py",),
+    help="one-line statements",
+    told_by_name=False,  # a file of code is read as lines, unless asked for
+    default=Default(
+        help="Python's standard library",
+        name=f"standard library of Python {'.'.join(map(str, sys.version_info[:3]))}",
+        folder=sysconfig.get_path("stdlib"),
+    ),
+    passed_over=frozenset({"site-packages", "dist-packages"}),
+)
