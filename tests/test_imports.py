@@ -21,8 +21,9 @@ FLOORS = (
     ("shards.read",),
     ("shards.write",),
     ("shards",),
+    ("t5vae.objective",),
     ("t5vae.config", "t5vae.cluster"),
-    ("t5vae.model", "t5vae.objective", "t5vae.metrics"),
+    ("t5vae.model", "t5vae.metrics"),
     ("t5vae",),  # registers the model with transformers
     ("t5vae.latent",),
     ("t5vae.evaluation",),
@@ -128,7 +129,7 @@ if TYPE_CHECKING:
 
 
 def test_every_folder_of_modules_is_a_room_on_a_floor():
-    folders = {dotted(path.parent / "__init__.py") for path in modules()}
+    folders = {".".join(dotted(path.parent / "__init__.py").split(".")[:2]) for path in modules()}
     assert folders - {"t5vae.explore"} == set(FLOOR) - {"t5vae.explore"}
 
 

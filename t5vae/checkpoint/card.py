@@ -18,6 +18,7 @@ from shards import Dataset
 from t5vae.checkpoint.manifest import read_manifest
 from t5vae.common.errors import UserError
 from t5vae.common.files import read_records, write_whole
+from t5vae.common.kinds import TERMS
 from t5vae.config import Config, load_config
 from t5vae.evaluation.evaluate import SCHEMA_VERSION
 from t5vae.evaluation.run import REPORT
@@ -27,7 +28,7 @@ from t5vae.metrics.reading import METRICS
 from t5vae.model import T5VAE, T5VAEConfig, parameter_counts
 
 TAGS = ["t5-vae", "t5vae", "latent-space", "variational-autoencoder"]
-LOGGED = ("loss", "reconstruction", "nats_per_token", "mmd", "epps_pulley", "latent_square")
+LOGGED = ("loss", "reconstruction", "nats_per_token", *TERMS, "latent_square")
 SETTINGS: Any = {"run": {"seed"}, "data": {"global_batch_size"}}
 SETTINGS |= {"objective": True, "optim": True, "train": True}
 CARD = """# {name}

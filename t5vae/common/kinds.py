@@ -11,17 +11,25 @@ from typing import Any
 Table = dict[str, Any]
 
 BOTTLENECKS: Table = {
-    "flatten": "t5vae.model.bottleneck:FlattenBottleneck",
-    "attention": "t5vae.model.bottleneck:AttentionBottleneck",
+    "flatten": "t5vae.model.bottlenecks.flatten:Flatten",
+    "attention": "t5vae.model.bottlenecks.attention:Attention",
 }
-OPTIMISERS: Table = {}
+OPTIMISERS: Table = {
+    "adamw": "t5vae.training.optimisers.adamw:AdamW",
+    "lion": "t5vae.training.optimisers.lion:Lion",
+    "muon": "t5vae.training.optimisers.muon:Muon",
+}
 PRIORS: Table = {
     "normal": "t5vae.latent.priors.normal:Normal",
     "gaussian": "t5vae.latent.priors.gaussian:Gaussian",
     "gmm": "t5vae.latent.priors.mixture:Mixture",
     "flow": "t5vae.latent.priors.flow:Flow",
 }
-TERMS: Table = {}
+TERMS: Table = {
+    "mmd": "t5vae.objective.terms.mmd:MMD",
+    "epps_pulley": "t5vae.objective.terms.epps_pulley:EppsPulley",
+    "kl": "t5vae.objective.terms.kl:KL",
+}
 
 
 def find(table: Table, name: str) -> Any:

@@ -5,7 +5,7 @@ Imports nothing heavy: a launcher on a login node reads configurations too.
 
 from t5vae.config.config import Config
 from t5vae.config.launching import Launcher
-from t5vae.config.learning import MMD, T5, EppsPulley, Model, Objective, Optim
+from t5vae.config.learning import T5, Model, Objective, Optim
 from t5vae.config.loading import keys, load_config
 from t5vae.config.running import (
     BatchSplit,
@@ -20,14 +20,12 @@ from t5vae.config.running import (
 )
 
 __all__ = [
-    "MMD",
     "T5",
     "BatchSplit",
     "Checkpoint",
     "Config",
     "Data",
     "DeepSpeed",
-    "EppsPulley",
     "Eval",
     "Launcher",
     "Log",

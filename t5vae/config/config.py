@@ -7,10 +7,10 @@ import yaml
 from pydantic import model_validator
 
 from t5vae.common.files import write_whole
+from t5vae.common.section import Section
 from t5vae.config.launching import Launcher
 from t5vae.config.learning import Model, Objective, Optim
 from t5vae.config.running import Checkpoint, Data, DeepSpeed, Eval, Log, Run, Train
-from t5vae.common.section import Section
 
 
 class Config(Section):
@@ -57,18 +57,15 @@ class Config(Section):
             raise ValueError("deepspeed.offload_parameters needs deepspeed.zero_stage 3")
         if self.checkpoint.source and self.checkpoint.resume != "weights":
             raise ValueError("checkpoint.source needs checkpoint.resume weights")
-        other = self.objective.epps_pulley
-        if other.weight and not (other.slices or other.axes):
-            raise ValueError("objective.epps_pulley needs directions: set slices, axes or both")
-        mmd = self.objective.mmd
-        bound = self.model.squash_scale
-        fits = bound > mmd.sigma or mmd.prior == "uniform" or mmd.kernel == "legacy"
-        if self.model.squash and not fits:
+        if self.model.posterior and (self.model.normalize or self.model.squash):
             raise ValueError(
-                f"model.squash bounds codes to (-{bound:g}, {bound:g}), which cannot match the "
-                f"prior N(0, {mmd.sigma:g}^2 I): use no squash, model.squash_scale 3 or more, or "
-                "objective.mmd.prior uniform (only kernel legacy allows both)"
+                "model.posterior goes with neither model.normalize nor model.squash, which would "
+                "change what is drawn: set model.normalize to false and model.squash to null"
             )
+        for name, term in self.objective.terms.items():
+            if term.is_on and "posterior" in term.needs and not self.model.posterior:
+                raise ValueError(f"objective.{name} needs model.posterior gaussian")
+            term.check(bound=self.model.squash_scale if self.model.squash else None)
         first, last = self.train.profile or (1, 1)
         if not 1 <= first <= last:
             raise ValueError(

@@ -1,10 +1,12 @@
 """The sections that say what is learned: the model, its objective, its optimiser."""
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, create_model
 
-from t5vae.common.section import Fraction, Section
+from t5vae.common.kinds import BOTTLENECKS, OPTIMISERS, TERMS, find
+from t5vae.common.section import Fraction, OneOf, Section
+from t5vae.objective import Term
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -41,7 +43,7 @@ class Model(Section):
     """T, tokens of the longest sequence, end token included; null takes the shards' max_length."""
     latent_size: int = Field(default=256, ge=1)
     """D, coordinates of the latent code."""
-    bottleneck: Literal["flatten", "attention"] = "flatten"
+    bottleneck: Annotated[str, OneOf(BOTTLENECKS)] = "flatten"
     """Between the encoder's states and the code: "flatten" takes all T tokens through one
     linear layer, "attention" pools them with learned queries."""
     token_size: int = Field(default=64, ge=1)
@@ -58,6 +60,9 @@ class Model(Section):
     """Scale every code to norm sqrt(D), so that the encoder cannot grow codes out of the noise."""
     mask_padding: bool = True
     """Hide pads from the encoder and the bottleneck."""
+    posterior: Literal["gaussian"] | None = None
+    """What a code is drawn from in training: "gaussian", N(mean, diag(variance)) of the encoder's
+    own, as in a VAE; its mean is the code elsewhere. Null: a sequence has one code."""
     gradient_checkpointing: bool = False
     """Compute the layers' activations again in the backward pass, to save memory."""
     compile: bool = False
@@ -66,43 +71,9 @@ class Model(Section):
     """Never store all logits, by liger-kernel on CUDA; null does so where that is installed."""
 
 
-class MMD(Section):
-    kernel: Literal["rbf", "multi_rbf", "imq", "legacy"] = "imq"
-    """rbf; multi_rbf, a mean of five octaves of it; imq, inverse multiquadrics of seven scales;
-    legacy, the original's rbf of bandwidth D^2."""
-    prior: Literal["normal", "uniform", "sampled"] = "normal"
-    """N(0, sigma^2 I) or uniform on (-sigma, sigma)^D, in closed form; or draws of the former."""
-    estimator: Literal["u", "v"] = "u"
-    """u is unbiased; v, the original's, counts each code against itself and shrinks codes."""
-    sigma: float = Field(default=1.0, gt=0)
-    """Standard deviation of the prior, half its width where that is uniform."""
-    weight: float = Field(default=30.0, ge=0)
-    """Of MMD^2 in the loss, against nats a token (or all nats, under reconstruction sum)."""
-    schedule: Literal["constant", "linear", "sigmoid"] = "constant"
-    """weight(step): constant; linear, from 0 over `warmup`; sigmoid(slope * step - offset)."""
-    warmup: Fraction = 0.1
-    """Share of the steps over which "linear" rises."""
-    slope: float = 0.0025
-    """Of the sigmoid, per step."""
-    offset: float = 6.25
-    """Of the sigmoid."""
-    implementation: Literal["blocked", "triton"] = "blocked"
-    """triton: fused, on CUDA devices alone."""
+class _Objective(Section):
+    """Beside reconstruction it has the terms of `TERMS`, a section each."""
 
-
-class EppsPulley(Section):
-    weight: float = Field(default=0.0, ge=0)
-    """Of the sliced Epps-Pulley statistic in the loss; 0 for none."""
-    slices: int = Field(default=256, ge=0)
-    """Random directions, new ones in every step."""
-    axes: bool = True
-    """The coordinate axes too."""
-
-
-class Objective(Section):
-    mmd: MMD = MMD()
-    epps_pulley: EppsPulley = EppsPulley()
-    """A second regulariser, which sees the axes and tails that MMD does not."""
     reconstruction: Literal["mean", "sum"] = "mean"
     """Cross-entropy per real token of the global batch, or its sum, as the original had it."""
     latent_noise: float = Field(default=1.0, ge=0)
@@ -112,9 +83,44 @@ class Objective(Section):
     word_dropout: Fraction = 0.0
     """The same for the decoder's input tokens."""
 
+    @property
+    def terms(self) -> dict[str, Term]:
+        """All terms, by name."""
+        return {name: getattr(self, name) for name in KINDS}
+
+    @property
+    def scale(self) -> float:
+        """The standard deviation of the prior."""
+        scales = (term.scale for term in self.terms.values())
+        return next((scale for scale in scales if scale is not None), 1.0)
+
+    def weights(self, step: int, steps: int) -> dict[str, float]:
+        """Of each term at a step, counted from 0, of a run of `steps`."""
+        return {name: term.weight_at(step, steps) for name, term in self.terms.items()}
+
+
+KINDS: dict[str, type[Term]] = {name: find(TERMS, name) for name in TERMS}
+if TYPE_CHECKING:
+    Objective = _Objective
+else:
+    Objective = create_model(
+        "Objective",
+        __base__=_Objective,
+        __module__=__name__,
+        **{name: (kind, kind()) for name, kind in KINDS.items()},
+    )
+
+
+def __getattr__(name: str) -> type[Term]:
+    """A term by the name of its class: jobs that 0.1 queued look for it here."""
+    found = {kind.__name__: kind for kind in KINDS.values()}
+    if name not in found:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return found[name]
+
 
 class Optim(Section):
-    name: Literal["adamw", "lion", "muon"] = "muon"
+    name: Annotated[str, OneOf(OPTIMISERS)] = "muon"
     """adamw or lion for all weights, or muon for the matrices between embedding and logits and
     adamw for the rest."""
     lr: float = Field(default=2e-3, gt=0)

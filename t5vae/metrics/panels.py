@@ -12,14 +12,15 @@ import numpy as np
 from matplotlib.ticker import EngFormatter
 
 from t5vae.common.errors import UserError
+from t5vae.common.kinds import TERMS
 from t5vae.metrics.reading import HELD_OUT, METRICS, Axis, Curve, Event, Run, read_run
 
 SHOWN = (
-    *("loss", "nats_per_token", "mmd", "eval/exact_match", "eval/valid"),
+    *("loss", "nats_per_token", *TERMS, "eval/exact_match", "eval/valid"),
     *("eval/interpolation_validity", "eval/shuffled_gap", "eval/participation_ratio"),
 )
 FALLING = {  # towards zero, by orders of magnitude
-    *("loss", "reconstruction", "nats_per_token", "nats_per_sequence", "mmd", "grad_norm"),
+    *("loss", "reconstruction", "nats_per_token", "nats_per_sequence", *TERMS, "grad_norm"),
     *("epps_pulley_slices", "epps_pulley_axes"),
 }
 WIDE = 20  # the ratio of a key's largest value to its smallest from which a linear scale hides

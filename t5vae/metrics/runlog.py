@@ -26,15 +26,6 @@ from t5vae.config import Config
 from t5vae.metrics.reading import METRICS
 from t5vae.metrics.trackers import Tables, Trackers
 
-SHOWN = {
-    "loss": "loss {:.3f}",
-    "reconstruction": "rec {:.3f}",
-    "mmd": "mmd {:.5f}",
-    "grad_norm": "grad {:.2f}",
-    "tokens_per_second": "{:,.0f} tok/s",
-    "mfu": "mfu {:.1%}",
-}
-
 
 class Findings(Protocol):
     """What an evaluation in mid-run found; as text the gist of it.
@@ -71,6 +62,15 @@ class RunLog:
         self.path = config.run_dir / METRICS
         self.last_step = config.train.steps
         self.trackers = Trackers(config, self.say)
+        terms = config.objective.terms.items()
+        self.shown = {
+            "loss": "loss {:.3f}",
+            "reconstruction": "rec {:.3f}",
+            **{name: term.shown for name, term in terms if term.shown},
+            "grad_norm": "grad {:.2f}",
+            "tokens_per_second": "{:,.0f} tok/s",
+            "mfu": "mfu {:.1%}",
+        }
         self.console = Terminal(stderr=True)
         self.bar: Progress | None = None
         self.began: tuple[float, int] | None = None
@@ -161,7 +161,7 @@ class RunLog:
         record, self.saves = {**record, **common, **self.saves}, {}
         self.unwritten += _line(record)
         self._write()
-        gist = "  ".join(form.format(record[k]) for k, form in SHOWN.items() if k in record)
+        gist = "  ".join(form.format(record[k]) for k, form in self.shown.items() if k in record)
         if self.bar is not None:
             self.bar.update(self.task, description=gist)
         else:

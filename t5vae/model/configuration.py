@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from t5vae.model.bottleneck import BOTTLENECKS
+from t5vae.common.kinds import BOTTLENECKS
 
 ARCHITECTURES = ("t5", "mt5", "umt5")
 
@@ -20,7 +20,7 @@ class T5VAEConfig(PreTrainedConfig):
             T5 v1.1, Flan-T5, ByT5, mT5 and UMT5.
         latent_size: D, the number of coordinates of the latent code.
         sequence_length: T, the longest sequence in tokens, end token included.
-        bottleneck: "flatten" or "attention" (see `bottleneck.py`).
+        bottleneck: a name in `BOTTLENECKS`, "flatten" or "attention".
         token_size: width to which "flatten" shrinks each token before flattening.
         expansion_rank: rank per token of the linear map from the code to the decoder's memory in
             "flatten"; None for a full-rank map. The original T5-VAE used 10.
@@ -33,10 +33,13 @@ class T5VAEConfig(PreTrainedConfig):
         mask_padding: hide pad positions from the encoder and the bottleneck, so that the code does
             not depend on how far a batch was padded. False reproduces the original, which always
             pads to `sequence_length` and lets the encoder see it.
+        posterior: None, or "gaussian": in training a code is drawn from a normal distribution whose
+            mean and log-variance the bottleneck gives; elsewhere it is the mean.
         unknown_token_id: stands in for the tokens that training drops.
 
     Raises:
-        ValueError: for an unknown `bottleneck`, `squash` or `model_type`, or sizes below one.
+        ValueError: for an unknown `bottleneck`, `squash`, `posterior` or `model_type`, sizes below
+            one, or a posterior of codes that are squashed or normalized.
     """
 
     model_type = "t5vae"
@@ -53,6 +56,7 @@ class T5VAEConfig(PreTrainedConfig):
     squash_scale: float = 1.0
     normalize: bool = False
     mask_padding: bool = True
+    posterior: str | None = None
     unknown_token_id: int = 2
     is_encoder_decoder: bool = True
 
@@ -61,6 +65,7 @@ class T5VAEConfig(PreTrainedConfig):
         choices = {
             "bottleneck": (self.bottleneck, tuple(BOTTLENECKS)),
             "squash": (self.squash, (None, "tanh")),
+            "posterior": (self.posterior, (None, "gaussian")),
             "the model_type of t5": (self.t5["model_type"], ARCHITECTURES),
         }
         for name, (value, known) in choices.items():
@@ -73,7 +78,14 @@ class T5VAEConfig(PreTrainedConfig):
             raise ValueError(f"expansion_rank is {self.expansion_rank}; it must be at least 1")
         if self.squash_scale <= 0:
             raise ValueError(f"squash_scale is {self.squash_scale}; it must be above 0")
+        if self.posterior and (self.squash or self.normalize):
+            raise ValueError("a posterior goes with neither squash nor normalize")
         super().__post_init__(**kwargs)
+
+    @property
+    def encoded_size(self) -> int:
+        """Numbers that the bottleneck makes of a sequence: a code, or a mean and log-variance."""
+        return self.latent_size * (2 if self.posterior else 1)
 
     @property
     def t5_config(self) -> PreTrainedConfig:

@@ -17,10 +17,11 @@ total.
 """
 
 from torch import Tensor
-from transformers import PreTrainedConfig
 
+from t5vae.common.kinds import BOTTLENECKS, find
 from t5vae.model.configuration import T5VAEConfig
 from t5vae.model.modeling import T5VAE
+from t5vae.model.operations import attention, feed_forward
 
 
 def training_flops(
@@ -58,13 +59,13 @@ def training_flops(
         scored_tokens = rows * decoder_tokens
     if not config.mask_padding:
         encoder_tokens = max(encoder_tokens, config.sequence_length)
-    memory, bottleneck = _BOTTLENECKS[config.bottleneck](config, t5, encoder_tokens)
+    memory, bottleneck = find(BOTTLENECKS, config.bottleneck).flops(config, encoder_tokens)
     heads = t5.num_heads * t5.d_kv
-    encoder = _attention(t5.d_model, heads, encoder_tokens, encoder_tokens)
-    encoder += _feed_forward(t5, encoder_tokens)
-    decoder = _attention(t5.d_model, heads, decoder_tokens, decoder_tokens)
-    decoder += _attention(t5.d_model, heads, decoder_tokens, memory)
-    decoder += _feed_forward(t5, decoder_tokens)
+    encoder = attention(t5.d_model, heads, encoder_tokens, encoder_tokens)
+    encoder += feed_forward(t5, encoder_tokens)
+    decoder = attention(t5.d_model, heads, decoder_tokens, decoder_tokens)
+    decoder += attention(t5.d_model, heads, decoder_tokens, memory)
+    decoder += feed_forward(t5, decoder_tokens)
     row = t5.num_layers * encoder + bottleneck + t5.num_decoder_layers * decoder
     return 3 * (rows * row + 2 * t5.d_model * t5.vocab_size * scored_tokens)
 
@@ -95,36 +96,3 @@ def parameter_counts(model: T5VAE) -> dict[str, int]:
         counts[name] = sum(parameter.numel() for parameter in new)
         seen |= new
     return {**counts, "total": sum(counts.values())}
-
-
-def _attention(width: int, heads: int, queries: int, keys: int) -> int:
-    return 4 * heads * (width * (queries + keys) + queries * keys)
-
-
-def _feed_forward(t5: PreTrainedConfig, tokens: int) -> int:
-    return (6 if t5.is_gated_act else 4) * t5.d_model * t5.d_ff * tokens
-
-
-def _flatten(config: T5VAEConfig, t5: PreTrainedConfig, encoder_tokens: int) -> tuple[int, int]:
-    """M, and the operations of one row."""
-    length = config.sequence_length
-    flat = length * config.token_size
-    shrink = t5.d_model * config.token_size * encoder_tokens
-    grow = t5.d_model * flat
-    expand = config.latent_size * flat
-    if config.expansion_rank is not None:
-        rank = length * config.expansion_rank
-        expand = config.latent_size * rank + rank * flat
-    products = shrink + flat * config.latent_size + expand + grow
-    return length, 2 * products + _feed_forward(t5, length)
-
-
-def _pool(config: T5VAEConfig, t5: PreTrainedConfig, encoder_tokens: int) -> tuple[int, int]:
-    """M, and the operations of one row."""
-    memory = config.memory_length
-    pool = _attention(t5.d_model, t5.d_model, memory, encoder_tokens)
-    products = 2 * memory * t5.d_model * config.latent_size
-    return memory, pool + 2 * products + _feed_forward(t5, memory)
-
-
-_BOTTLENECKS = {"flatten": _flatten, "attention": _pool}

@@ -18,8 +18,9 @@ from transformers.modeling_outputs import (
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 from transformers.utils import ModelOutput
 
+from t5vae.common.kinds import BOTTLENECKS, find
 from t5vae.model.base import load_base
-from t5vae.model.bottleneck import BOTTLENECKS
+from t5vae.model.bottleneck import Bottleneck
 from t5vae.model.configuration import T5VAEConfig
 from t5vae.model.head import Head, untie
 from t5vae.model.noise import (
@@ -31,6 +32,7 @@ from t5vae.model.noise import (
     keyed_uniform,
 )
 from t5vae.model.packed import Layout, decode, encode
+from t5vae.model.posterior import Posterior
 
 MODES = ("encode", "expand", "score", "decode", "reconstruct")
 
@@ -44,7 +46,9 @@ class T5VAEOutput(ModelOutput):
         nll: float32 [B], summed cross-entropy of each row in nats, where labels were scored; the
             fused cross-entropy knows `loss` alone.
         logits: [B, T, V], where decoder inputs were given.
-        latent: [B, D], the code that was encoded or given, without noise.
+        latent: [B, D], the code that was encoded or given, without noise; with a posterior and
+            `regularisers` the one that was drawn.
+        mean, log_variance: float32 [B, D], of the posterior, where there is one and it was encoded.
         past_key_values: the decoder's cache.
     """
 
@@ -52,6 +56,8 @@ class T5VAEOutput(ModelOutput):
     nll: Tensor | None = None
     logits: Tensor | None = None
     latent: Tensor | None = None
+    mean: Tensor | None = None
+    log_variance: Tensor | None = None
     past_key_values: Any = None
 
 
@@ -81,7 +87,7 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         if not config.tie_word_embeddings:
             untie(self.t5)
         self.set_output_embeddings(self.t5.lm_head)
-        self.bottleneck = BOTTLENECKS[config.bottleneck](config)
+        self.bottleneck: Bottleneck = find(BOTTLENECKS, config.bottleneck)(config)
         self.fused_cross_entropy = False
         self.compiled = False
         if t5 is not None:
@@ -209,15 +215,16 @@ class T5VAE(PreTrainedModel, GenerationMixin):
                 f"latent has the shape {list(latent.shape)}; give [B, {self.config.latent_size}]"
             )
         if mode == "encode":
-            return self._encode(input_ids, attention_mask, regularisers)
+            return self._encode(input_ids, attention_mask, regularisers)[0]
         if mode == "expand":
             return self.bottleneck.expand(latent)
         if mode == "reconstruct":
             return self.generate(input_ids, attention_mask=attention_mask, **generation)
 
+        posterior = None
         if encoder_outputs is None:
             if latent is None:
-                latent = self._encode(input_ids, attention_mask, regularisers)
+                latent, posterior = self._encode(input_ids, attention_mask, regularisers)
             if on_latent is not None:
                 on_latent(latent)
             z_BD = latent
@@ -254,7 +261,11 @@ class T5VAE(PreTrainedModel, GenerationMixin):
                     states_NC = states_NC[scored_N]
             else:
                 states_NC = self._decode(decoder_input_ids, memory_BMC).last_hidden_state[real_BT]
-            return self._score(self._scaled(states_NC), labels, real_BT, latent)
+            output = self._score(self._scaled(states_NC), labels, real_BT)
+            output.latent = latent
+            if posterior is not None:
+                output.mean, output.log_variance = posterior
+            return output
         decoded = self._decode(decoder_input_ids, memory_BMC, past_key_values, use_cache)
         return T5VAEOutput(
             logits=self.t5.lm_head(self._scaled(decoded.last_hidden_state)),
@@ -287,7 +298,7 @@ class T5VAE(PreTrainedModel, GenerationMixin):
 
     def _encode(
         self, ids_BT: Tensor, mask_BT: Tensor | None, regularisers: Regularisers | None
-    ) -> Tensor:
+    ) -> tuple[Tensor, Posterior | None]:
         config = self.config
         if not config.mask_padding:
             # A negative pad would cut the sequence that the bottleneck must refuse.
@@ -304,12 +315,27 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         else:
             encoded = self.t5.encoder(input_ids=ids_BT, attention_mask=mask_BT)
             states_BTC = encoded.last_hidden_state
+        return self.compress(states_BTC, mask_BT, regularisers.keys_B if regularisers else None)
+
+    def compress(
+        self, states_BTC: Tensor, mask_BT: Tensor, keys_B: Tensor | None = None
+    ) -> tuple[Tensor, Posterior | None]:
+        """The encoder's states to codes [B, D], and what they were drawn from if anything.
+
+        Args:
+            states_BTC, mask_BT: the encoder's, and which of them count.
+            keys_B: int64 [B], of the draws; None for the means.
+        """
+        config, posterior = self.config, None
         z_BD = self.bottleneck.compress(states_BTC, mask_BT)
+        if config.posterior:
+            posterior = Posterior.of(z_BD)
+            z_BD = posterior.mean_BD if keys_B is None else posterior.draw(keys_B)
         if config.squash == "tanh":
             z_BD = config.squash_scale * torch.tanh(z_BD / config.squash_scale)
         if config.normalize:
             z_BD = nn.functional.normalize(z_BD.float(), dim=1) * z_BD.shape[1] ** 0.5
-        return z_BD.to(states_BTC.dtype)
+        return z_BD.to(states_BTC.dtype), posterior
 
     def _drop_tokens(
         self, ids_BT: Tensor, regularisers: Regularisers, rate: float, stream: int
@@ -321,19 +347,17 @@ class T5VAE(PreTrainedModel, GenerationMixin):
             dropped_BT &= ids_BT != special
         return ids_BT.masked_fill(dropped_BT, self.config.unknown_token_id)
 
-    def _score(
-        self, states_NC: Tensor, labels_BT: Tensor, real_BT: Tensor, latent: Tensor | None
-    ) -> T5VAEOutput:
+    def _score(self, states_NC: Tensor, labels_BT: Tensor, real_BT: Tensor) -> T5VAEOutput:
         """Cross-entropy of the labels that are real, from the states before each of them."""
         labels_N = labels_BT[real_BT]
         tokens = max(1, len(labels_N))
         if self.fused_cross_entropy and torch.is_grad_enabled():
             nll = self.t5.lm_head(states_NC, labels_N, fused=True)
-            return T5VAEOutput(loss=nll / tokens, latent=latent)
+            return T5VAEOutput(loss=nll / tokens)
         nll_N = self.t5.lm_head(states_NC, labels_N)
         nll_BT = torch.zeros(real_BT.shape, dtype=nll_N.dtype, device=nll_N.device)
         nll_B = nll_BT.masked_scatter(real_BT, nll_N).sum(1)
-        return T5VAEOutput(loss=nll_B.sum() / tokens, nll=nll_B, latent=latent)
+        return T5VAEOutput(loss=nll_B.sum() / tokens, nll=nll_B)
 
     def generate(self, inputs: Tensor | None = None, *, latent: Tensor | None = None, **kwargs):
         """transformers' `generate` from a code [B, D], or from sequences [B, T] to reconstruct.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-NOISE, ENCODER_MASK, WORD_DROPOUT = range(3)  # streams
+NOISE, ENCODER_MASK, WORD_DROPOUT, POSTERIOR = range(4)  # streams
 
 
 @dataclass

@@ -1,7 +1,39 @@
-"""What is minimised: reconstruction + weight(step) * MMD^2."""
+"""What is minimised: reconstruction + sum over terms of weight(step) * term.
 
-from t5vae.objective.epps_pulley import sliced_epps_pulley
-from t5vae.objective.mmd import PendingMMD, mmd, start_gather
-from t5vae.objective.schedules import mmd_weight
+`t5vae.objective.terms` has the terms, a file each; the table `TERMS` of `t5vae.common.kinds` names
+them. They are sections of the configuration too, so nothing here loads torch before it is wanted.
+"""
 
-__all__ = ["PendingMMD", "mmd", "mmd_weight", "sliced_epps_pulley", "start_gather"]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from t5vae.objective.term import Codes, Cost, Term
+
+if TYPE_CHECKING:
+    from t5vae.objective.discrepancy import mmd, mmd_of
+    from t5vae.objective.epps_pulley import sliced_epps_pulley
+    from t5vae.objective.gathering import Gathering, start_gather
+
+__all__ = [
+    "Codes",
+    "Cost",
+    "Gathering",
+    "Term",
+    "mmd",
+    "mmd_of",
+    "sliced_epps_pulley",
+    "start_gather",
+]
+HOMES = {
+    "Gathering": "gathering",
+    "mmd": "discrepancy",
+    "mmd_of": "discrepancy",
+    "sliced_epps_pulley": "epps_pulley",
+    "start_gather": "gathering",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{HOMES[name]}"), name)

@@ -6,7 +6,7 @@ Shapes: B rows, T tokens, C model width, V vocabulary.
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from t5vae.model import T5VAE, T5VAEConfig
 
@@ -117,9 +117,7 @@ def _forward(model: T5VAE, ids_BT: Tensor, mask_B1TT: Tensor) -> Tensor:
     `T5VAE.forward` looks at the values of its mask and labels, which do not exist here.
     """
     states_BTC = model.t5.encoder(input_ids=ids_BT, attention_mask=mask_B1TT).last_hidden_state
-    latent_BD = model.bottleneck.compress(states_BTC, torch.ones_like(ids_BT))
-    if model.config.normalize:
-        latent_BD = nn.functional.normalize(latent_BD.float(), dim=1).to(states_BTC.dtype)
+    latent_BD, _ = model.compress(states_BTC, torch.ones_like(ids_BT), ids_BT[:, 0])
     memory_BMC = model.bottleneck.expand(latent_BD)
     decoded = model.t5.decoder(input_ids=ids_BT, encoder_hidden_states=memory_BMC, use_cache=False)
     return model.t5.lm_head(decoded.last_hidden_state)

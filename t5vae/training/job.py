@@ -147,10 +147,12 @@ def resolve(config: Config, ranks: Ranks) -> Job:
         parameters = parameter_counts(T5VAE(settings))["total"]
     split = config.data.split(ranks.world_size)
     check_base(config.model.base, dataset)
-    if split.micro * split.ranks < 2 and config.objective.mmd.estimator == "u":
-        raise UserError(
-            "the unbiased MMD needs at least 2 sequences in a micro step over all ranks"
-        )
+    for name, term in config.objective.terms.items():
+        if split.micro * split.ranks < term.fewest:
+            raise UserError(
+                f"objective.{name} needs at least {term.fewest} sequences in a micro step over all "
+                "ranks"
+            )
     _check_kernels(config)
     _check_evaluation(config.eval, dataset)
     if config.log.tensorboard and not is_installed("tensorboard"):
@@ -172,12 +174,15 @@ def resolve(config: Config, ranks: Ranks) -> Job:
 
 def _check_kernels(config: Config) -> None:
     """What is written for CUDA alone."""
-    kernels = {
-        "objective.mmd.implementation": (config.objective.mmd.implementation == "triton", "triton"),
-        "model.fused_cross_entropy": (config.model.fused_cross_entropy, "liger-kernel"),
+    needed = {
+        f"objective.{name}.{key}": package
+        for name, term in config.objective.terms.items()
+        for key, package in term.packages.items()
     }
-    for key, (wanted, package) in kernels.items():
-        if wanted and not (torch.cuda.is_available() and is_installed(package)):
+    if config.model.fused_cross_entropy:
+        needed["model.fused_cross_entropy"] = "liger-kernel"
+    for key, package in needed.items():
+        if not (torch.cuda.is_available() and is_installed(package)):
             raise UserError(f"{key} needs a CUDA device and the package {package}; leave it out")
 
 

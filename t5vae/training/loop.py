@@ -8,7 +8,6 @@ from t5vae.cluster.ranks import Ranks
 from t5vae.cluster.scheduler import queue_again
 from t5vae.cluster.stopping import StopRequest
 from t5vae.config import Config
-from t5vae.objective import mmd_weight
 from t5vae.training.anomalies import Anomalies
 from t5vae.training.engine import backward, gradient_norm, schedule, set_learning_rate, update
 from t5vae.training.feed import open_feed
@@ -62,7 +61,7 @@ def run(config: Config, ranks: Ranks, stop: StopRequest) -> None:
             checkpoints.commit(agreed.written)
 
             set_learning_rate(engine, share := schedule(step - 1, job.steps, optim))
-            loss.begin(feed.position, agreed.tokens, mmd_weight(step - 1, job.steps, objective.mmd))
+            loss.begin(feed.position, agreed.tokens, objective.weights(step - 1, job.steps))
             for micro, batch in enumerate(batches):
                 backward(engine, loss(engine, batch, micro))
                 update(engine)

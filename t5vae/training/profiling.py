@@ -6,9 +6,10 @@ from pathlib import Path
 
 from torch.profiler import profile
 
+from t5vae.common.kinds import TERMS
 from t5vae.common.quiet import log_file_of, quiet_start
 
-PHASES = ("data", "forward", "mmd", "backward", "optimizer", "evaluation", "save")
+PHASES = ("data", "forward", *TERMS, "backward", "optimizer", "evaluation", "save")
 OPERATORS = 20  # rows of the second table
 
 

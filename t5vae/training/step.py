@@ -1,6 +1,7 @@
-"""The loss of micro batches across all ranks: reconstruction, and regularisation of the codes."""
+"""The loss of micro batches across all ranks: reconstruction, and the terms of the objective."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from shards import Batch
 from t5vae.cluster.agreement import all_sum
 from t5vae.config import BatchSplit, Objective
 from t5vae.model import Regularisers, row_keys
-from t5vae.objective import PendingMMD, sliced_epps_pulley, start_gather
+from t5vae.objective import Codes, Gathering, start_gather
 
 
 @dataclass(frozen=True)
@@ -21,15 +22,13 @@ class Found:
     """What a micro batch came to.
 
     Attributes:
-        nll: summed cross-entropy in nats, over all ranks.
-        mmd, epps_pulley: of the codes of all ranks; 0 where the latter has no weight.
         codes_BD: this rank's codes, without gradient.
+        figures: over all ranks: "nll", the summed cross-entropy in nats, and what terms log; NaN
+            where a loss was not finite.
     """
 
-    nll: float
-    mmd: float
-    epps_pulley: float
     codes_BD: Tensor
+    figures: dict[str, float]
 
 
 class Loss:
@@ -50,18 +49,26 @@ class Loss:
 
     def __init__(self, objective: Objective, seed: int, split: BatchSplit, device: torch.device):
         self.objective, self.seed, self.split, self.device = objective, seed, split, device
+        self.terms = {name: term for name, term in objective.terms.items() if term.is_on}
+        self.logs = [log for term in self.terms.values() for log in term.logs]
+        self.gathers = any("gathered" in term.needs for term in self.terms.values())
 
-    def begin(self, position: int, tokens: float, mmd_weight: float) -> None:
+    def begin(self, position: int, tokens: float, weights: Mapping[str, float]) -> None:
         """Begin a step.
 
         Args:
             position: of the stream before it.
             tokens: real tokens of the global batch.
-            mmd_weight: of MMD^2 in the loss.
+            weights: of the terms in the loss.
         """
-        self.position, self.tokens, self.mmd_weight = position, tokens, mmd_weight
+        self.position, self.tokens, self.weights = position, tokens, weights
         self.found: list[Found] = []
         self.nonfinite_ranks: set[int] = set()
+
+    @property
+    def unit(self) -> float:
+        """What a sum over the global batch is divided by in the loss: real tokens, or nothing."""
+        return self.tokens if self.objective.reconstruction == "mean" else 1
 
     def __call__(self, engine: Any, batch: Batch, micro: int) -> Tensor:
         """Forward pass of one micro batch, the `micro`-th of this rank; what to go back from."""
@@ -74,45 +81,48 @@ class Loss:
                 labels=ids_BT.masked_fill(weights_B[:, None] == 0, -100),
                 mode="score",
                 regularisers=self._regularisers(batch),
-                on_latent=gathering,
+                on_latent=gathering if self.gathers else None,
             )
-        regularisation = self.objective.mmd
-        draw = (self.seed << 40) + self.position + micro
-        with phase("mmd"):
-            mmd = gathering.pending.finish(
-                kernel=regularisation.kernel,
-                prior=regularisation.prior,
-                estimator=regularisation.estimator,
-                sigma=regularisation.sigma,
-                implementation=regularisation.implementation,
-                generator_seed=draw,
-            )
-        nll = output.loss * real_tokens(batch)
-        own = bool(nll.isfinite() & output.latent.isfinite().all())
-        sums = all_sum(nll.item(), not (own and mmd.isfinite()), device=self.device)
-        all_nll, infinite = sums
-        # DeepSpeed divides by ranks and micro steps; the sum over all tokens must not be.
-        per_token = self.objective.reconstruction == "mean"
-        loss = nll * (self.split.parts / (self.tokens if per_token else 1)) + self.mmd_weight * mmd
-        codes_BD = output.latent.detach()
-        if infinite or not math.isfinite(all_nll):
+        codes = Codes(
+            output.latent,
+            weights_B,
+            scale=self.objective.scale,
+            seed=(self.seed << 40) + self.position + micro,
+            gathering=gathering.started,
+            mean_BD=output.mean,
+            log_variance_BD=output.log_variance,
+        )
+        codes_BD, nll = output.latent.detach(), output.loss * real_tokens(batch)
+        sums = {"nll": nll, **self._values(codes, per_sequence=True)}
+        finite, *read = _read(codes_BD.isfinite().all(), *sums.values())
+        own = bool(finite) and all(map(math.isfinite, read))
+        infinite, *read = all_sum(not own, *read, device=self.device)
+        statistics = {} if infinite else self._values(codes, per_sequence=False)
+        read += _read(*statistics.values())
+        if infinite or not all(map(math.isfinite, read)):
+            if codes.gathering:
+                codes.gathering.everyone()  # which may be under way
             self.nonfinite_ranks |= _ranks_where(not own)
-            self.found.append(Found(math.nan, math.nan, math.nan, codes_BD))
-            return loss * math.nan
-        epps_pulley, other = 0.0, self.objective.epps_pulley
-        if other.weight:
-            statistic = sliced_epps_pulley(
-                output.latent,
-                slices=other.slices,
-                axes=other.axes,
-                sigma=regularisation.sigma,
-                weights_B=weights_B,
-                generator_seed=draw,
-            )
-            loss = loss + other.weight * statistic
-            epps_pulley = statistic.item()
-        self.found.append(Found(all_nll, mmd.item(), epps_pulley, codes_BD))
+            self.found.append(Found(codes_BD, dict.fromkeys(("nll", *self.logs), math.nan)))
+            return nll * math.nan
+        values = sums | statistics
+        self.found.append(Found(codes_BD, dict(zip(values, read, strict=True))))
+        # DeepSpeed divides by ranks and micro steps; a sum over the global batch must not be.
+        share = self.split.parts / self.unit
+        loss = nll * share
+        for name, term in self.terms.items():
+            value = values[term.logs[0]]
+            loss = loss + self.weights[name] * (value * share if term.per_sequence else value)
         return loss
+
+    def _values(self, codes: Codes, *, per_sequence: bool) -> dict[str, Tensor]:
+        """What terms log, of one kind of them."""
+        values: dict[str, Tensor] = {}
+        for name, term in self.terms.items():
+            if term.per_sequence == per_sequence:
+                with phase(name):
+                    values |= zip(term.logs, term.values(codes), strict=True)
+        return values
 
     def _regularisers(self, batch: Batch) -> Regularisers:
         number_B = batch.sequence + (batch.source << 40)
@@ -125,20 +135,25 @@ class Loss:
 
     def figures(self) -> dict[str, float]:
         """What the step's micro batches come to, over all ranks."""
-        nll = sum(part.nll for part in self.found)
-        mmd = sum(part.mmd for part in self.found) / len(self.found)
-        other = self.objective.epps_pulley.weight
-        epps_pulley = sum(part.epps_pulley for part in self.found) / len(self.found)
-        per_token = self.objective.reconstruction == "mean"
-        reconstruction = nll / (self.tokens if per_token else 1)
+        sums = {
+            name: sum(part.figures[name] for part in self.found) for name in ("nll", *self.logs)
+        }
+        loss = reconstruction = sums["nll"] / self.unit
+        of_terms: dict[str, float] = {}
+        for name, term in self.terms.items():
+            parts = len(self.found)
+            among = self.split.sequences if term.per_sequence else parts
+            of_terms |= {log: sums[log] / among for log in term.logs}
+            if term.has_schedule:
+                of_terms[f"{name}_weight"] = self.weights[name]
+            minimised = sums[term.logs[0]] / (self.unit if term.per_sequence else parts)
+            loss += self.weights[name] * minimised
         return {
-            "loss": reconstruction + self.mmd_weight * mmd + other * epps_pulley,
+            "loss": loss,
             "reconstruction": reconstruction,
-            "nats_per_token": nll / self.tokens,
-            "nats_per_sequence": nll / self.split.sequences,
-            "mmd": mmd,
-            "mmd_weight": self.mmd_weight,
-            **({"epps_pulley": epps_pulley} if other else {}),
+            "nats_per_token": sums["nll"] / self.tokens,
+            "nats_per_sequence": sums["nll"] / self.split.sequences,
+            **of_terms,
         }
 
     def latent_diagnostics(self) -> dict[str, float]:
@@ -163,6 +178,11 @@ def real_tokens(batch: Batch) -> float:
     return float((batch.lengths * batch.weights).sum())
 
 
+def _read(*scalars: Tensor) -> list[float]:
+    """Numbers of the device, at once."""
+    return torch.stack(scalars).tolist() if scalars else []
+
+
 def _ranks_where(true: bool) -> set[int]:
     """The ranks that say so; all of them where none does, since the fault is in what they share."""
     said: list[bool] = [False] * dist.get_world_size()
@@ -173,10 +193,10 @@ def _ranks_where(true: bool) -> set[int]:
 class _Gathering:
     """Starts gathering the codes as soon as the model knows them."""
 
-    pending: PendingMMD
+    started: Gathering | None = None
 
     def __init__(self, weights_B: Tensor):
         self.weights_B = weights_B
 
     def __call__(self, z_BD: Tensor) -> None:
-        self.pending = start_gather(z_BD, weights_B=self.weights_B, equal_rows=True)
+        self.started = start_gather(z_BD, weights_B=self.weights_B, equal_rows=True)

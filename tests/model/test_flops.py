@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from t5vae.common.kinds import BOTTLENECKS
 from t5vae.model import T5VAE, T5VAEConfig
-from t5vae.model.bottleneck import BOTTLENECKS
 from t5vae.model.flops import flops_per_token, parameter_counts, training_flops
 
 pytestmark = pytest.mark.usefixtures("padded_layers")

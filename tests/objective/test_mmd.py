@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from t5vae.objective import mmd, reference, start_gather
+from t5vae.objective import mmd, mmd_of, start_gather
 from t5vae.objective.kernels import make_kernel
 from t5vae.objective.priors import draws, normal_constant, normal_cross
+from tests.objective import reference
 
 KERNELS = ["rbf", "multi_rbf", "imq", "legacy"]
 PRIORS = ["normal", "uniform", "sampled"]
@@ -215,7 +216,7 @@ def test_gradient_scale_multiplies_the_gradient_and_not_the_value():
 def test_a_gather_finished_later_gives_the_same(kernel):
     z_ND, weights_N = codes(9, 4).requires_grad_(), torch.tensor([1.0] * 7 + [0.0] * 2)
     pending = start_gather(z_ND, weights_B=weights_N)
-    value = pending.finish(kernel=kernel, estimator="v")
+    value = mmd_of(pending, kernel=kernel, estimator="v")
     (gradient,) = torch.autograd.grad(value, z_ND)
     options = {"weights_B": weights_N, "kernel": kernel, "estimator": "v"}
     expected, expected_gradient = computed(z_ND.detach(), **options)
@@ -273,7 +274,7 @@ def test_codes_that_are_not_finite_are_a_value_error(value):
 def test_a_gather_lets_codes_pass_that_are_not_finite_and_its_value_tells(kernel):
     z_ND = codes(5, 3)
     z_ND[2, 1] = float("nan")
-    assert start_gather(z_ND).finish(kernel=kernel).isnan()
+    assert mmd_of(start_gather(z_ND), kernel=kernel).isnan()
 
 
 def test_one_code_is_too_few_for_the_unbiased_estimator():

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
-from t5vae.objective import mmd, start_gather
+from t5vae.objective import mmd, mmd_of, start_gather
 
 WORLD = 4
 INPUTS, DIMENSIONS = 6, 4
@@ -78,7 +78,7 @@ def rank_main(rank: int, folder: Path) -> None:
                 z_BD = x_b @ encoder.T
                 if case % 2:  # the two forms of one thing
                     pending = start_gather(z_BD, weights_B=weights_b, group=group, equal_rows=equal)
-                    losses.append(pending.finish(**options))
+                    losses.append(mmd_of(pending, **options))
                 else:
                     losses.append(mmd(z_BD, weights_B=weights_b, group=group, **options))
         with CommDebugMode() as backward:

@@ -19,7 +19,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from t5vae.objective import mmd, reference
+from t5vae.objective import mmd
+from tests.objective import reference
 
 KERNELS = ["rbf", "multi_rbf", "imq", "legacy"]
 PRIORS = ["normal", "sampled", "uniform"]

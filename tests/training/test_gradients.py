@@ -28,11 +28,13 @@ from t5vae.cluster.process_group import free_port, start_process_group
 from t5vae.cluster.ranks import Ranks
 from t5vae.config import Config
 from t5vae.model import T5VAE, Regularisers, row_keys
-from t5vae.objective import PendingMMD, mmd, reference, sliced_epps_pulley
+from t5vae.objective import Gathering, mmd, sliced_epps_pulley
 from t5vae.training.build import model_config
 from t5vae.training.engine import backward, build_engine, deepspeed_config, set_learning_rate
 from t5vae.training.step import Loss
+from tests.objective import reference
 
+ROOT = Path(__file__).parents[2]
 WORLDS, STAGES = (1, 2, 4), (0, 1, 2, 3)
 ROWS, LONGEST, VOCABULARY = 8, 16, 40  # rows of a micro step, over all ranks
 SEED, POSITION, CPU = 3, 64, torch.device("cpu")
@@ -40,6 +42,7 @@ SMALL = {"t5": {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_head
 SMALL |= {"vocab_size": VOCABULARY, "sequence_length": LONGEST, "latent_size": 6, "token_size": 4}
 MIXED = [5, 16, 2, 9, 3, 12, 7, 2]
 NOISE = {"latent_noise": 0.5, "input_mask": 0.2, "word_dropout": 0.2}
+PARTS = ("nll", "mmd", "epps_pulley", "kl")
 EPPS_PULLEY = {"epps_pulley": {"weight": 30.0, "slices": 16}}
 
 
@@ -50,6 +53,7 @@ class Model:
     bottleneck: str = "flatten"
     tied: bool = True
     accumulation: int = 1
+    posterior: str | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ MODELS = {
     "flatten": Model(),
     "attention": Model("attention", tied=False),
     "accumulated": Model(accumulation=4),
+    "posterior": Model(accumulation=2, posterior="gaussian"),
 }
 CASES = {
     "whole": Case(),
@@ -84,6 +89,14 @@ CASES = {
         left_out=(1, 17, 18, 19, 20),
         objective={**NOISE, **EPPS_PULLEY, "mmd": {"prior": "sampled", "kernel": "multi_rbf"}},
     ),
+    "kl": Case("posterior", lengths=MIXED * 2, objective={"kl": {"weight": 1.0}}),
+    "kl with free bits, summed": Case(
+        "posterior",
+        weight=0.0,
+        lengths=MIXED + [2] * 8,
+        left_out=(0, 2, 3, 9),
+        objective={**NOISE, "reconstruction": "sum", "kl": {"weight": 3.0, "free_bits": 0.02}},
+    ),
     "accumulation 4, mmd above all": Case(
         "accumulated", weight=1e4, lengths=MIXED * 2 + [2] * 8 + [16] * 8
     ),
@@ -100,7 +113,13 @@ def make_config(case: Case, stage: int = 0, world: int = 1) -> Config:
             "global_batch_size": ROWS * model.accumulation,
             "micro_batch_size": ROWS // world,
         },
-        model={**SMALL, "bottleneck": model.bottleneck, "memory_length": 3},
+        model={
+            **SMALL,
+            "bottleneck": model.bottleneck,
+            "memory_length": 3,
+            "posterior": model.posterior,
+            "normalize": model.posterior is None,
+        },
         objective=case.objective,
         optim={"name": "adamw", "gradient_clipping": 0},
         train={"precision": "fp32"},
@@ -161,6 +180,7 @@ class Found:
     nll: list[float]
     mmd: list[float]
     epps_pulley: list[float]
+    kl: list[float]
     gradients: dict[str, Tensor]
 
 
@@ -172,7 +192,7 @@ def one_process(name: str) -> Found:
     objective = config.objective
     batches = micro_batches(case)
     share = 1 if objective.reconstruction == "sum" else 1 / all_tokens(batches)
-    found = Found([], [], [], {})
+    found = Found([], [], [], [], {})
     for micro, batch in enumerate(batches):
         noise = Regularisers(
             row_keys(SEED, POSITION, batch.sequence + (batch.source << 40)),
@@ -190,7 +210,14 @@ def one_process(name: str) -> Found:
             slices = objective.epps_pulley.slices
             epps_pulley = sliced_epps_pulley(output.latent, slices=slices, **drawn)
             loss = loss + objective.epps_pulley.weight * epps_pulley / len(batches)
+        kl_BD = torch.zeros(ROWS, 1)
+        if objective.kl.weight:
+            mean_BD, log_variance_BD = output.mean.double(), output.log_variance.double()
+            kl_BD = (mean_BD**2 + log_variance_BD.exp() - 1 - log_variance_BD) / 2
+            floored_BD = kl_BD.clamp(min=objective.kl.free_bits) * batch.weights[:, None]
+            loss = loss + objective.kl.weight * floored_BD.sum() * share
         loss.backward()
+        found.kl.append((kl_BD * batch.weights[:, None]).sum().item())
         found.nll.append(nll.item())
         found.mmd.append(squared.item())
         found.epps_pulley.append(epps_pulley.item())
@@ -215,7 +242,7 @@ def rank_step(engine: Any, name: str, stage: int) -> dict[str, Any]:
     config, batches = make_config(case, stage, world), micro_batches(case, rank, world)
     tokens = all_tokens(micro_batches(case))
     loss = Loss(config.objective, SEED, config.data.split(world), CPU)
-    loss.begin(POSITION, tokens, case.weight)
+    loss.begin(POSITION, tokens, config.objective.weights(0, 1) | {"mmd": case.weight})
     with recorded(engine) as events:
         for micro, batch in enumerate(batches):
             if micro:
@@ -231,8 +258,7 @@ def rank_step(engine: Any, name: str, stage: int) -> dict[str, Any]:
         mmd(part.codes_BD, **mmd_options(config), **draw(batch, micro)).item()
         for micro, (part, batch) in enumerate(zip(loss.found, batches, strict=True))
     ]
-    parts = ("nll", "mmd", "epps_pulley")
-    found = {name: [getattr(part, name) for part in loss.found] for name in parts}
+    found = {name: [part.figures.get(name, 0.0) for part in loss.found] for name in PARTS}
     return {**found, "gradients": gradients, "events": events, "afterwards": afterwards}
 
 
@@ -240,7 +266,7 @@ def rank_step(engine: Any, name: str, stage: int) -> dict[str, Any]:
 def recorded(engine: Any) -> Iterator[list[str]]:
     """The order of gather and decoder, while micro steps run."""
     events: list[str] = []
-    gather, finish = dist.all_gather, PendingMMD.finish
+    gather, everyone = dist.all_gather, Gathering.everyone
 
     class Work:
         def __init__(self, work: dist.Work):
@@ -254,9 +280,9 @@ def recorded(engine: Any) -> Iterator[list[str]]:
         events.append("gather starts")
         return Work(gather(*arguments, **options))
 
-    def finishing(*arguments: Any, **options: Any) -> Tensor:
+    def finishing(gathering: Gathering) -> Tensor:
         events.append("finish")
-        return finish(*arguments, **options)
+        return everyone(gathering)
 
     decoder = engine.module.t5.decoder
     hooks = [
@@ -265,7 +291,7 @@ def recorded(engine: Any) -> Iterator[list[str]]:
     ]
     with (
         patch.object(dist, "all_gather", gathering),
-        patch.object(PendingMMD, "finish", finishing),
+        patch.object(Gathering, "everyone", finishing),
     ):
         yield events
     for hook in hooks:
@@ -287,7 +313,7 @@ def backward_collectives(engine: Any, batch: Batch) -> dict[str, dict[str, int]]
 
     config = make_config(CASES["whole"])
     loss = Loss(config.objective, SEED, config.data.split(1), CPU)
-    loss.begin(POSITION, 1.0, 10.0)
+    loss.begin(POSITION, 1.0, {"mmd": 10.0})
     with patch.object(engine, "backward", counted("with mmd")):
         backward(engine, loss(engine, batch, 0))
     engine.step()
@@ -340,7 +366,12 @@ pytestmark = pytest.mark.distributed
 def launched(tmp_path_factory) -> tuple[Path, str]:
     """The folder of all ranks' results, and what they said."""
     folder = tmp_path_factory.mktemp("ranks")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "PYTHONPATH": str(ROOT),
+    }
     if sys.platform == "linux":  # elsewhere the loopback has another name
         environment["GLOO_SOCKET_IFNAME"] = "lo"
     command = [sys.executable, "-W", "ignore", __file__, str(folder)]
@@ -363,7 +394,7 @@ def test_ranks_give_the_losses_and_gradients_of_one_process(ranks, stage, name):
     expected = one_process(name)
     for results in ranks:
         found = results[stage, name]
-        for part in ("nll", "mmd", "epps_pulley"):
+        for part in PARTS:
             assert found[part] == ranks[0][stage, name][part], part
             assert found[part] == pytest.approx(getattr(expected, part), rel=1e-5, abs=1e-7), part
         assert found["gradients"].keys() == expected.gradients.keys()
