@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from t5vae.common.kinds import OPTIMISERS, find
 from t5vae.config import BatchSplit, Config
 from t5vae.planning.activations import Activations
-from t5vae.training.engine import BUCKET, deepspeed_config
+from t5vae.training.engine import BUCKET, deepspeed_config, grouped
+from t5vae.training.optimisers import Optimiser
 
 PYTHON = 520 * 2**20  # a process with torch, transformers and DeepSpeed, on a CPU: measured
 KEPT = 0.1  # of all else, that allocators keep or lose between blocks: measured on CPUs
@@ -24,27 +26,24 @@ class Sizes:
 
     Attributes:
         total: n.
-        muon: those that Muon updates.
+        own: those that the optimiser takes for itself.
         largest_group: of the largest group that AdamW updates at once.
     """
 
     total: int
-    muon: int
+    own: int
     largest_group: int
 
 
 def sizes_of(model: nn.Module, optimizer: str) -> Sizes:
     """Count a model's parameters, on any device, meta included."""
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    matrices = muon = others = 0
-    for parameter in model.parameters():
-        if parameter.dim() < 2:
-            others += parameter.numel()
-        elif optimizer == "muon" and id(parameter) not in embeddings:
-            muon += parameter.numel()
-        else:
-            matrices += parameter.numel()
-    return Sizes(matrices + muon + others, muon, max(matrices, others))
+    groups = {
+        group: sum(weight.numel() for weight in weights)
+        for group, weights in grouped(model, find(OPTIMISERS, optimizer)).items()
+    }
+    rest = [size for (own, _), size in groups.items() if not own]
+    total = sum(groups.values())
+    return Sizes(total, total - sum(rest), max(rest, default=0))
 
 
 @dataclass(frozen=True)
@@ -75,6 +74,10 @@ class Regime:
     @property
     def weight_bytes(self) -> int:
         return 2 if self.half else 4
+
+    @property
+    def kind(self) -> type[Optimiser]:
+        return find(OPTIMISERS, self.optimizer)
 
 
 def regime_of(config: Config, split: BatchSplit) -> Regime:
@@ -131,8 +134,7 @@ def memory(regime: Regime, sizes: Sizes, kept: Activations, *, accelerated: bool
     # What ZeRO reduces is copied into a buffer first; stage 0 flattens what it reduces.
     wanted = regime.bucket or min(BUCKET, n)
     bucket = wanted if accelerated and stage else min(wanted, n)
-    # Until a step is known to be one, ZeRO keeps Muon's new momentum apart.
-    staged = sizes.muon * s // world_size if stage in (1, 2) else 0
+    extra = regime.kind.extra_bytes(stage, s)
     undivided = stage == 0 or (stage == 1 and split.accumulation > 1)
     gradients = n * s // (1 if undivided else world_size)
     gathered = min(n, regime.gathered) * s if stage == 3 and world_size > 1 else 0
@@ -150,7 +152,7 @@ def memory(regime: Regime, sizes: Sizes, kept: Activations, *, accelerated: bool
         "runtime": CUDA if accelerated else PYTHON,
         **states,
         "gradients": gradients,
-        **({"staged momentum": staged} if staged else {}),
+        **{part: sizes.own * size // ranks for part, size in extra.items() if sizes.own},
     }
     backward = {
         **common,
@@ -162,7 +164,7 @@ def memory(regime: Regime, sizes: Sizes, kept: Activations, *, accelerated: bool
         **common,
         "communication buffers": bucket * s if stage == 3 else 0,
         "fp32 gradients": copies,
-        "update": _update(regime, sizes, ranks, accelerated),
+        "update": _update(sizes, ranks, accelerated),
     }
     for parts in (backward, step):
         parts["allocator"] = round(KEPT * (sum(parts.values()) - parts["runtime"]))
@@ -178,12 +180,8 @@ def _states(regime: Regime, sizes: Sizes) -> dict[str, int]:
     n, stage, half, world_size = sizes.total, regime.stage, regime.half, regime.split.ranks
     weights = n * regime.weight_bytes
     masters = 4 * n if half or stage else 0  # ZeRO keeps its own fp32 weights even of fp32 ones
-    momentum = 2 if half and stage == 3 else 4  # at stage 3 Muon's is of the gradients' dtype
-    moments = {
-        "adamw": 8 * n,
-        "lion": 4 * n,
-        "muon": momentum * sizes.muon + 8 * (n - sizes.muon),
-    }[regime.optimizer]
+    own = regime.kind.moment_bytes(stage, regime.weight_bytes)
+    moments = own * sizes.own + 8 * (n - sizes.own)  # two of AdamW's, in fp32
     return {
         "weights": weights // (world_size if stage == 3 else 1),
         "fp32 weights": masters // (world_size if stage else 1),
@@ -198,15 +196,13 @@ def state_bytes(regime: Regime, sizes: Sizes) -> int:
     return sum(_states(regime, sizes).values()) + gradients
 
 
-def _update(regime: Regime, sizes: Sizes, ranks: int, accelerated: bool) -> int:
-    """What an optimiser's step needs besides: copies of the second moment, in fp32.
+def _update(sizes: Sizes, ranks: int, accelerated: bool) -> int:
+    """What AdamW's step needs besides: copies of the second moment, in fp32.
 
     ZeRO updates a group of parameters at once, its part of them as one array; without ZeRO torch
     takes all together. On a CPU one pass needs no copies.
     """
-    if regime.optimizer == "lion" or not accelerated:
-        return 0
-    return 4 * sizes.largest_group // ranks
+    return 4 * sizes.largest_group // ranks if accelerated else 0
 
 
 def _latents(rows: int, every: int, latent_size: int, accelerated: bool) -> int:

@@ -149,14 +149,14 @@ def sent(regime: Regime, sizes: Sizes) -> dict[str, int]:
     A ring of W ranks sends (W - 1) / W of what it gathers or scatters, and twice that of what it
     reduces for all. DeepSpeed reduces gradients for all at stages 0 to 2, at stage 2 in every micro
     step; stages 1 and 2 gather the weights once. Stage 3 gathers them in every micro step, twice
-    where they are too many to be kept, and scatters gradients; for Muon it reduces them for all,
-    and gathers four times what Muon updates.
+    where they are too many to be kept, and scatters gradients; for an optimiser that
+    `gathers` it reduces them for all, and gathers the optimiser's own weights as often.
     """
     n, stage, s, split = sizes.total, regime.stage, regime.weight_bytes, regime.split
     ring = (split.ranks - 1) / split.ranks
-    muon = regime.optimizer == "muon" and stage == 3
+    gathered = regime.kind.gathers * sizes.own if stage == 3 else 0
     reductions = split.accumulation if stage >= 2 else 1
-    gradients = reductions * (1 if stage == 3 and not muon else 2) * n * s
+    gradients = reductions * (1 if stage == 3 and not gathered else 2) * n * s
     gathers = {
         0: 0,
         1: 1,
@@ -167,7 +167,7 @@ def sent(regime: Regime, sizes: Sizes) -> dict[str, int]:
     parts = {
         "gradients": gradients,
         "weights": gathers * n * s,
-        **({"muon": 4 * sizes.muon * s} if muon else {}),
+        **({regime.optimizer: gathered * s} if gathered else {}),
         "latents": codes,
     }
     return {part: round(ring * size) for part, size in parts.items()}

@@ -14,8 +14,9 @@ from torch.profiler import record_function as phase
 from transformers import PreTrainedModel
 
 from t5vae.common.errors import UserError
+from t5vae.common.kinds import OPTIMISERS, find
 from t5vae.config import BatchSplit, DeepSpeed, Optim
-from t5vae.training.muon import muon_on_cpu
+from t5vae.training.optimisers import Group, Optimiser, Place
 
 BUCKET = 500_000_000
 """Elements that DeepSpeed reduces at once unless it is told otherwise."""
@@ -29,9 +30,10 @@ def deepspeed_config(
     Raises:
         UserError: where the user's own contradicts ours, with both values, or is not readable.
     """
+    optimiser: type[Optimiser] = find(OPTIMISERS, optim.name)
     clipping = optim.gradient_clipping
     if clipping is None:
-        clipping = 0.0 if optim.name == "muon" else 1.0
+        clipping = 1.0 if optimiser.knows_gradient_norm else 0.0
     offloaded = {
         "offload_optimizer": deepspeed.offload_optimizer,
         "offload_param": deepspeed.offload_parameters,
@@ -45,12 +47,12 @@ def deepspeed_config(
             "stage": deepspeed.zero_stage,
             **{name: {"device": "cpu"} for name, wanted in offloaded.items() if wanted},
         },
-        # The optimiser is handed to DeepSpeed as an object: it is AdamW or DeepSpeed's own Muon.
+        # The optimiser is handed to DeepSpeed as an object.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
-    if optim.name == "muon" and deepspeed.zero_stage == 3:
-        ours["zero_optimization"]["reduce_scatter"] = False  # Muon needs whole gradients
+    if optimiser.gathers and deepspeed.zero_stage == 3:
+        ours["zero_optimization"]["reduce_scatter"] = False
     theirs = _user_config(deepspeed.config)
     for kind in ("bf16", "fp16"):
         if kind == precision or kind in theirs:
@@ -196,13 +198,12 @@ def build_engine(model: nn.Module, settings: dict[str, Any], optim: Optim) -> An
     bucket = {"reduce_bucket_size": min(BUCKET, elements)}
     zero = bucket | settings["zero_optimization"]
     offload = zero.get("offload_optimizer") or {}
-    optimizer = _optimizer(
-        model,
-        optim,
-        dist.get_world_size(),
+    place = Place(
+        ranks=dist.get_world_size(),
         on_cpu=get_accelerator().device_name() == "cpu",
         offloaded=offload.get("device") == "cpu",
     )
+    optimizer = _optimizer(model, optim, place)
     unpartitioned, half = stage_of(settings) == 0, is_half(settings)
     if unpartitioned and not half:
         _skip_nonfinite(optimizer)
@@ -240,81 +241,38 @@ def _skip_nonfinite(optimizer: torch.optim.Optimizer) -> None:
     optimizer.step = step_if_finite
 
 
-def _optimizer(
-    model: nn.Module, optim: Optim, world_size: int, *, on_cpu: bool, offloaded: bool
-) -> torch.optim.Optimizer:
-    """AdamW or Lion for all, or Muon for the matrices between embedding and logits and AdamW else.
+def _optimizer(model: nn.Module, optim: Optim, place: Place) -> torch.optim.Optimizer:
+    """The optimiser that the configuration names, for groups of a model's weights.
 
-    Muon: momentum orthogonalised by Newton and Schulz's iteration (Jordan et al., 2024), as
-    DeepSpeed implements it for every ZeRO stage. Weight decay falls on matrices alone.
+    Weight decay falls on matrices alone.
 
     Raises:
-        UserError: for Lion where DeepSpeed has none.
+        UserError: where it cannot work in this place.
     """
+    kind: type[Optimiser] = find(OPTIMISERS, optim.name)
+    optimiser = kind(optim)
+    adamw = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
+    groups: list[Group] = []
+    for (own, matrix), weights in grouped(model, kind).items():
+        decay = optim.weight_decay if matrix else 0.0
+        settings = optimiser.settings() if own else adamw
+        groups.append({"params": weights, "own": own, "weight_decay": decay, **settings})
+    for group in groups:
+        group["full_lr"] = group["lr"]
+    return optimiser.build(groups, place)
+
+
+def grouped(
+    model: nn.Module, optimiser: type[Optimiser]
+) -> dict[tuple[bool, bool], list[nn.Parameter]]:
+    """A model's weights by whether the optimiser takes them for itself, and they are matrices."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for parameter in model.parameters():
-        matrix = len(getattr(parameter, "ds_shape", parameter.shape)) >= 2
-        parameter.use_muon = optim.name == "muon" and matrix and id(parameter) not in embeddings
-        groups.setdefault((parameter.use_muon, matrix), []).append(parameter)
-
-    adam = {"betas": optim.betas, "eps": optim.eps}
-    # The Gram variant needs fewer operations, but in fp16.
-    muon = {"momentum": optim.momentum, "ns_method": "standard" if on_cpu else "gram"}
-    settings = []
-    for (use_muon, matrix), parameters in groups.items():
-        lr = optim.muon_lr if use_muon else optim.lr
-        own = muon if use_muon else adam
-        decay = optim.weight_decay if matrix else 0.0
-        settings.append(
-            {"params": parameters, "lr": lr, "full_lr": lr, "weight_decay": decay, **own}
-        )
-    fused = {"fused": True} if on_cpu or offloaded else {}  # on a CPU: in one pass, vectorised
-    if optim.name == "adamw":
-        return torch.optim.AdamW(settings, **fused)
-    if optim.name == "lion":
-        return _lion(settings, offloaded)
-
-    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
-
-    for group, use_muon in zip(settings, (use_muon for use_muon, _ in groups), strict=True):
-        group["use_muon"] = use_muon
-    if on_cpu:
-        muon_on_cpu(optim.muon_precision)
-        adam = {"adam_optimizer": torch.optim.AdamW, "adam_optimizer_kwargs": fused}
-    else:
-        adam = {}
-    optimizer = MuonWithAuxAdam(settings, **adam)
-    for group in optimizer.param_groups:
-        if group["use_muon"]:
-            group["params"] = _dealt(group["params"], world_size)
-    return optimizer
-
-
-def _dealt(matrices: list[nn.Parameter], ranks: int) -> list[nn.Parameter]:
-    """The same matrices in an order of which DeepSpeed's equal partitions have equal work.
-
-    Equal ones are dealt to the ranks in turn. A rank updates the whole of every matrix of which its
-    partition has a part, so few should be cut.
-    """
-
-    def sizes(matrix: nn.Parameter) -> list[int]:
-        return sorted(getattr(matrix, "ds_shape", matrix.shape), reverse=True)
-
-    largest_first = sorted(matrices, key=sizes, reverse=True)
-    return [matrix for rank in range(ranks) for matrix in largest_first[rank::ranks]]
-
-
-def _lion(settings: list[dict[str, Any]], offloaded: bool) -> torch.optim.Optimizer:
-    from deepspeed.ops.lion import DeepSpeedCPULion, FusedLion
-
-    if not offloaded and not torch.cuda.is_available():
-        raise UserError(
-            "optim.name lion needs a CUDA device, or deepspeed.offload_optimizer for the host's; "
-            "use adamw or muon"
-        )
-    groups = [{k: v for k, v in group.items() if k != "eps"} for group in settings]
-    return (DeepSpeedCPULion if offloaded else FusedLion)(groups)
+    for weight in model.parameters():
+        dimensions = len(getattr(weight, "ds_shape", weight.shape))
+        own = optimiser.takes(embedding=id(weight) in embeddings, dimensions=dimensions)
+        groups.setdefault((own, dimensions >= 2), []).append(weight)
+    return groups
 
 
 def backward(engine: Any, loss: Tensor) -> None:
@@ -330,9 +288,8 @@ def update(engine: Any) -> None:
 
 
 def gradient_norm(engine: Any, optim: Optim) -> dict[str, float]:
-    """`grad_norm` of the last step before clipping, where DeepSpeed tells it: under Muon its norm
-    is that of the orthogonalised update."""
+    """`grad_norm` of the last step before clipping, where DeepSpeed tells it."""
     norm = engine.get_global_grad_norm()
-    if norm is None or optim.name == "muon":
+    if norm is None or not find(OPTIMISERS, optim.name).knows_gradient_norm:
         return {}
     return {"grad_norm": float(norm) if engine.was_step_applied() else math.nan}

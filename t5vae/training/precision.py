@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 from t5vae.cluster.agreement import all_max
+from t5vae.common.kinds import OPTIMISERS, find
 from t5vae.config import BatchSplit, Config
 from t5vae.model import T5VAEConfig
 
@@ -32,7 +33,7 @@ def settle(
     device: torch.device,
     before: Mapping[str, Any],
 ) -> tuple[Config, list[str]]:
-    """Set `train.precision` where it is null, and on a CPU Muon's.
+    """Set `train.precision` where it is null, and on a CPU the optimiser's.
 
     All ranks call it together, and find the same. A process without a group decides alone.
 
@@ -59,11 +60,12 @@ def settle(
         tokens = settings.sequence_length * split.micro
         precision = chosen("precision", model_products(settings, tokens))
         config = config.with_("train", precision=precision)
-    on_cpu = config.optim.name == "muon" and device.type == "cpu"
-    if on_cpu and config.optim.muon_precision is None:
+    name = config.optim.name
+    key = find(OPTIMISERS, name).precision_key
+    if key and device.type == "cpu" and getattr(config.optim, key) is None:
         width = settings.t5_config.d_model
-        precision = chosen("muon_precision", [(width, width, width)], "muon in ")
-        config = config.with_("optim", muon_precision=precision)
+        precision = chosen(key, [(width, width, width)], f"{name} in ")
+        config = config.with_("optim", **{key: precision})
     return config, reasons
 
 

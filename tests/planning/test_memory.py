@@ -88,7 +88,8 @@ def test_lines_go_through_their_points():
     assert (line.constant, line.per_row, line.at(10)) == (10, 50, 510)
 
 
-N = Sizes(total=1000, muon=600, largest_group=800)
+N = Sizes(total=1000, own=0, largest_group=800)
+OWN = {"adamw": 0, "muon": 600, "lion": 1000}
 
 
 @pytest.mark.parametrize(
@@ -116,7 +117,8 @@ def test_states_are_zeros_arithmetic(
         deepspeed={"zero_stage": stage},
     )
     regime = regime_of(config, config.data.split(ranks))
-    assert state_bytes(regime, N) == pytest.approx(1000 * per_parameter)
+    sizes = Sizes(total=1000, own=OWN[optimizer], largest_group=0)
+    assert state_bytes(regime, sizes) == pytest.approx(1000 * per_parameter)
 
 
 def needed(config, *, rows=16, accumulation=1, ranks=4, accelerated=True, saved=1000.0, n=N):
@@ -126,7 +128,7 @@ def needed(config, *, rows=16, accumulation=1, ranks=4, accelerated=True, saved=
 
 
 def test_more_rows_more_stages_and_more_ranks_count(make_config):
-    sizes = Sizes(total=8 * 10**9, muon=0, largest_group=8 * 10**9)
+    sizes = Sizes(total=8 * 10**9, own=0, largest_group=8 * 10**9)
     peaks = [
         needed(make_config(deepspeed={"zero_stage": stage}, optim={"name": "adamw"}), n=sizes).peak
         for stage in (1, 2, 3)
@@ -179,12 +181,35 @@ def test_what_is_offloaded_is_in_the_hosts_memory(make_config):
 def test_parameters_are_counted_as_the_optimiser_groups_them(settings):
     with torch.device("meta"):
         model = T5VAE(settings())
-    muon, adamw = sizes_of(model, "muon"), sizes_of(model, "adamw")
+    lion, muon, adamw = (sizes_of(model, name) for name in ("lion", "muon", "adamw"))
     assert muon.total == adamw.total == sum(p.numel() for p in model.parameters())
-    assert adamw.muon == 0
+    assert adamw.own == 0
+    assert lion == Sizes(total=muon.total, own=muon.total, largest_group=0)
     embeddings = {
         id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Embedding)
     }
     matrices = sum(p.numel() for p in model.parameters() if p.dim() > 1)
     assert adamw.largest_group == matrices
-    assert muon.largest_group == sum(embeddings.values()) == matrices - muon.muon
+    assert muon.largest_group == sum(embeddings.values()) == matrices - muon.own
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "precision", "stage", "extra"),
+    [
+        ("muon", "bf16", 0, None),
+        ("muon", "fp32", 1, 600 * 4 / 4),
+        ("muon", "bf16", 2, 600 * 2 / 4),
+        ("muon", "bf16", 3, None),
+        ("lion", "bf16", 2, None),
+    ],
+)
+def test_new_momentum_is_kept_apart_until_a_step_is_known_to_be_one(
+    make_config, optimizer, precision, stage, extra
+):
+    config = make_config(
+        optim={"name": optimizer},
+        train={"precision": precision},
+        deepspeed={"zero_stage": stage},
+    )
+    found = needed(config, n=Sizes(1000, own=600, largest_group=400))
+    assert found.backward.get("staged momentum") == found.step.get("staged momentum") == extra

@@ -81,7 +81,7 @@ def test_what_is_sent_follows_from_the_stage(
     make_config, optimizer, stage, accumulation, gradients, weights
 ):
     config = make_config(optim={"name": optimizer}, deepspeed={"zero_stage": stage})
-    sizes = Sizes(total=10**6, muon=9 * 10**5, largest_group=10**5)
+    sizes = Sizes(total=10**6, own=9 * 10**5, largest_group=10**5)
     found = sent(regime_of(config, BatchSplit(16, 2, 8 // accumulation, accumulation)), sizes)
     assert found["gradients"] == gradients * 10**6
     assert found["weights"] == weights * 10**6
