@@ -26,6 +26,10 @@ File = Annotated[
     ),
 ]
 Column = Annotated[str | None, typer.Option(help="The field of --file that holds the text.")]
+Check = Annotated[
+    str | None,
+    typer.Option(help="Keep only valid ones: python, json, smiles, regex:..., pkg.func."),
+]
 Seed = Annotated[int, typer.Option(help="Of what is random.")]
 Device = Annotated[
     str | None,

@@ -10,6 +10,7 @@ import typer
 from t5vae.cli.app import Json, app, console, print_json
 from t5vae.cli.given import (
     PANEL,
+    Check,
     Column,
     Device,
     File,
@@ -100,10 +101,7 @@ def optimize(
         str | None,
         typer.Option(help="The true value, to rank by: as in fit-property; default NAME's own."),
     ] = None,
-    check: Annotated[
-        str | None,
-        typer.Option(help="Keep only valid ones: python, json, smiles, regex:..., pkg.func."),
-    ] = None,
+    check: Check = None,
     radius: Annotated[
         float, typer.Option(help="Of the trust region, in standard deviations of the prior.")
     ] = 1.5,

@@ -3,7 +3,7 @@
 import json as json_module
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -12,6 +12,7 @@ import typer
 from t5vae.cli.app import Json, app, console, print_json
 from t5vae.cli.given import (
     PANEL,
+    Check,
     Column,
     Device,
     File,
@@ -239,12 +240,7 @@ def grid(
     if json:
         print_json({"corners": corners, "method": method, "texts": rows})
         return
-    from rich.table import Table
-
-    table = Table(show_header=False, show_lines=True)
-    for row in rows:
-        table.add_row(*row)
-    console(1000).print(table)
+    _print_table((), rows, show_header=False, show_lines=True)
 
 
 @app.command(rich_help_panel=PANEL)
@@ -256,10 +252,7 @@ def sample(
         typer.Option(help="That of training, or one fitted on codes of training sequences."),
     ] = "normal",
     temperature: Temperature = 0.0,
-    check: Annotated[
-        str | None,
-        typer.Option(help="Keep only valid ones: python, json, smiles, regex:..., pkg.func."),
-    ] = None,
+    check: Check = None,
     seed: Seed = 0,
     device: Device = None,
     json: Json = False,
@@ -394,10 +387,11 @@ def _pairs(path: Path) -> list[tuple[str, str]]:
     return pairs
 
 
-def _print_table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
+def _print_table(header: Sequence[str], rows: Iterable[Sequence[str]], **how: Any) -> None:
+    """A table of texts; `how` it looks, in the words of rich."""
     from rich.table import Table
 
-    table = Table(*header)
+    table = Table(*header, **how)
     for row in rows:
         table.add_row(*row)
     console(1000).print(table)
