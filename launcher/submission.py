@@ -77,7 +77,7 @@ def submit(configs: list[Config], cluster: str, folder: Path, *, force: bool = F
     after = _wait_for(configs, cluster, force)
     new = [config.run_dir for config in configs if not config.run_dir.exists()]
     try:
-        tasks = [Training(make_ready(config)) for config in configs]
+        tasks = [Training(make_ready(config), cluster) for config in configs]
         return queue(tasks, cluster, folder, after)
     except (UserError, OSError) as error:
         for run in new:

@@ -17,15 +17,22 @@ class Training(Checkpointable):
 
     Training puts its own signal handlers in place of submitit's. Until it has, submitit answers the
     warning signal by queueing the job again, which it does for a Checkpointable alone.
+
+    Args:
+        config: the run's.
+        cluster: the name of the backend that queues it; without one submitit's, as of jobs that
+            0.1 queued.
     """
 
-    def __init__(self, config: Config):
-        self.config = config
+    cluster: str | None = None
+
+    def __init__(self, config: Config, cluster: str | None = None):
+        self.config, self.cluster = config, cluster
 
     def __call__(self) -> None:
         """Train; a process that ends otherwise than well exits with a code of its own."""
         os.environ.setdefault("OMP_NUM_THREADS", str(self.config.launcher.cpus_per_task))
-        BACKENDS[JobEnvironment().cluster].enter()
+        BACKENDS[self._cluster()].enter()
         from t5vae.training import exit_code_of
 
         code = exit_code_of(self._train)
@@ -50,5 +57,9 @@ class Training(Checkpointable):
         place = place.model_copy(update={"exclude": excluded})
         config = self.config.model_copy(update={"launcher": place})
         after = [*filter(None, [job_id()])]
-        (job,) = queue([Training(config)], JobEnvironment().cluster, config.run_dir / "jobs", after)
+        task, cluster = Training(config, self.cluster), self._cluster()
+        (job,) = queue([task], cluster, config.run_dir / "jobs", after)
         return job
+
+    def _cluster(self) -> str:
+        return self.cluster or JobEnvironment().cluster

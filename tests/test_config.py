@@ -177,6 +177,10 @@ def test_an_unknown_key_is_refused_with_the_nearest_valid_one(write, wrong, righ
         "objective.mmd.sigma=.nan",
         "objective.mmd.weight=-1",
         "objective.mmd.weight=.inf",
+        "objective.kl.weight=-1",
+        "objective.kl.free_bits=-1",
+        "objective.kl.cycles=0",
+        "model.posterior=laplace",
         "objective.latent_noise=-0.1",
         "objective.latent_noise=.nan",
         "objective.word_dropout=2",
@@ -219,12 +223,22 @@ def test_tanh_under_a_wide_prior_is_refused_but_for_the_legacy_kernel(write):
     load_config(write(), ["model.squash=tanh", "objective.mmd.kernel=legacy"])
     load_config(write(), ["model.squash=tanh", "objective.mmd.sigma=0.3"])
     load_config(write(), ["model.squash=tanh", "objective.mmd.prior=uniform"])
+    load_config(write(), ["model.squash=tanh", "objective.mmd.weight=0"])
 
 
 def test_epps_pulley_without_a_direction_is_refused(write):
     none = ["objective.epps_pulley.slices=0", "objective.epps_pulley.axes=false"]
     assert "slices" in refusal(write(), [*none, "objective.epps_pulley.weight=1"])
     load_config(write(), none)
+
+
+def test_a_term_that_needs_a_posterior_is_refused_without_one(write):
+    assert "needs model.posterior gaussian" in refusal(write(), ["objective.kl.weight=1"])
+    posterior = ["model.posterior=gaussian", "model.normalize=false"]
+    load_config(write(), [*posterior, "objective.kl.weight=1"])
+    load_config(write(), posterior)
+    for changed in ("model.normalize=true", "model.squash=tanh"):
+        assert "model.normalize to false" in refusal(write(), [*posterior, changed])
 
 
 def test_clipping_under_muon_is_refused(write):

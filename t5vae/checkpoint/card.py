@@ -28,7 +28,6 @@ from t5vae.metrics.reading import METRICS
 from t5vae.model import T5VAE, T5VAEConfig, parameter_counts
 
 TAGS = ["t5-vae", "t5vae", "latent-space", "variational-autoencoder"]
-LOGGED = ("loss", "reconstruction", "nats_per_token", *TERMS, "latent_square")
 SETTINGS: Any = {"run": {"seed"}, "data": {"global_batch_size"}}
 SETTINGS |= {"objective": True, "optim": True, "train": True}
 CARD = """# {name}
@@ -219,7 +218,7 @@ def _training(config: Config, model: T5VAEConfig, run: Path, step: int) -> str:
     records = read_records(run / METRICS)
     # Training may have gone on since the checkpoint.
     last: dict[str, Any] = next((r for r in reversed(records) if r["step"] <= step), {})
-    for name in LOGGED:
+    for name in ("loss", "reconstruction", "nats_per_token", *TERMS, "latent_square"):
         if last.get(name) is not None:
             facts[f"{name.replace('_', ' ')} at step {last['step']:,}"] = f"{last[name]:.4g}"
     settings = config.model_dump(mode="json", include=SETTINGS)

@@ -120,7 +120,7 @@ def load(engine: Any, saved: "Fragments", shared: dict[str, Any]) -> None:
             _fill(state[kind], slots, kind, saved)
         if kinds - {MOMENTUM} and shared["step"] is not None:
             adam = getattr(base, "aux_optimizer", base)  # Muon's for the rest, or none
-            counts_in_tensors = isinstance(adam, torch.optim.AdamW)
+            counts_in_tensors = type(adam).__module__.startswith("torch.optim")
             state["step"] = (torch.tensor if counts_in_tensors else int)(shared["step"])
     for name, value in shared["loss_scale"].items():
         if hasattr(_scaler(engine), name):
@@ -267,8 +267,8 @@ def _parts(engine: Any) -> Iterator[Part]:
                     at = offset + start - begin
                     slots.append(Slot(name_of[parameter], start, at, stop - start))
             # Unless it is offloaded, Muon's momentum is that of whole matrices.
-            momentum_slots = slots if optimizer.cpu_offload else _whole(touched, name_of)
-            yield Part(master, slots, momentum_slots)
+            whole = getattr(parameters[0], "use_muon", False) and not optimizer.cpu_offload
+            yield Part(master, slots, _whole(touched, name_of) if whole else slots)
     else:
         for master, parameter in _unpartitioned(engine):
             slots = [Slot(name_of[parameter], 0, 0, parameter.numel())]

@@ -3,7 +3,7 @@
 Imports nothing heavy: a launcher on a login node reads configurations too.
 """
 
-from t5vae.config.config import Config
+from t5vae.config.config import Config, add_term
 from t5vae.config.launching import Launcher
 from t5vae.config.learning import T5, Model, Objective, Optim
 from t5vae.config.loading import keys, load_config
@@ -35,6 +35,7 @@ __all__ = [
     "Run",
     "Source",
     "Train",
+    "add_term",
     "keys",
     "load_config",
 ]

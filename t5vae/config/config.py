@@ -4,13 +4,16 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import model_validator
+from pydantic import Field, model_validator
+from pydantic.fields import FieldInfo
 
 from t5vae.common.files import write_whole
+from t5vae.common.kinds import OPTIMISERS, TERMS, find
 from t5vae.common.section import Section
 from t5vae.config.launching import Launcher
 from t5vae.config.learning import Model, Objective, Optim
 from t5vae.config.running import Checkpoint, Data, DeepSpeed, Eval, Log, Run, Train
+from t5vae.objective import Term
 
 
 class Config(Section):
@@ -19,7 +22,7 @@ class Config(Section):
     run: Run = Run()
     data: Data
     model: Model = Model()
-    objective: Objective = Objective()
+    objective: Objective = Field(default_factory=Objective)
     optim: Optim = Optim()
     train: Train = Train()
     deepspeed: DeepSpeed = DeepSpeed()
@@ -35,10 +38,11 @@ class Config(Section):
             raise ValueError(
                 f"data.global_batch_size {batch} is not a multiple of data.micro_batch_size {micro}"
             )
-        if self.optim.name == "muon" and self.optim.gradient_clipping:
+        optimiser, clipping = self.optim.name, self.optim.gradient_clipping
+        if clipping and not find(OPTIMISERS, optimiser).knows_gradient_norm:
             raise ValueError(
-                "optim.gradient_clipping goes with optim.name adamw: muon's updates have a fixed "
-                "norm, which DeepSpeed would clip in place of the gradient's; leave it out"
+                f"optim.gradient_clipping goes with optim.name adamw: {optimiser}'s updates have a "
+                "fixed norm, which DeepSpeed would clip in place of the gradient's; leave it out"
             )
         if self.model.compile and self.deepspeed.zero_stage == 3:
             raise ValueError(
@@ -63,7 +67,9 @@ class Config(Section):
                 "change what is drawn: set model.normalize to false and model.squash to null"
             )
         for name, term in self.objective.terms.items():
-            if term.is_on and "posterior" in term.needs and not self.model.posterior:
+            if not term.weight:
+                continue
+            if "posterior" in term.needs and not self.model.posterior:
                 raise ValueError(f"objective.{name} needs model.posterior gaussian")
             term.check(bound=self.model.squash_scale if self.model.squash else None)
         first, last = self.train.profile or (1, 1)
@@ -89,3 +95,11 @@ class Config(Section):
     def write(self) -> None:
         """Save the whole configuration as config.yaml in the run's folder, atomically."""
         write_whole(self.run_dir / "config.yaml", self.dump())
+
+
+def add_term(name: str, kind: type[Term]) -> None:
+    """Make known a term that is not this package's: a section of `objective` under its name."""
+    TERMS[name] = kind
+    Objective.__pydantic_fields__[name] = FieldInfo(annotation=kind, default=kind())
+    for section in (Objective, Config):
+        section.model_rebuild(force=True)

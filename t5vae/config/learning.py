@@ -86,7 +86,7 @@ class _Objective(Section):
     @property
     def terms(self) -> dict[str, Term]:
         """All terms, by name."""
-        return {name: getattr(self, name) for name in KINDS}
+        return {name: getattr(self, name) for name in TERMS}
 
     @property
     def scale(self) -> float:
@@ -99,7 +99,6 @@ class _Objective(Section):
         return {name: term.weight_at(step, steps) for name, term in self.terms.items()}
 
 
-KINDS: dict[str, type[Term]] = {name: find(TERMS, name) for name in TERMS}
 if TYPE_CHECKING:
     Objective = _Objective
 else:
@@ -107,13 +106,13 @@ else:
         "Objective",
         __base__=_Objective,
         __module__=__name__,
-        **{name: (kind, kind()) for name, kind in KINDS.items()},
+        **{name: (find(TERMS, name), find(TERMS, name)()) for name in TERMS},
     )
 
 
 def __getattr__(name: str) -> type[Term]:
     """A term by the name of its class: jobs that 0.1 queued look for it here."""
-    found = {kind.__name__: kind for kind in KINDS.values()}
+    found = {kind.__name__: kind for kind in (find(TERMS, name) for name in TERMS)}
     if name not in found:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return found[name]

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 
 from pydantic import BaseModel
 
+from t5vae.common.section import OneOf
 from t5vae.config.config import Config
 from t5vae.config.loading import keys
 
@@ -46,7 +47,9 @@ def _describe(name: str) -> Key:
     field = section.model_fields[leaf]
     meaning = " ".join((field.description or "").split())
     default = "required" if field.is_required() else json.dumps(field.default)
-    return Key(name, _kind(field.annotation), default, meaning)
+    tables = [rule.table for rule in field.metadata if isinstance(rule, OneOf)]
+    kind = " | ".join(tables[0]) if tables else _kind(field.annotation)
+    return Key(name, kind, default, meaning)
 
 
 def _kind(annotation: Any) -> str:

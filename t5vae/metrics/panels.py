@@ -15,12 +15,8 @@ from t5vae.common.errors import UserError
 from t5vae.common.kinds import TERMS
 from t5vae.metrics.reading import HELD_OUT, METRICS, Axis, Curve, Event, Run, read_run
 
-SHOWN = (
-    *("loss", "nats_per_token", *TERMS, "eval/exact_match", "eval/valid"),
-    *("eval/interpolation_validity", "eval/shuffled_gap", "eval/participation_ratio"),
-)
-FALLING = {  # towards zero, by orders of magnitude
-    *("loss", "reconstruction", "nats_per_token", "nats_per_sequence", *TERMS, "grad_norm"),
+FALLING = {  # towards zero, by orders of magnitude, as terms of the objective are
+    *("loss", "reconstruction", "nats_per_token", "nats_per_sequence", "grad_norm"),
     *("epps_pulley_slices", "epps_pulley_axes"),
 }
 WIDE = 20  # the ratio of a key's largest value to its smallest from which a linear scale hides
@@ -87,18 +83,26 @@ class Drawing:
     x_label: str
 
 
+def shown() -> tuple[str, ...]:
+    """The keys that are drawn where none are asked for."""
+    return (
+        *("loss", "nats_per_token", *TERMS, "eval/exact_match", "eval/valid"),
+        *("eval/interpolation_validity", "eval/shuffled_gap", "eval/participation_ratio"),
+    )
+
+
 def plan(runs: list[str], keys: list[str] | None, x: Axis) -> Drawing:
     """Read runs, and choose what is drawn of them.
 
     Args:
         runs: their folders, or copies of their metrics.
-        keys: a panel each; None for those of SHOWN that are there.
+        keys: a panel each; None for those of `shown` that are there.
         x: what the curves run over.
 
     Raises:
         UserError: a run has no metrics or damaged ones, or no run has a key.
     """
-    asked = list(dict.fromkeys(keys or SHOWN))
+    asked = list(dict.fromkeys(keys or shown()))
     wanted = {*asked, *(HELD_OUT + key for key in asked)}
     read = [read_run(run, wanted, x) for run in dict.fromkeys(runs)]
     known = set().union(*(run.keys for run in read))
@@ -107,7 +111,7 @@ def plan(runs: list[str], keys: list[str] | None, x: Axis) -> Drawing:
             raise UserError(f"no run has the key {key}; {_nearest(key, known)}")
     drawn = [key for key in asked if key in known]
     if not drawn:
-        raise UserError(f"no run has any of {', '.join(SHOWN)}; choose by --key: {_all(known)}")
+        raise UserError(f"no run has any of {', '.join(shown())}; choose by --key: {_all(known)}")
     return Drawing([_panel(key, read) for key in drawn], _names(read), X_LABELS[x])
 
 
@@ -149,7 +153,7 @@ def _scale(key: str, curves: Iterable[Curve]) -> Scale | None:
     if not values.size:
         return None
     low, high = float(values.min()), float(values.max())
-    if key.removeprefix(HELD_OUT) in FALLING:
+    if key.removeprefix(HELD_OUT) in FALLING | set(TERMS):
         if 0 < low <= high / WIDE:
             return Scale("log", low, high)
         width = max(-low, high / WIDE**2)  # an estimate without bias goes below 0 as well

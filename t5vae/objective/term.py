@@ -105,7 +105,7 @@ class Term(Section):
         return {}
 
     def check(self, *, bound: float | None) -> None:
-        """Refuse what cannot be learned.
+        """Refuse what cannot be learned, where it has weight.
 
         Args:
             bound: of the size of a code's coordinates; None where there is none.

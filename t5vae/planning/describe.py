@@ -15,7 +15,8 @@ from t5vae.training.build import check_base, model_config
 def describe(config: Config, dataset: Dataset | None, world_size: int) -> dict[str, Any]:
     """What follows from a configuration.
 
-    Nothing is allocated. Operations are those of training, a token of the longest sequences;
+    Nothing is allocated. Operations are those of training, a token of the longest sequences, the
+    model's and those of the objective's terms;
     memory is that of weights, gradients and the optimiser's state, see `t5vae.planning.plan` for
     all of it. Without a dataset, what depends on the data is left out.
 
@@ -27,16 +28,19 @@ def describe(config: Config, dataset: Dataset | None, world_size: int) -> dict[s
     parts = parameter_counts(model)
     parameters, sizes = parts.pop("total"), sizes_of(model, config.optim.name)
     split = config.data.split(world_size)
+    regime, length = regime_of(config, split), model.config.sequence_length
+    of_terms = sum(cost.operations for cost in regime.costs(accelerated=True))
     facts = {
         "world_size": world_size,
         "accumulation": split.accumulation,
         "micro_batch_size": split.micro,
         "vocab_size": model.config.t5["vocab_size"],
-        "sequence_length": model.config.sequence_length,
+        "sequence_length": length,
         "parameters": parameters,
         "parameters_by_part": parts,
-        "flops_per_token": round(flops_per_token(model.config, model.config.sequence_length)),
-        "state_bytes_per_rank": state_bytes(regime_of(config, split), sizes),
+        "flops_per_token": round(flops_per_token(model.config, length)),
+        "objective_flops_per_token": round(of_terms / (split.micro * length)),
+        "state_bytes_per_rank": state_bytes(regime, sizes),
     }
     if dataset:
         sequences = dataset.sequences("train")

@@ -11,6 +11,7 @@ from torch import nn
 
 from t5vae.common.kinds import OPTIMISERS, find
 from t5vae.config import BatchSplit, Config
+from t5vae.objective import Cost, Term
 from t5vae.planning.activations import Activations
 from t5vae.training.engine import BUCKET, deepspeed_config, grouped
 from t5vae.training.optimisers import Optimiser
@@ -55,6 +56,7 @@ class Regime:
         half: whether weights and activations have 16 bits.
         optimizer: its name.
         latent_size: D.
+        terms: of the objective, those that are computed.
         split: how the global batch is dealt.
         offloads_optimizer, offloads_parameters: to the host's memory.
         bucket: elements that DeepSpeed reduces at once; 0 for what a run sets itself.
@@ -65,6 +67,7 @@ class Regime:
     half: bool
     optimizer: str
     latent_size: int
+    terms: tuple[Term, ...]
     split: BatchSplit
     offloads_optimizer: bool
     offloads_parameters: bool
@@ -74,6 +77,13 @@ class Regime:
     @property
     def weight_bytes(self) -> int:
         return 2 if self.half else 4
+
+    def costs(self, *, accelerated: bool) -> list[Cost]:
+        """Of each term, to a rank in a micro step."""
+        rows, every = self.split.micro, self.split.micro * self.split.ranks
+        return [
+            term.cost(rows, every, self.latent_size, accelerated=accelerated) for term in self.terms
+        ]
 
     @property
     def kind(self) -> type[Optimiser]:
@@ -90,6 +100,7 @@ def regime_of(config: Config, split: BatchSplit) -> Regime:
         half=config.train.half,
         optimizer=config.optim.name,
         latent_size=config.model.latent_size,
+        terms=tuple(term for term in config.objective.terms.values() if term.is_on),
         split=split,
         offloads_optimizer=config.deepspeed.offload_optimizer,
         offloads_parameters=config.deepspeed.offload_parameters,
@@ -147,7 +158,6 @@ def memory(regime: Regime, sizes: Sizes, kept: Activations, *, accelerated: bool
         activations = max(0, activations - gradients)
     else:
         activations = max(activations, transient)
-    rows = split.micro * world_size
     common = {
         "runtime": CUDA if accelerated else PYTHON,
         **states,
@@ -158,7 +168,7 @@ def memory(regime: Regime, sizes: Sizes, kept: Activations, *, accelerated: bool
         **common,
         "communication buffers": bucket * s + gathered,
         "activations": activations,
-        "latents": _latents(split.micro, rows, regime.latent_size, accelerated),
+        "latents": sum(cost.memory for cost in regime.costs(accelerated=accelerated)),
     }
     step = {
         **common,
@@ -203,14 +213,6 @@ def _update(sizes: Sizes, ranks: int, accelerated: bool) -> int:
     takes all together. On a CPU one pass needs no copies.
     """
     return 4 * sizes.largest_group // ranks if accelerated else 0
-
-
-def _latents(rows: int, every: int, latent_size: int, accelerated: bool) -> int:
-    """Codes of all ranks, copies of them, and the tiles of MMD, in fp32; as
-    `t5vae.objective.blocked` has them."""
-    height, width = (4096, 8192) if accelerated else (1152, 2304)
-    tiles = 3 * min(height, rows) * min(width, every)
-    return 4 * (2 * every * (latent_size + 1) + (rows + every) * (latent_size + 2) + tiles)
 
 
 def _offload(

@@ -163,7 +163,7 @@ def sent(regime: Regime, sizes: Sizes) -> dict[str, int]:
         2: 1,
         3: split.accumulation * (1 if n <= regime.gathered else 2),
     }[stage]
-    codes = split.sequences * (regime.latent_size + 1) * 4
+    codes = split.accumulation * sum(cost.sent for cost in regime.costs(accelerated=True))
     parts = {
         "gradients": gradients,
         "weights": gathers * n * s,

@@ -9,7 +9,6 @@ from torch.profiler import profile
 from t5vae.common.kinds import TERMS
 from t5vae.common.quiet import log_file_of, quiet_start
 
-PHASES = ("data", "forward", *TERMS, "backward", "optimizer", "evaluation", "save")
 OPERATORS = 20  # rows of the second table
 
 
@@ -94,7 +93,8 @@ def table(found: profile, first: int, last: int, seconds: float) -> str:
     whole = 1000 * seconds / steps
     averages = found.key_averages()
     spent = {event.key: event.cpu_time_total / 1000 / steps for event in averages}
-    rows = [(name, spent[name]) for name in PHASES if name in spent]
+    phases = ("data", "forward", *TERMS, "backward", "optimizer", "evaluation", "save")
+    rows = [(name, spent[name]) for name in phases if name in spent]
     rows.append(("other", whole - sum(time for _, time in rows)))
     lines = [
         f"steps {first:,} to {last:,}: {whole:,.2f} ms a step",
@@ -104,7 +104,7 @@ def table(found: profile, first: int, last: int, seconds: float) -> str:
         "",
         f"{'operator':<44}{'calls':>10}{'host ms':>12}{'device ms':>12}",
     ]
-    operators = [event for event in averages if event.key not in PHASES]
+    operators = [event for event in averages if event.key not in phases]
     operators.sort(
         key=lambda event: (event.self_device_time_total, event.self_cpu_time_total), reverse=True
     )

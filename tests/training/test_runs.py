@@ -41,13 +41,20 @@ from tests.launching import (
 pytestmark = pytest.mark.distributed
 
 STEPS, EVERY = 40, 10
+MODEL = {"t5": launching.T5, "latent_size": 8, "token_size": 4}
+VAE = yaml.safe_load((TRAIN.parent / "configs/vae.yaml").read_text())
 VARIANTS = {
     "muon-zero1-bf16": {"train": {"steps": STEPS, "precision": "bf16"}},
     "adamw-zero2-fp32": {
         "optim": {"name": "adamw"},
         "deepspeed": {"zero_stage": 2},
         "train": {"steps": STEPS, "precision": "fp32"},
-        "objective": {"mmd": {"prior": "uniform"}, "epps_pulley": {"weight": 1.0, "slices": 8}},
+        "model": {**MODEL, **{key: VAE["model"][key] for key in ("posterior", "normalize")}},
+        "objective": {
+            **VAE["objective"],
+            "mmd": {"prior": "uniform"},
+            "epps_pulley": {"weight": 1.0, "slices": 8},
+        },
     },
 }
 
@@ -120,8 +127,10 @@ def test_a_run_logs_every_step_and_keeps_its_last_checkpoints(golden):
         for name in ("loss", "reconstruction", "mmd", *SPEEDS, *([] if muon else ["grad_norm"])):
             assert math.isfinite(line[name])
         total = line["reconstruction"] + line["mmd_weight"] * line["mmd"]
-        assert ("epps_pulley" in line) is not muon
+        assert ("epps_pulley" in line) is ("kl" in line) is not muon
         total += line.get("epps_pulley", 0)
+        sequences_a_token = line["nats_per_token"] / line["nats_per_sequence"]
+        total += line.get("kl", 0) * sequences_a_token
         assert line["loss"] == pytest.approx(total)
         assert line["skipped"] == line["nonfinite"] == 0
     assert sum(line["loss"] for line in lines[-5:]) < sum(line["loss"] for line in lines[:5])

@@ -26,7 +26,7 @@ class EppsPulley(Term):
         return ("epps_pulley",)
 
     def check(self, *, bound: float | None) -> None:
-        if self.weight and not (self.slices or self.axes):
+        if not (self.slices or self.axes):
             raise ValueError("objective.epps_pulley needs directions: set slices, axes or both")
 
     def values(self, codes: Codes) -> tuple["Tensor", ...]:
