@@ -76,7 +76,6 @@ class RunLog:
         self.began: tuple[float, int] | None = None
         self.checkpoint = 0
         self.saves: dict[str, float] = {}
-        self.last: tuple[int, dict[str, Any]] | None = None
         self.unwritten = ""
 
     def drop_after(self, step: int) -> None:
@@ -169,7 +168,6 @@ class RunLog:
                 f"step {record['step']:>7,}/{self.last_step:,}  {gist}{self._times(record['step'])}"
             )
         self.trackers.metrics(record)
-        self.last = None if self.unwritten else (self.path.stat().st_size, record)
 
     def _times(self, step: int) -> str:
         """Since this process began, and until the end if it goes on as fast as since its start."""
@@ -213,7 +211,7 @@ class RunLog:
             self.say(f"{self.path} waits for room on the disk: {error.strerror}")
 
     def saved(self, text: str, *, step: int, seconds: float, stall: float) -> None:
-        """Tell of a checkpoint; the next line of metrics has its times, or the last one.
+        """Tell of a checkpoint; the next line of metrics has its times.
 
         Args:
             text: for people.
@@ -229,30 +227,7 @@ class RunLog:
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
-        if self.saves and self.last:
-            self._amend(*self.last)
         self.trackers.close()
-
-    def _amend(self, end: int, record: dict[str, Any]) -> None:
-        """Put the last save into the last line, which is still the last.
-
-        Where that has the times of the save before, they stay. So the new line is no shorter than
-        the old one, and takes its place in one write.
-        """
-        old = _line(record).encode()
-        start = end - len(old)
-        times = {name: value for name, value in self.saves.items() if name not in record}
-        new = _line(record | times | {"checkpoint": self.checkpoint}).encode()
-        with open(self.path, "r+b", buffering=0) as file:
-            file.seek(start)
-            try:
-                written = file.write(new)
-            except OSError:
-                written = 0
-            if written < len(new):  # no room on the disk
-                file.seek(start)
-                file.write(old)
-                file.truncate(end)
 
 
 def _duration(seconds: float) -> str:

@@ -87,52 +87,6 @@ def test_every_line_says_how_many_steps_there_are_when_it_was_and_what_is_saved(
     assert before <= sixth["time"] <= seventh["time"] <= time.time()
 
 
-def test_the_last_line_has_the_last_save_though_that_came_after_it(log):
-    before = log.path.read_text().splitlines()
-    log.saved("saved", step=5, seconds=2.0, stall=0.5)
-    log.close()
-    after = log.path.read_text().splitlines()
-    assert after[:-1] == before[:-1]
-    was, now = json.loads(before[-1]), json.loads(after[-1])
-    assert now == {**was, "checkpoint": 5, "checkpoint_seconds": 2.0, "checkpoint_stall": 0.5}
-
-
-def test_a_last_line_that_has_the_times_of_the_save_before_keeps_them(log):
-    log.saved("saved", step=5, seconds=2.123456789, stall=0.123456789)
-    log.metrics(record(6))
-    log.saved("saved", step=6, seconds=2.0, stall=0.5)
-    log.close()
-    *_, fifth, last = read_metrics(log.path.parent)
-    assert last["checkpoint"] == 6
-    assert (last["checkpoint_seconds"], last["checkpoint_stall"]) == (2.123456789, 0.123456789)
-    assert fifth["step"] == 5
-    assert log.path.read_text().count("\n") == 6
-
-
-def test_a_disk_with_no_room_for_the_last_save_leaves_the_last_line(log, monkeypatch):
-    before = log.path.read_text()
-
-    class Full:
-        def __init__(self, path, mode, buffering):
-            self.file = open(path, mode, buffering)  # noqa: SIM115 (closed below)
-            self.seek, self.truncate, self.writes = self.file.seek, self.file.truncate, 0
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error):
-            self.file.close()
-
-        def write(self, content):
-            self.writes += 1
-            return self.file.write(content[:-9] if self.writes == 1 else content)
-
-    log.saved("saved", step=5, seconds=2.0, stall=0.5)
-    monkeypatch.setattr(runlog, "open", Full, raising=False)
-    log.close()
-    assert log.path.read_text() == before
-
-
 @pytest.mark.parametrize(("step", "left"), [(0, 0), (3, 3), (5, 5), (9, 5)])
 def test_lines_past_a_checkpoint_are_dropped(log, step, left):
     log.drop_after(step)
