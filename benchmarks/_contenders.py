@@ -13,7 +13,6 @@ up to 8, and int64 lengths [512].
 """
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -26,6 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from _timing import cpu_seconds, status_bytes
 
 BATCH = 512
 ROUND = 8
@@ -234,9 +234,9 @@ def check(ids: torch.Tensor, lengths: torch.Tensor) -> None:
 
 
 def start(load: Callable[[], Iterator[Padded]]) -> None:
-    before, begin = peak_bytes(), time.perf_counter()
+    before, begin = status_bytes("VmHWM"), time.perf_counter()
     batch = next(load())
-    seconds, after = time.perf_counter() - begin, peak_bytes()
+    seconds, after = time.perf_counter() - begin, status_bytes("VmHWM")
     check(*batch)
     print(json.dumps({"seconds": seconds, "bytes": after - before}))
 
@@ -249,18 +249,6 @@ def serve(batches: Iterator[Padded]) -> None:
             for _ in range(16):  # looking at the clock costs too
                 rows += len(next(batches)[0])
         print(json.dumps({"rows": rows, "cpu": cpu_seconds() - begin}), flush=True)
-
-
-def cpu_seconds() -> float:
-    """CPU of this process with all its threads, and of its ended children."""
-    children = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return time.process_time() + children.ru_utime + children.ru_stime
-
-
-def peak_bytes() -> int:
-    """The most memory this process had; getrusage tells the parent's where that is more."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
 def main(action: str, name: str, data: Path, options: str = "{}") -> None:

@@ -15,8 +15,11 @@ from pathlib import Path
 import test_epps_pulley
 import test_table
 import torch
-from _gpu_worker import QUICKSTART, ROOT, T5_SMALL, TOY, Bench, Part, tried
-from _report import Target, figure, table
+from _gpu_worker import Bench, Part, tried
+from _launches import QUICKSTART, T5_SMALL, TOY
+from _mmd_peers import Peak
+from _report import ROOT, Target, figure, table
+from _step import loss_of, weights_of
 from test_execution import fused_and_plain, make_model, sequences
 from test_table import Case, Errors
 from torch import Tensor
@@ -33,7 +36,6 @@ from t5vae.training.engine import backward, schedule, set_learning_rate, update
 from t5vae.training.feed import open_feed
 from t5vae.training.job import Job, resolve
 from t5vae.training.start import build
-from t5vae.training.step import Loss
 
 # MMD
 
@@ -203,10 +205,9 @@ def cross_entropy() -> Part:
 def peak_of(model: T5VAE, ids_BT: Tensor, fused: bool) -> int:
     """Bytes that a forward and backward pass needs more than there were before."""
     model.fused_cross_entropy = fused
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
+    peak = Peak(ids_BT.device)
     model(ids_BT, mode="score").loss.backward()
-    return torch.cuda.max_memory_allocated() - before
+    return peak.extra()
 
 
 # Engines
@@ -346,14 +347,14 @@ def train(job: Job, bench: Bench, device: torch.device) -> Trained:
         torch.cuda.reset_peak_memory_stats()
         found.peak = -torch.cuda.memory_allocated()
     engine, config = build(job, device), job.config
-    loss = Loss(config.objective, config.run.seed, job.split, device)
+    loss = loss_of(config, 1, device)
     with closing(open_feed(job, device)) as feed:
         for number in range(job.steps):
             batches = feed.read()
             set_learning_rate(engine, schedule(number, job.steps, config.optim))
             counting = number >= job.steps - COUNTED
             with host_reads(found.reads if counting and bench.on_gpu else None):
-                loss.begin(feed.position, feed.agree(batches).tokens, config.objective.mmd.weight)
+                loss.begin(feed.position, feed.agree(batches).tokens, weights_of(config.objective))
                 backward(engine, loss(engine, batches[0], 0))
                 update(engine)
             found.losses.append(loss.figures()["loss"])

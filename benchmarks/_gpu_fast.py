@@ -12,22 +12,12 @@ from typing import Any
 
 import _latent_work as ways
 import torch
-from _gpu_worker import QUICKSTART, T5_SMALL, TOY, Bench, Part, tried
-from _mmd_peers import (
-    COMPILED_ROWS,
-    CONTENDERS,
-    Contender,
-    Peak,
-    Timed,
-    block,
-    check,
-    inputs,
-    with_gradient,
-)
+from _gpu_worker import Bench, Part, tried
+from _launches import QUICKSTART, T5_SMALL, TOY
+from _mmd_peers import CONTENDERS, Peak, Timed, block, prepared
 from _mmd_peers import limits as two_products
-from _model_work import Place
-from _report import Target, figure, table
-from torch import Tensor
+from _report import Target, figure, ratios, table
+from _timing import seconds as clock
 
 from t5vae.config import load_config
 from t5vae.latent import LatentSpace
@@ -106,7 +96,7 @@ def compare(bench: Bench, N: int, D: int, names: tuple[str, ...], end: float) ->
     found: dict[str, Found] = {}
     for name in names:
         if can_run(name, bench) and (name != "gemm_compiled" or time.time() < end):
-            call = tried(prepared, CONTENDERS[name], z_ND, p_ND)
+            call = tried(prepared, CONTENDERS[name], z_ND, p_ND, torch.get_num_threads())
             found[name] = Found(failure=call) if isinstance(call, str) else Found()
             if not isinstance(call, str):
                 found[name].bytes = peak_of(call, device)
@@ -122,18 +112,6 @@ def compare(bench: Bench, N: int, D: int, names: tuple[str, ...], end: float) ->
         if turn and time.time() > end:
             break
     return found
-
-
-def prepared(contender: Contender, z_ND: Tensor, p_ND: Tensor) -> Callable[[], object]:
-    """Its forward and backward pass, after a check of what it computes on some rows."""
-    loss = contender.loss
-    if contender.compiled:
-        loss = torch.compile(loss, dynamic=False)
-    rows = min(len(z_ND), COMPILED_ROWS if contender.compiled else 256)
-    check(contender, loss, *inputs(contender, z_ND[:rows], p_ND[:rows]), torch.get_num_threads())
-    z_BD, other = inputs(contender, z_ND, p_ND)
-    trained_BD = z_BD.clone().requires_grad_()
-    return lambda: with_gradient(loss, trained_BD, other)
 
 
 def peak_of(call: Callable[[], object], device: torch.device) -> int:
@@ -184,10 +162,11 @@ def gather(bench: Bench) -> Iterator[Part]:
         limit = Timed(two_products(z_ND[:b], z_ND)["fp32"], z_ND.device)
         for kernel in ("multi_rbf", "imq"):
             contender = block(kernel, kernel)._replace(ranks=RANKS)
-            timed = Timed(prepared(contender, z_ND, z_ND), z_ND.device)
+            call = prepared(contender, z_ND, z_ND, torch.get_num_threads())
+            timed = Timed(call, z_ND.device)
             turns = [(timed.seconds(), limit.seconds()) for _ in range(TURNS + 1)][1:]
             own, least = zip(*turns, strict=True)
-            over = median(a / b for a, b in turns)
+            over = median(ratios(own, least))
             times = (figure(1000 * median(own)), figure(1000 * median(least)), figure(over))
             rows.append(
                 (f"{kernel}, N = {N:,}, D = {D:,}", *times, figure(4 * N * (D + 1) / 2**20))
@@ -224,7 +203,6 @@ def codes(bench: Bench) -> Iterator[Part]:
     """Encode and decode lines in three ways."""
     count, plain, few = (64, 32, 4) if bench.smoke else (LINES, PLAIN_LINES, FEW)
     space, texts = untrained_space(bench, count)
-    place = Place(torch.device(bench.device), torch.float32)
     some = texts[:plain]
     text = CODES.format(
         length=space.model.config.sequence_length,
@@ -240,28 +218,24 @@ def codes(bench: Bench) -> Iterator[Part]:
     for what, others in OTHERS.items():
         given = texts if what == "encode" else space.encode(texts)
         seconds = bench.left / 3 if what == "encode" else bench.left / 2
-        ours, done = rate(getattr(space, what), given, place, seconds)
+        ours, done = rate(getattr(space, what), given, seconds)
         rows.append((f"{what}: `LatentSpace`", f"{done:,}", figure(ours), "1"))
         for way, run in others.items():
             some = given[: plain if way == PLAIN else few]
-            theirs, done = rate(
-                lambda some, run=run: run(space, some, place), some, place, bench.left / 2
-            )
+            theirs, done = rate(lambda some, run=run: run(space, some), some, bench.left / 2)
             rows.append((f"{what}: {way}", f"{done:,}", figure(theirs), figure(ours / theirs)))
             targets.append(Target(f"{what}: times as fast as {way}", WANTED[way], ours / theirs))
         header = ("", "texts", "texts a second", "LatentSpace is times as fast")
         yield Part("table", text + table(header, rows), tuple(targets))
 
 
-def rate(
-    run: Callable[[Any], object], given: Sequence, place: Place, seconds: float
-) -> tuple[float, int]:
+def rate(run: Callable[[Any], object], given: Sequence, seconds: float) -> tuple[float, int]:
     """Texts a second, and how many were done in about so many seconds, after a few."""
     run(given[:FEW])
     done, taken = 0, 0.0
     while done < len(given) and (taken < seconds or not done):
         chunk = given[done : done + CHUNK]
-        taken += place.seconds(run, chunk)
+        taken += clock(run, chunk)
         done += len(chunk)
     return done / taken, done
 

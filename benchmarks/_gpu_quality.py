@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 import quality as contest
 from _gpu_runs import Launch, metrics
-from _gpu_worker import TOY, Bench, Part
+from _gpu_worker import Bench, Part
+from _launches import TOY
 from _report import table
 
 from t5vae.checkpoint.export import export

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from _gpu_worker import QUICKSTART, ROOT, TOY, Bench, Part
-from _report import Target, table
+from _gpu_worker import Bench, Part
+from _launches import QUICKSTART, TOY, deepspeed
+from _report import ROOT, Target, table
 
 from t5vae.checkpoint.manifest import read_manifest
 from t5vae.checkpoint.retention import list_checkpoints
-from t5vae.cluster.process_group import free_port
 from t5vae.metrics.reading import read_metrics
 
 # Killed and resumed
@@ -34,13 +34,11 @@ class Launch:
 
     def __init__(self, bench: Bench, name: str, *settings: str, by_deepspeed: bool = False):
         self.run, self.log = bench.scratch / name, bench.out / f"{name}.log"
-        launcher = ("-m", "deepspeed.launcher.runner", "--log_level", "error")
-        port = ("--num_accelerators", "1", "--master_port", str(free_port()))
         training = ("train.py", str(QUICKSTART), f"run.output_dir={self.run}", *settings)
-        started = (*launcher, *port, *training) if by_deepspeed else training
+        starter = deepspeed(1) if by_deepspeed else [sys.executable]
         with open(self.log, "a") as log:
             self.process = subprocess.Popen(
-                [sys.executable, *started],
+                [*starter, *training],
                 cwd=ROOT,
                 stdout=log,
                 stderr=subprocess.STDOUT,

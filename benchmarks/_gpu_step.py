@@ -17,9 +17,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from _bare_loop import variants, wait
-from _gpu_worker import QUICKSTART, T5_BASE, TOY, Bench, Part, tried
+from _bare_loop import variants
+from _gpu_worker import Bench, Part, tried
+from _launches import QUICKSTART, T5_BASE, TOY
 from _report import Target, figure, table
+from _timing import wait
 
 from shards import Batch
 from t5vae.cluster.process_group import start_process_group

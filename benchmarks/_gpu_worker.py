@@ -18,23 +18,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
 
-from _report import Target
+from _report import ROOT, Target
 
 T = TypeVar("T")
-ROOT = Path(__file__).parents[1]
-QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 TESTS = [str(ROOT / "tests" / folder) for folder in ("objective", "model")]
 """Folders of modules with cases and formulas; an installed package may be called `tests` too."""
-
-
-def t5(**sizes: int) -> tuple[str, ...]:
-    """Settings of the T5 inside."""
-    return tuple(f"model.t5.{name}={size}" for name, size in sizes.items())
-
-
-TOY = (*t5(d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4), "model.latent_size=16")
-T5_SMALL = t5(d_model=512, d_kv=64, d_ff=2048, num_layers=6, num_heads=8)
-T5_BASE = t5(d_model=768, d_kv=64, d_ff=3072, num_layers=12, num_heads=12)
 
 
 class Part(NamedTuple):
@@ -109,7 +97,7 @@ def device() -> tuple[str, str]:
 
 
 def main(modules: list[str]) -> None:
-    sys.path[:0] = [str(ROOT), *TESTS]  # `shards` is the package, not the script
+    sys.path[:0] = TESTS
     with os.fdopen(os.dup(1), "w") as answers:
         os.dup2(2, 1)  # what libraries print belongs in the log
         sections = {name: vars(import_module(module)) for name, module in map(pair, modules)}

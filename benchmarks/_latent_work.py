@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import _model_work as work
 import numpy as np
 import torch
-from _model_work import Place
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.modeling_outputs import BaseModelOutput
@@ -21,34 +20,36 @@ from t5vae.model import T5VAE, T5VAEConfig
 # The ways
 
 
-def encode_plain(space: LatentSpace, texts: list[str], place: Place) -> Tensor:
+def encode_plain(space: LatentSpace, texts: list[str]) -> Tensor:
     codes = []
     for at in range(0, len(texts), space.batch_size):
         rows = texts[at : at + space.batch_size]
-        batch = space.tokenizer(rows, padding=True, return_tensors="pt").to(place.device)
+        batch = space.tokenizer(rows, padding=True, return_tensors="pt").to(space.model.device)
         codes.append(space.model(batch["input_ids"], batch["attention_mask"], mode="encode").cpu())
     return torch.cat(codes)
 
 
-def encode_original(space: LatentSpace, texts: list[str], place: Place) -> Tensor:
+def encode_original(space: LatentSpace, texts: list[str]) -> Tensor:
     how = {"padding": "max_length", "max_length": space.model.config.sequence_length}
     codes = []
     for text in texts:
-        row = space.tokenizer(text, return_tensors="pt", **how).to(place.device)
+        row = space.tokenizer(text, return_tensors="pt", **how).to(space.model.device)
         codes.append(space.model(row["input_ids"], row["attention_mask"], mode="encode").cpu())
     return torch.cat(codes)
 
 
-def decode_plain(space: LatentSpace, z_ND: Tensor, place: Place) -> list[str]:
+def decode_plain(space: LatentSpace, z_ND: Tensor) -> list[str]:
     texts = []
     for z_BD in z_ND.split(space.batch_size):
-        ids_BT = space.model.generate(latent=z_BD.to(place.device), do_sample=False)
+        ids_BT = space.model.generate(latent=z_BD.to(space.model.device), do_sample=False)
         texts += space.tokenizer.batch_decode(ids_BT, skip_special_tokens=True)
     return texts
 
 
-def decode_original(space: LatentSpace, z_ND: Tensor, place: Place) -> list[str]:
-    rows = [work.decode_original(space.model, z_1D.to(place.device))[0] for z_1D in z_ND.split(1)]
+def decode_original(space: LatentSpace, z_ND: Tensor) -> list[str]:
+    rows = [
+        work.decode_original(space.model, z_1D.to(space.model.device))[0] for z_1D in z_ND.split(1)
+    ]
     return [space.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
 
 

@@ -8,32 +8,18 @@ do not count. Prints JSON.
 """
 
 import json
-import os
-import sys
 import time
 from collections import Counter
-from dataclasses import replace
-from pathlib import Path
 from statistics import median
 
 import torch
 import torch.distributed as dist
-from _bare_loop import random_batches
+from _bare_loop import own_arguments, start, variants
 from torch.profiler import ProfilerActivity, profile
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # `shards` is the package, not the script
-from shards import Batch
-from t5vae.cluster.agreement import all_max, all_sum
-from t5vae.cluster.process_group import start_process_group
-from t5vae.cluster.ranks import find_ranks
-from t5vae.config import load_config
+from t5vae.cluster.agreement import all_max
 from t5vae.model import T5VAEConfig
-from t5vae.training.engine import backward
-from t5vae.training.job import resolve
 from t5vae.training.muon import STEPS, WIDE
-from t5vae.training.precision import settle
-from t5vae.training.start import build
-from t5vae.training.step import Loss, real_tokens
 
 Product = tuple[int, int, int]
 """m, k, n of [m, k] @ [k, n]."""
@@ -122,35 +108,21 @@ def where(events: list) -> dict[str, float]:
     return found
 
 
-def main(lengths: str, path: str, *settings: str) -> None:
-    ranks = find_ranks(dict(os.environ))
-    job = resolve(load_config(path, settings), ranks)
-    device = start_process_group(ranks)
-    config, _ = settle(job.config, job.settings, job.split, device, {})
-    engine = build(replace(job, config=config), device)
-    loss = Loss(config.objective, config.run.seed, job.split, device)
-    batches = random_batches(Path(lengths), ranks, job.dataset, device)
-    if ranks.is_first:
-        print("built", flush=True)
-
-    def take_step(batch: Batch) -> None:
-        (tokens,) = all_sum(real_tokens(batch), device=device)
-        loss.begin(0, tokens, config.objective.mmd.weight)
-        backward(engine, loss(engine, batch, 0))
-        engine.step()
-
+def main(*arguments: str) -> None:
+    job, engine, device, batches = start(*arguments)
+    config, take_step = job.config, variants(engine, job, device)["sums"]
     for batch in batches:
         take_step(batch)
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         for number in range(PROFILED):
             take_step(batches[number % len(batches)])
 
-    tokens = round(sum(map(real_tokens, batches)) / len(batches))
+    tokens = round(sum(int(batch.lengths.sum()) for batch in batches) / len(batches))
     parts = {"model": of_model(job.settings, len(batches[0].ids), tokens)}
     dtypes = {"model": torch.bfloat16 if config.train.half else torch.float32}
     if config.optim.name == "muon":
         shapes = [tuple(p.shape) for p in engine.module.parameters() if p.use_muon]
-        parts["muon"] = of_muon(shapes, ranks.world_size)
+        parts["muon"] = of_muon(shapes, job.ranks.world_size)
         half = config.optim.muon_precision == "bf16"
         dtypes["muon"] = torch.bfloat16 if half else torch.float32
     limit = {}
@@ -159,7 +131,7 @@ def main(lengths: str, path: str, *settings: str) -> None:
         flops = sum(2 * m * k * n * count for (m, k, n), count in products.items())
         (slowest,) = all_max(own, device=device)
         limit[part] = {"seconds": slowest, "flops": flops}
-    if ranks.is_first:
+    if job.ranks.is_first:
         precision = config.train.precision
         told = {"limit": limit, "where": where(profiler.key_averages()), "precision": precision}
         print(json.dumps(told), flush=True)
@@ -167,5 +139,4 @@ def main(lengths: str, path: str, *settings: str) -> None:
 
 
 if __name__ == "__main__":
-    # the launcher puts --local_rank=N first; the environment says the same
-    main(*(argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")))
+    main(*own_arguments())

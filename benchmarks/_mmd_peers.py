@@ -9,14 +9,15 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import _report  # noqa: F401 (makes `shards` the package)
 import torch
-import torch.distributed as dist
+from _timing import CPU, status_bytes
+from _timing import seconds as clock
 from torch import Tensor
 
 RANKS = 8
@@ -39,24 +40,15 @@ def ours(z_ND: Tensor, p_ND: Tensor, kernel: str, **options: Any) -> Tensor:
 
 
 def ours_block(z_BD: Tensor, gathered_NE: Tensor, kernel: str) -> Tensor:
-    """What the first of `RANKS` ranks does, in a group of its own: a gather that is over."""
-    from t5vae.objective.mmd import PendingMMD
+    from _objective import statistic_of_rank
 
-    if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    weights_B = torch.ones(len(z_BD), device=z_BD.device)
-    return PendingMMD(z_BD, weights_B, None, gathered_NE, Gathered()).finish(kernel=kernel)
-
-
-class Gathered(dist.Work):
-    def wait(self, timeout: timedelta = timedelta()) -> bool:
-        return True
+    return statistic_of_rank(z_BD, gathered_NE, kernel)
 
 
 def ours_exact(z_ND: Tensor, p_ND: Tensor, kernel: str, prior: str = "normal") -> Tensor:
-    from t5vae.objective.reference import terms
+    from _objective import exact_statistic
 
-    return terms(z_ND, kernel, prior).value
+    return exact_statistic(z_ND, kernel, prior)
 
 
 def block_exact(z_BD: Tensor, gathered_NE: Tensor, kernel: str) -> Tensor:
@@ -240,21 +232,17 @@ def limits(x_BD: Tensor, y_ND: Tensor) -> dict[str, Callable[[], None]]:
 class Timed:
     """A call, repeated until `BLOCK` seconds have passed."""
 
-    def __init__(self, call: Callable[[], Any], device: torch.device):
+    def __init__(self, call: Callable[[], Any], device: torch.device = CPU):
         self.call, self.device, self.repeats = call, device, 1
 
     def seconds(self) -> float:
-        begin = self.now()
-        for _ in range(self.repeats):
-            self.call()
-        seconds = (self.now() - begin) / self.repeats
+        seconds = clock(self._repeat, device=self.device) / self.repeats
         self.repeats = math.ceil(BLOCK / seconds)
         return seconds
 
-    def now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
+    def _repeat(self) -> None:
+        for _ in range(self.repeats):
+            self.call()
 
 
 class Peak:
@@ -276,45 +264,39 @@ class Peak:
         return status_bytes("VmHWM") - self.before
 
 
-def status_bytes(key: str) -> int:
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.split(f"{key}:")[1].split()[0])
-
-
-def main(name: str, N: int, D: int, threads: int, device_name: str, seconds: float) -> None:
-    """Print a line of JSON for each turn: the limits, the contender, and the limits again."""
-    device, contender = torch.device(device_name), CONTENDERS[name]
-    # Large tensors come and go in training: from then on glibc keeps what is freed. Until then it
-    # gives memory back after each call, and the next call pays for it.
-    torch.ones(2**22)
-    generator = torch.Generator().manual_seed(0)
-    z_ND, p_ND = torch.randn(2, N, D, generator=generator).to(device)
+def prepared(contender: Contender, z_ND: Tensor, p_ND: Tensor, threads: int) -> Callable[[], Any]:
+    """Its forward and backward pass, after a check of what it computes on some rows."""
     loss = contender.loss
     if contender.compiled:
         loss = torch.compile(loss, dynamic=False)
-    rows = min(N, COMPILED_ROWS if contender.compiled else CHECKED_ROWS)
+    rows = min(len(z_ND), COMPILED_ROWS if contender.compiled else CHECKED_ROWS)
     check(contender, loss, *inputs(contender, z_ND[:rows], p_ND[:rows]), threads)
     z_BD, other = inputs(contender, z_ND, p_ND)
     trained_BD = z_BD.clone().requires_grad_()
-    if contender.compiled and rows < N:
+    if contender.compiled and rows < len(z_ND):
         with_gradient(loss, trained_BD, other)  # it is compiled for one size
+    return lambda: with_gradient(loss, trained_BD, other)
 
-    references = {key: Timed(call, device) for key, call in limits(z_BD, z_ND).items()}
-    for reference in references.values():
-        reference.seconds()
-    timed = Timed(lambda: with_gradient(loss, trained_BD, other), device)
-    peak, end = Peak(device), time.perf_counter() + seconds
+
+def main(name: str, N: int, D: int, threads: int, seconds: float) -> None:
+    """Print a line of JSON for each turn: the limit, the contender, and the limit again."""
+    contender = CONTENDERS[name]
+    # Large tensors come and go in training: from then on glibc keeps what is freed. Until then it
+    # gives memory back after each call, and the next call pays for it.
+    torch.ones(2**22)
+    z_ND, p_ND = torch.randn(2, N, D, generator=torch.Generator().manual_seed(0))
+    timed = Timed(prepared(contender, z_ND, p_ND, threads))
+    limit = Timed(limits(z_ND[: N // contender.ranks], z_ND)["fp32"])
+    limit.seconds()
+    peak, end = Peak(CPU), time.perf_counter() + seconds
     for turn in count():
         if turn and time.perf_counter() > end:
             break
-        before = {key: reference.seconds() for key, reference in references.items()}
-        taken = timed.seconds()
-        after = {key: reference.seconds() for key, reference in references.items()}
-        limit = {key: (before[key] + after[key]) / 2 for key in references}
-        print(json.dumps({"seconds": taken, "limits": limit, "bytes": peak.extra()}), flush=True)
+        before, taken, after = limit.seconds(), timed.seconds(), limit.seconds()
+        told = {"seconds": taken, "limit": (before + after) / 2, "bytes": peak.extra()}
+        print(json.dumps(told), flush=True)
 
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).parents[1])
-    name, N, D, threads, device, seconds = sys.argv[1:]
-    main(name, int(N), int(D), int(threads), device, float(seconds))
+    name, N, D, threads, seconds = sys.argv[1:]
+    main(name, int(N), int(D), int(threads), float(seconds))

@@ -3,28 +3,23 @@
 Shapes: B sequences, T tokens, M memory, D latent size, C model width, N tokens, V vocabulary.
 """
 
-import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import _objective
+import _step
 import torch
 import torch.distributed as dist
+from _timing import CPU, seconds
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import T5ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # `shards` is the package, not the script
 from shards import Batch
 from t5vae.config import Config
-from t5vae.model import T5VAE, T5VAEConfig, row_keys
-from t5vae.model.noise import keyed_normal
-from t5vae.objective import start_gather
-from t5vae.training.step import Loss, real_tokens
+from t5vae.model import T5VAE, T5VAEConfig
 
 LENGTH, LATENT = 20, 128
 SHORTEST = 5
@@ -63,29 +58,6 @@ def shape(width: int, feed_forward: int, layers: int, heads: int, vocabulary: in
 
 TINY = Size("tiny", shape(32, 64, 2, 4, 512), rows=16, latents=16, few=4, turns=2)
 SMALL = Size("T5-small", shape(512, 2048, 6, 8, 32128), rows=256, latents=512, few=32, turns=3)
-BASE = Size("T5-base", shape(768, 3072, 12, 12, 32128), rows=1024, latents=512, few=32, turns=10)
-
-
-class Place(NamedTuple):
-    device: torch.device
-    dtype: torch.dtype
-
-    @property
-    def on_gpu(self) -> bool:
-        return self.device.type == "cuda"
-
-    def seconds(self, run: Callable, *arguments: Any) -> float:
-        self.wait()
-        begin = time.perf_counter()
-        run(*arguments)
-        self.wait()
-        return time.perf_counter() - begin
-
-    def wait(self) -> None:
-        if self.on_gpu:
-            torch.cuda.synchronize()
-
-
 # Models
 
 
@@ -95,15 +67,14 @@ def configuration(size: Size, bottleneck: str, **settings: Any) -> T5VAEConfig:
     )
 
 
-def t5vae(config: T5VAEConfig, place: Place) -> T5VAE:
+def t5vae(config: T5VAEConfig) -> T5VAE:
     torch.manual_seed(0)
-    return T5VAE(config).to(place.device, place.dtype)
+    return T5VAE(config)
 
 
-def bare_t5(size: Size, place: Place) -> T5ForConditionalGeneration:
+def bare_t5(size: Size) -> T5ForConditionalGeneration:
     torch.manual_seed(0)
-    model = T5ForConditionalGeneration(configuration(size, "flatten").t5_config)
-    return model.to(place.device, place.dtype)
+    return T5ForConditionalGeneration(configuration(size, "flatten").t5_config)
 
 
 def batch(size: Size, full: bool) -> Batch:
@@ -127,61 +98,37 @@ def start_process_group() -> None:
     dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
 
 
-def t5_step(model: T5ForConditionalGeneration, place: Place) -> TrainingStep:
+def t5_step(model: T5ForConditionalGeneration) -> TrainingStep:
     """As one trains a T5: labels of pads are -100; no cache is built."""
-    update = updates(model)
+    adamw = torch.optim.AdamW(model.parameters(), lr=1e-4)
 
     def step(batch: Batch) -> None:
-        ids_BT = batch.ids.to(place.device)
-        mask_BT = ids_BT != PAD
-        labels_BT = ids_BT.masked_fill(~mask_BT, -100)
-        model(ids_BT, mask_BT.long(), labels=labels_BT, use_cache=False).loss.backward()
-        update()
-
-    return step
-
-
-def t5vae_step(model: T5VAE, place: Place) -> TrainingStep:
-    """As the training loop has it, DeepSpeed apart."""
-    loss = Loss(RUN.objective, RUN.run.seed, RUN.data.split(1), place.device)
-    update = updates(model)
-
-    def step(batch: Batch) -> None:
-        loss.begin(0, real_tokens(batch), RUN.objective.mmd.weight)
-        loss(model, batch, 0).backward()
-        update()
-
-    return step
-
-
-def updates(model: nn.Module) -> Callable[[], None]:
-    """AdamW's step; for bf16 weights on fp32 copies, as DeepSpeed does it."""
-    weights = list(model.parameters())
-    in_fp32 = weights[0].dtype == torch.float32
-    masters = weights if in_fp32 else [w.detach().float().requires_grad_() for w in weights]
-    adamw = torch.optim.AdamW(masters, lr=1e-4)
-
-    def update() -> None:
-        if not in_fp32:
-            for master, weight in zip(masters, weights, strict=True):
-                master.grad, weight.grad = weight.grad.float(), None
+        mask_BT = batch.ids != PAD
+        labels_BT = batch.ids.masked_fill(~mask_BT, -100)
+        model(batch.ids, mask_BT.long(), labels=labels_BT, use_cache=False).loss.backward()
         adamw.step()
         adamw.zero_grad()
-        if not in_fp32:
-            with torch.no_grad():
-                torch._foreach_copy_(weights, masters)
 
-    return update
+    return step
 
 
-def compile_layers(t5: T5ForConditionalGeneration) -> None:
-    """What `T5VAE.compile_layers` does to the T5 inside."""
-    T5VAE.compile_layers(SimpleNamespace(t5=t5))
+def t5vae_step(model: T5VAE) -> TrainingStep:
+    """As the training loop has it, DeepSpeed apart."""
+    loss = _step.loss_of(RUN, 1, CPU)
+    adamw = torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+    def step(batch: Batch) -> None:
+        _step.whole_loss(loss, model, batch, float(batch.lengths.sum())).backward()
+        adamw.step()
+        adamw.zero_grad()
+
+    return step
 
 
 def t5_operations(size: Size) -> int:
     """Of a T5's training step, as torch counts them on tensors without storage."""
-    t5 = bare_t5(size, Place(torch.device("meta"), torch.float32))
+    with torch.device("meta"):
+        t5 = bare_t5(size)
     t5.set_attn_implementation("eager")
     ids_BT = torch.ones(size.rows, LENGTH, dtype=torch.int64, device="meta")
     with FlopCounterMode(display=False) as counter:
@@ -189,18 +136,17 @@ def t5_operations(size: Size) -> int:
     return counter.get_total_flops()
 
 
-def product_rate(size: Size, place: Place, repeats: int = 3) -> float:
-    """Operations a second of the faster of the model's two largest products, into buffers."""
-    tokens, width = size.rows * LENGTH, int(size.t5["d_model"])
-    like = {"device": place.device, "dtype": place.dtype}
-    states_NC = torch.randn(tokens, width, **like)
+def product_rate(t5: dict[str, float], tokens: int, repeats: int = 3) -> float:
+    """Operations a second of the faster of a T5's two largest products, into buffers."""
+    width = int(t5["d_model"])
+    states_NC = torch.randn(tokens, width)
     rates = []
-    for wide in (int(size.t5["d_ff"]), int(size.t5["vocab_size"])):
-        weight_CV = torch.randn(wide, width, **like).T
+    for wide in (int(t5["d_ff"]), int(t5["vocab_size"])):
+        weight_CV = torch.randn(wide, width).T
         out_NV = states_NC @ weight_CV
         product = torch.no_grad()(lambda w, out: torch.mm(states_NC, w, out=out))
-        taken = [place.seconds(product, weight_CV, out_NV) for _ in range(repeats)]
-        rates.append(2 * tokens * width * wide / min(taken))
+        least = min(seconds(product, weight_CV, out_NV) for _ in range(repeats))
+        rates.append(2 * tokens * width * wide / least)
     return max(rates)
 
 
@@ -210,19 +156,16 @@ Part = Callable[[], object] | None
 
 
 def parts(
-    t5: T5ForConditionalGeneration, model: T5VAE, batch: Batch, place: Place
+    t5: T5ForConditionalGeneration, model: T5VAE, batch: Batch
 ) -> dict[str, tuple[Part, Part]]:
     """What a T5 and a T5VAE do differently, forward and backward: the T5's, and the T5VAE's."""
-    rows, width = len(batch.ids), t5.config.d_model
-    ids_BT, weights_B = batch.ids.to(place.device), batch.weights.to(place.device)
+    rows, width, ids_BT = len(batch.ids), t5.config.d_model, batch.ids
     real_BT = ids_BT != PAD
     mask_BT, labels_BT = real_BT.long(), ids_BT.masked_fill(~real_BT, -100)
-    like = {"device": place.device, "dtype": place.dtype, "requires_grad": True}
-    states_BTC = torch.randn(rows, LENGTH, width, **like)
+    states_BTC = torch.randn(rows, LENGTH, width, requires_grad=True)
     states_NC = states_BTC.detach()[real_BT].requires_grad_()
-    z_BD = torch.randn(rows, LATENT, **like)
+    z_BD = torch.randn(rows, LATENT, requires_grad=True)
     pull_BMC = torch.randn_like(model.bottleneck.expand(z_BD.detach()))
-    mmd = RUN.objective.mmd
 
     def t5_scores() -> None:
         logits_NV = t5.lm_head(states_BTC * width**-0.5).flatten(0, 1)
@@ -235,26 +178,18 @@ def parts(
         code_BD = model.bottleneck.compress(states_BTC, mask_BT)
         model.bottleneck.expand(code_BD).backward(pull_BMC)
 
-    def regulariser() -> None:
-        gathering = start_gather(z_BD, weights_B=weights_B, equal_rows=True)
-        gathering.finish(kernel=mmd.kernel, prior=mmd.prior, estimator=mmd.estimator).backward()
-
-    def noise() -> None:
-        keys_B = row_keys(0, 0, batch.sequence.to(place.device))
-        (z_BD + 0.5 * keyed_normal(keys_B, LATENT, 0).to(z_BD.dtype)).sum().backward()
-
     return {
         "output layer and cross-entropy": (t5_scores, t5vae_scores),
         "bottleneck": (None, bottleneck),
-        "MMD": (None, regulariser),
-        "latent noise": (None, noise),
+        "MMD": (None, lambda: _objective.statistic(_objective.gather(z_BD), RUN).backward()),
+        "latent noise": (None, lambda: _step.with_noise(z_BD, batch, RUN).sum().backward()),
         "AdamW": (adamw(t5), adamw(model)),
     }
 
 
 def adamw(model: nn.Module) -> Callable[[], object]:
-    """The optimizer's step alone, on fp32 tensors like the model's weights."""
-    weights = [torch.zeros_like(weight, dtype=torch.float32) for weight in model.parameters()]
+    """The optimizer's step alone, on tensors like the model's weights."""
+    weights = [torch.zeros_like(weight) for weight in model.parameters()]
     for weight in weights:
         weight.grad = torch.zeros_like(weight)
     return torch.optim.AdamW(weights).step

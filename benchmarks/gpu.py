@@ -27,13 +27,12 @@ from queue import Empty, Queue
 from typing import IO, Any, NamedTuple
 
 from _data import generated_lines, write_lines
-from _report import Target, installed, machine, target_table
+from _launches import ON_CPU, build_shards
+from _report import ROOT, Target, chosen, installed, machine, target_table
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # `shards` is the package, not the script
 from t5vae.common.errors import UserError
 from t5vae.common.files import write_whole
 
-ROOT = Path(__file__).parents[1]
 WORKER = Path(__file__).with_name("_gpu_worker.py")
 PACKAGES = ("torch", "triton", "transformers", "deepspeed", "liger_kernel")
 GRACE = 5.0
@@ -125,7 +124,7 @@ class Board:
 
     def __init__(self, out: Path):
         self.out, self.lock = out, threading.Lock()
-        self.machine, self.device = machine(installed(sys.executable, PACKAGES)), ""
+        self.machine, self.device = machine(installed(*PACKAGES)), ""
         self.failed: list[str] = []
 
     def put(self, name: str, part: list[Any]) -> None:
@@ -256,29 +255,24 @@ def share(end: float, seconds: list[float]) -> float:
 
 def prepare(data: Path, smoke: bool) -> None:
     """Build the shards that the sections need, unless they are there."""
-    from shards import build  # needs packages that reading does not
-
     source, form, pieces = None, "python", 4096
     data.mkdir(parents=True, exist_ok=True)
     if smoke:
         source, form, pieces = write_lines(data / "lines.txt", generated_lines(4000)), "text", 512
     for name, length in (("lines", 32), ("short-lines", 20)):
-        how = {"tokenizer": f"train:{pieces}", "max_length": length, "format": form}
-        build(source, data / name, **how)
+        build_shards(data / name, pieces, length, source, form)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--minutes", type=float, default=9, help="all of it, start-up included")
-    parser.add_argument("--only", default=",".join(SECTIONS), help="some of %(default)s")
+    parser.add_argument("--only", help=f"some of {','.join(SECTIONS)}")
     parser.add_argument("--data", type=Path, help="of --prepare; default data/gpu")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu", help="for the tables")
     parser.add_argument("--prepare", action="store_true", help="build what is needed, and end")
     parser.add_argument("--smoke", action="store_true", help="at toy size, on the CPU")
     args = parser.parse_args()
-    args.only = args.only.split(",")
-    if unknown := set(args.only) - set(SECTIONS):
-        parser.error(f"--only {','.join(sorted(unknown))}: choose from {','.join(SECTIONS)}")
+    args.only = chosen(parser, args.only, SECTIONS)
     if not 0 < args.minutes < math.inf:
         parser.error(f"--minutes {args.minutes:g}: give more than 0")
     data = args.data or (args.out / "data" if args.smoke else ROOT / "data" / "gpu")
@@ -294,7 +288,7 @@ def main() -> int:
     except (UserError, OSError) as error:
         parser.error(str(error))
     if args.smoke:
-        os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
+        os.environ |= ON_CPU | {"TORCHDYNAMO_DISABLE": "1"}
     board = Board(args.out)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     seconds = TOY_SECONDS if args.smoke else 60 * args.minutes - GRACE

@@ -7,7 +7,6 @@ On lines of Python, on two CPU cores or all accelerators; a T5-small on the latt
 trained is kept in --out, and not trained again. --write puts the section into docs/quality.md.
 """
 
-import argparse
 import json
 import os
 import re
@@ -22,19 +21,15 @@ from typing import Any, NamedTuple
 
 import torch
 import yaml
-from _report import Target, figure, installed, machine, table, target_table
+from _launches import ON_CPU, QUICKSTART, T5_SMALL, Launch, build_shards
+from _report import ROOT, Block, Page, Target, figure, installed, table
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # `shards` is the package, not the script
 from shards import open_index
-from t5vae.cluster.process_group import free_port
 from t5vae.config import load_config
 from t5vae.evaluation import read_report
 from t5vae.evaluation.tables import value_at
 from t5vae.metrics.reading import read_metrics
 
-ROOT = Path(__file__).parents[1]
-DOC = ROOT / "docs" / "quality.md"
-OURS = ROOT / "configs" / "quickstart.yaml"
 LEGACY = ROOT / "configs" / "legacy.yaml"
 STEPS = 1000
 """Of an ablation."""
@@ -84,45 +79,9 @@ ABLATION_COLUMNS = (
     *("interpolation: valid", "similarity at z + eps/2", "participation ratio", "MMD² to N(0, I)"),
 )
 
-HEAD = """\
-# How good the space is
-
-The data: one-line statements of Python's standard library and installed packages, byte-level BPE \
-of {pieces:,} pieces, up to {tokens} tokens, which keeps {kept:.0%} of the distinct lines: \
-{train:,} for training, and {valid:,} chosen by a hash held out. Every figure is of held-out lines \
-or of greedily decoded draws, and defined in [evaluation.md](evaluation.md). One run each: what \
-seeds change was not measured, and intervals are of 95 %, of the lines and draws alone.
-"""
-
-CONTEST = """\
-## Equal time
-
-Printed by `python benchmarks/quality.py --minutes {minutes} --write` on this machine: {machine}
-
-{minutes} minutes of training each on the same {place}, the T5 inside of the same size ({t5}), the \
-same batch of {batch}. `legacy` is the design of the original T5-VAE, its head, code of 1,000 \
-numbers, MMD, losses and optimiser, in this code; `autoencoder` is ours without MMD, noise, mask \
-and norm. The score is exact match times valid x unique x novel, by whichever of the two priors is \
-better for the contender. In the last columns the controls: a token trigram model of the training \
-lines, and the held-out lines as if they were samples.
-
-"""
-
-ABLATED = """\
-## Ablations
-
-Printed by `python benchmarks/quality.py --ablations --write` on this machine: {machine}
-
-`configs/quickstart.yaml` with one change each, {steps:,} steps of the same batch: short of \
-convergence, so that what learns slower is behind here. The first row is no change; below about \
-0.03 a difference is within what other lines and draws would change. 2,048 pieces make other \
-sequences, of which those of up to as many tokens were kept.
-
-"""
-
 
 def contenders() -> dict[str, tuple[str, ...]]:
-    """Each one's changes to OURS."""
+    """Each one's changes to QUICKSTART."""
     original = yaml.safe_load(LEGACY.read_text())
     sections = {name: original[name] for name in ("model", "objective", "optim")}
     return {"legacy": tuple(flat(sections)), "autoencoder": AUTOENCODER, "ours": ()}
@@ -151,13 +110,11 @@ class Place(NamedTuple):
 
 def place() -> Place:
     if not torch.accelerator.is_available():
-        environment = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-        return Place("2 CPU cores", 2, environment, (), 16, 2)
+        return Place("2 CPU cores", 2, ON_CPU, (), 16, 2)
     ranks = torch.accelerator.device_count()
-    sizes = {"d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 6, "num_heads": 8}
     settings = (
-        *(f"model.t5.{name}={size}" for name, size in sizes.items()),
-        *("data.global_batch_size=512", "model.latent_size=256", "optim.lr=1e-3"),
+        *(*T5_SMALL, "data.global_batch_size=512"),
+        *("model.latent_size=256", "optim.lr=1e-3"),
     )
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "accelerator"
     return Place(f"{ranks} x {name}", ranks, {}, settings, 20, 1)
@@ -175,41 +132,28 @@ class Bench(NamedTuple):
         """Of a run, later ones over earlier ones."""
         own = (f"data.shards={self.shards}", f"run.output_dir={run}", f"run.name={run.name}")
         quiet = ("eval.every=0", "checkpoint.every=0")
-        return [str(OURS), *own, *quiet, *self.place.settings, *changes]
+        return [str(QUICKSTART), *own, *quiet, *self.place.settings, *changes]
 
-    def build(self, pieces: int, folder: Path) -> None:
-        how = ("--format", "python", "--tokenizer", f"train:{pieces}")
-        length = ("--max-length", str(self.place.length))
-        command = [binary("t5vae"), "shards", "build", *how, *length, "--out", str(folder)]
-        subprocess.run(command, check=True, stdout=sys.stderr)
-
-    def launch(self, ranks: int, settings: list[str]) -> None:
-        launcher = [binary("deepspeed"), "--log_level", "error", "--master_port", str(free_port())]
-        command = [*launcher, "--num_accelerators", str(ranks), str(ROOT / "train.py"), *settings]
-        environment = os.environ | self.place.environment
-        output = subprocess.run(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        if output.returncode:
-            sys.exit(output.stdout.decode())
+    def launch(self, title: str, ranks: int, settings: list[str]) -> None:
+        title = f"{time.strftime('%H:%M')} {title}"
+        Launch.of(title, ranks, self.place.environment, ROOT / "train.py", *settings)
 
     def train(self, name: str, *changes: str, ranks: int, minutes: float | None = None) -> Path:
         """A run of that many minutes, or of STEPS steps, and its evaluation, unless it is there."""
         run = self.out / re.sub(r"\W+", "-", name)
         if (run / "eval.json").is_file():
             return run
-        print(f"{time.strftime('%H:%M')} {name}", file=sys.stderr)
         steps = STEPS
         if minutes is not None:
             trial = self.out / f"{run.name}-trial"
             often = ("log.every=5", f"train.steps={CALIBRATION}")
-            self.launch(ranks, self.settings(trial, *changes, *often))
+            self.launch(f"{name}, trial", ranks, self.settings(trial, *changes, *often))
             took = median(line["step_seconds"] for line in read_metrics(trial)[2:])
             steps = int(60 * minutes / took)
-        self.launch(ranks, self.settings(run, f"train.steps={steps}", *changes))
+        self.launch(name, ranks, self.settings(run, f"train.steps={steps}", *changes))
         for command in ("export", "eval"):
             subprocess.run(
-                [binary("t5vae"), command, str(run)],
+                [str(Path(sys.executable).with_name("t5vae")), command, str(run)],
                 check=True,
                 stdout=subprocess.DEVNULL,
                 env=os.environ | self.place.environment,
@@ -218,9 +162,9 @@ class Bench(NamedTuple):
 
     def ablations(self) -> Iterator[tuple[str, Path]]:
         """All of them."""
-        config = load_config(OURS, self.settings(self.out)[1:])
+        config = load_config(QUICKSTART, self.settings(self.out)[1:])
         values = {"out": self.out, "half_latent": config.model.latent_size // 2}
-        self.build(2048, self.out / "shards-2048")
+        build_shards(self.out / "shards-2048", 2048, self.place.length)
         with ThreadPoolExecutor(self.place.beside) as pool:
             runs = {
                 name: pool.submit(
@@ -232,10 +176,6 @@ class Bench(NamedTuple):
                 for name, changes in ABLATIONS.items()
             }
             yield from ((name, run.result()) for name, run in runs.items())
-
-
-def binary(name: str) -> str:
-    return str(Path(sys.executable).with_name(name))
 
 
 def score(report: dict[str, Any]) -> float:
@@ -273,7 +213,7 @@ def figure_rows(reports: dict[str, dict[str, Any]]) -> list[tuple[str, ...]]:
     return [*rows, ("**score**", *scores, "", "")]
 
 
-def contest(bench: Bench, minutes: float) -> str:
+def contest(bench: Bench, minutes: float) -> Block:
     runs = {
         name: bench.train(name, *changes, ranks=bench.place.ranks, minutes=minutes)
         for name, changes in contenders().items()
@@ -287,16 +227,13 @@ def contest(bench: Bench, minutes: float) -> str:
     rows.append(("minutes, first to last line", *map(figure, trained), "", ""))
     config = load_config(runs["ours"] / "config.yaml")
     t5 = config.model.t5
-    text = CONTEST.format(
-        minutes=f"{minutes:g}",
-        machine=here(bench),
-        place=bench.place.title,
-        t5=f"width {t5.d_model}, {t5.num_layers} + {t5.num_layers} layers",
-        batch=config.data.global_batch_size,
+    text = (
+        f"{minutes:g} minutes of training each on {bench.place.title}, width {t5.d_model}, "
+        f"{t5.num_layers} + {t5.num_layers} layers, batches of {config.data.global_batch_size}.\n\n"
     )
     header = ("", *reports, *CONTROLS)
-    met = target_table(targets(reports["ours"], scores, bench.place))
-    return f"{text}{table(header, rows)}\n{met}"
+    met = list(targets(reports["ours"], scores, bench.place))
+    return Block("equal time", text + table(header, rows), met)
 
 
 def targets(ours: dict[str, Any], scores: dict[str, float], place: Place) -> Iterator[Target]:
@@ -313,7 +250,7 @@ def targets(ours: dict[str, Any], scores: dict[str, float], place: Place) -> Ite
     yield Target("ours: score, that of autoencoder", scores["autoencoder"], scores["ours"])
 
 
-def ablated(bench: Bench) -> str:
+def ablated(bench: Bench) -> Block:
     chosen = {title: FIGURES[title] for title in ABLATION_COLUMNS}
     rows = []
     for name, run in bench.ablations():
@@ -325,45 +262,30 @@ def ablated(bench: Bench) -> str:
         )
         rows.append((name, *values, f"{score(report):.3f}"))
     header = ("change", *chosen, "score")
-    return ABLATED.format(steps=STEPS, machine=here(bench)) + table(header, rows)
+    text = f"{STEPS:,} steps each on {bench.place.title}.\n\n"
+    return Block("ablations", text + table(header, rows))
+
+
+def data(bench: Bench) -> str:
+    index = open_index(str(bench.shards))
+    return (
+        f"Byte-level BPE of {index.vocab_size:,} pieces, up to {index.max_length} tokens, which "
+        f"keeps {index.share_within(index.max_length):.0%} of the distinct lines: "
+        f"{index.splits['train'].sequences:,} for training, and "
+        f"{index.splits['valid'].sequences:,} held out."
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=8, help="of training, each contender")
-    parser.add_argument("--ablations", action="store_true", help="in place of these contenders")
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "quality")
-    parser.add_argument("--write", action="store_true", help=f"into {DOC.relative_to(ROOT)}")
-    args = parser.parse_args()
+    page = Page(__doc__, "quality.md", apart=True)
+    page.add_argument("--minutes", type=float, default=8, help="of training, each contender")
+    page.add_argument("--ablations", action="store_true", help="in place of these contenders")
+    page.add_argument("--out", type=Path, default=ROOT / "runs" / "quality")
+    args = page.options()
     bench = Bench(place(), args.out.resolve())
-    bench.build(4096, bench.shards)
-    section = ablated(bench) if args.ablations else contest(bench, args.minutes)
-    print(section)
-    if args.write:
-        write(head(bench), section)
-
-
-def write(head: str, section: str) -> None:
-    """Into DOC, in place of the section of the same title."""
-    parts = re.split(r"^(?=## )", DOC.read_text() if DOC.exists() else "", flags=re.M)[1:]
-    sections = {part.partition("\n")[0]: part.rstrip() for part in (*parts, section)}
-    DOC.write_text("\n\n".join((head.rstrip(), *sections.values())) + "\n")
-
-
-def here(bench: Bench) -> str:
-    found = machine(installed(sys.executable, ("torch", "transformers", "deepspeed")))
-    return f"{found} {bench.place.title}." if bench.place.settings else found
-
-
-def head(bench: Bench) -> str:
-    index = open_index(str(bench.shards))
-    return HEAD.format(
-        pieces=index.vocab_size,
-        tokens=index.max_length,
-        kept=index.share_within(index.max_length),
-        train=index.splits["train"].sequences,
-        valid=index.splits["valid"].sequences,
-    )
+    build_shards(bench.shards, 4096, bench.place.length)
+    block = ablated(bench) if args.ablations else contest(bench, args.minutes)
+    page.publish([block], installed("torch", "transformers", "deepspeed"), data(bench))
 
 
 if __name__ == "__main__":

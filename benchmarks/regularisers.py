@@ -6,88 +6,16 @@ Shapes: N codes, D latent size, R repetitions, b codes of each of W ranks, P par
 Every draw is seeded: two runs print the same.
 """
 
-import argparse
 import math
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from _report import table
+from _report import Block, Page, installed, table
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # `shards` is the package, not the script
 from t5vae.objective import mmd, sliced_epps_pulley
 from t5vae.objective.kernels import make_kernel
-
-ROOT = Path(__file__).parents[1]
-DOC = ROOT / "docs" / "benchmarks" / "regularisers.md"
-
-HEAD = """\
-# What the regularisers see
-
-Printed by `python benchmarks/regularisers.py --write` with torch {torch}. Every draw is seeded. \
-N codes of D dimensions; the prior is N(0, I); what follows ± is one standard error.
-"""
-
-FAULTS = """\
-## Which regulariser sees which fault
-
-The mean score of codes with a fault, less that of as many draws of the prior, in standard \
-deviations of the latter. N = {count}. **Bold**: seen, above {seen:g}. ↓: rewarded, below the \
-prior by more than 3 standard errors. The first three are `mmd` with the closed-form prior and the \
-U-statistic; then the sliced Epps-Pulley statistic on {slices} random slices and on the \
-coordinate axes; then the original's (kernel `legacy`, sampled prior, V-statistic) of the codes \
-and of their tanh, both against what it gives draws of the prior.
-
-A U-statistic with the closed-form prior is expected to be the squared distance of two \
-distributions, at least the 0 of the prior: the first three reward no fault of independent codes.
-
-"""
-
-BANDWIDTH = """\
-## The original's bandwidth
-
-With φ = exp(-s/D²) ≈ 1 - s/D² its MMD² is (2/D²) |mean(z) - mean(p)|² and little else, z the \
-codes and p as many draws of the prior. Below, the mean of {repeats} draws of it, and in brackets \
-the share of it that the difference of the means is. Where the code's mean is right that \
-difference is noise, and codes of less variance have less of it: to the second order all-zero \
-codes score better than draws of the prior wherever N < 2D.
-
-"""
-
-OPTIMUM = """\
-## U against V
-
-The variance v of Gaussian codes N(0, vI) with the least expected statistic, exactly (by steps of \
-0.001); a sampled prior has the same, since it adds as much to every v. For `legacy` it is near \
-max(0, 1 - D/N).
-
-"""
-
-GATHERING = """\
-## What gathering buys
-
-The variance of the gradient of MMD² (`imq`, U-statistic, D = {dimensions}) to the parameters of a \
-linear encoder z = Ax + m of inputs from N(0, I), summed over parameters, {repeats} repetitions, \
-at two points: A = I, where the codes are the prior's, and A random, of variance 1/D, as at the \
-start. Local: the average of the statistics of {ranks} ranks of b codes each, over one statistic \
-of all {ranks}b. Sampled: one statistic of {ranks}b codes with as many draws of the prior, over \
-the closed form. Errors by bootstrap. This is the noise of the regulariser's gradient alone, \
-without that of the reconstruction.
-
-"""
-
-AVERAGING = """\
-## Averages of statistics, local or accumulated
-
-Codes N(0, 0.5 I), D = {dimensions}, kernel `imq`: the average of the statistics of {ranks} \
-batches of b codes, beside one of all {ranks}b, means over {repeats} draws. The distance of the \
-distributions is {value:.5f}, its derivative to log v {slope:.5f}. The average of U-statistics is \
-right in both at any b; that of V-statistics has the bias of the small batch.
-
-"""
 
 COUNT, SLICES, SEEN = 512, 256, 5.0
 DIMENSIONS, RANKS, LOCAL = 128, 8, (4, 16, 64)
@@ -192,10 +120,9 @@ def fault_tables(dimensions: int, baseline: int, repeats: int) -> str:
     )
 
 
-def faults(quick: bool) -> str:
+def faults(quick: bool) -> Block:
     sizes = ((128, 20, 5), (1000, 20, 5)) if quick else ((128, 200, 20), (1000, 100, 10))
-    text = FAULTS.format(count=COUNT, seen=SEEN, slices=SLICES)
-    return text + "\n".join(fault_tables(*size) for size in sizes)
+    return Block("faults", "\n".join(fault_tables(*size) for size in sizes))
 
 
 # The original's bandwidth
@@ -212,7 +139,7 @@ def original_formula(z_ND: Tensor, p_ND: Tensor) -> tuple[Tensor, Tensor]:
     return value, 2 / dimensions**2 * (sign_N @ x_ND).square().sum()
 
 
-def bandwidth(quick: bool) -> str:
+def bandwidth(quick: bool) -> Block:
     torch.manual_seed(2)
     repeats = 4 if quick else 40
 
@@ -227,7 +154,7 @@ def bandwidth(quick: bool) -> str:
         for dimensions in (10, 128, 1000)
         for count in (64, COUNT)
     ]
-    return BANDWIDTH.format(repeats=repeats) + table(("D", "N", *columns), rows)
+    return Block("bandwidth", table(("D", "N", *columns), rows))
 
 
 # U against V
@@ -255,13 +182,14 @@ def best_variance(kernel: str, dimensions: int, count: float) -> float:
     return float(v[expected(kernel, dimensions, v, count).argmin()])
 
 
-def optimum(_: bool) -> str:
+def optimum(_: bool) -> Block:
     rows = [
         (str(dimensions), name, *(figure(best_variance(k, dimensions, count)) for k in KERNELS))
         for dimensions in (16, 128, 1000)
         for name, count in (("U, any N", math.inf), *((f"V, N = {n}", n) for n in (*LOCAL, COUNT)))
     ]
-    return OPTIMUM + table(("D", "statistic", *(f"`{kernel}`" for kernel in KERNELS)), rows)
+    header = ("D", "statistic", *(f"`{kernel}`" for kernel in KERNELS))
+    return Block("optimum", table(header, rows))
 
 
 # Gathering
@@ -314,7 +242,7 @@ def gradient_ratios(A_DD: Tensor, b: int, repeats: int) -> list[str]:
     return [variance_ratio(*pair) for other in others for pair in zip(other, gathered, strict=True)]
 
 
-def gathering(quick: bool) -> str:
+def gathering(quick: bool) -> Block:
     torch.manual_seed(4)
     repeats = 10 if quick else 200
     encoders = {
@@ -328,9 +256,8 @@ def gathering(quick: bool) -> str:
         names = [(kind, point, name) for kind in ("local", "sampled") for name in sets]
         rows += [(*name, *row) for name, *row in zip(names, *columns, strict=True)]
     rows.sort(key=lambda row: row[0])
-    text = GATHERING.format(dimensions=DIMENSIONS, repeats=repeats, ranks=RANKS)
     header = ("ratio of variances", "at", "parameters", *(f"b = {b}" for b in LOCAL))
-    return text + table(header, rows)
+    return Block("gathering", table(header, rows))
 
 
 # Averaging
@@ -343,7 +270,7 @@ def value_and_slope(z_ND: Tensor, statistic: Callable) -> Tensor:
     return torch.stack([value, (gradient_ND * z_ND).sum() / 2]).detach()
 
 
-def averaging(quick: bool) -> str:
+def averaging(quick: bool) -> Block:
     torch.manual_seed(5)
     repeats = 20 if quick else 200
     statistics: dict[str, Callable] = {
@@ -362,11 +289,13 @@ def averaging(quick: bool) -> str:
     v = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
     value = expected("imq", DIMENSIONS, v)
     slope = torch.autograd.grad(value, v)[0] * v
-    text = AVERAGING.format(
-        dimensions=DIMENSIONS, ranks=RANKS, repeats=repeats, value=value.item(), slope=slope.item()
+    text = (
+        f"The distance of the distributions is {value.item():.5f}, its derivative to log v "
+        f"{slope.item():.5f}.\n\n"
     )
     header = [f"{what}, b = {b}" for b in LOCAL for what in ("value", "derivative")]
-    return text + table(("", *header), [(name, *row) for name, row in found.items()])
+    rows = [(name, *row) for name, row in found.items()]
+    return Block("averaging", text + table(("", *header), rows))
 
 
 # Report
@@ -377,17 +306,11 @@ def figure(value: float) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    either = parser.add_mutually_exclusive_group()
-    either.add_argument("--quick", action="store_true", help="fewer draws")
-    either.add_argument("--write", action="store_true", help=f"save as {DOC.relative_to(ROOT)}")
-    args = parser.parse_args()
+    page = Page(__doc__, "benchmarks/regularisers.md", quick="fewer draws")
+    quick = page.options().quick
     torch.set_num_threads(1)
     parts = (faults, bandwidth, optimum, gathering, averaging)
-    page = "\n".join([HEAD.format(torch=torch.__version__), *(part(args.quick) for part in parts)])
-    print(page)
-    if args.write:
-        DOC.write_text(page)
+    page.publish([part(quick) for part in parts], installed("torch"))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ Contenders take turns, each in a process of its own (`_contenders.py`), so that 
 hits all alike; what is printed are medians of several turns. Ratios are taken turn by turn.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -23,7 +22,7 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
-from _contenders import WEBDATASET_ROWS, cpu_seconds
+from _contenders import WEBDATASET_ROWS
 from _data import (
     MAX_LENGTH,
     PIECES,
@@ -33,17 +32,14 @@ from _data import (
     stored_bytes,
     write_lines,
 )
-from _report import Target, figure, installed, machine, output, publish, table
+from _report import Block, Page, Target, figure, installed, output, ratios, say, table
+from _timing import cpu_seconds
 from tokenizers import Encoding, Tokenizer
 
-ROOT = Path(__file__).parents[1]
-CONTENDERS = ROOT / "benchmarks" / "_contenders.py"
-DOC = ROOT / "docs" / "benchmarks" / "shards.md"
-sys.path[0] = str(ROOT)  # `shards` is the package, not this script
+CONTENDERS = Path(__file__).with_name("_contenders.py")
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 PEERS = {"webdataset": "webdataset", "mosaic": "mosaicml-streaming", "litdata": "litdata"}
-OWN = ("numpy", "torch", "tokenizers")
 SECTIONS = ("limit", "t5vae", *PEERS, "start", "build")
 
 
@@ -99,58 +95,6 @@ TITLES = {
     "billion": f"`shards`, an index {BILLION}",
 }
 
-HEAD = """\
-# How fast `shards` loads, starts and builds
-
-Printed by `python benchmarks/shards.py --peers-python PEERS/bin/python --write`, where PEERS is a \
-virtual environment with `{install}`, on this machine: {machine} \
-The peers bring a torch of their own.
-
-The data are {count:,} generated lines like one-line statements, of {mean:.1f} tokens (standard \
-deviation {deviation:.1f}, at most {longest}) out of a vocabulary of {pieces:,}: 2 bytes a token.
-"""
-
-LOADING = """\
-## Loading
-
-Sequences per second of CPU, helper threads included, that become padded int64 batches of 512, \
-shuffled, with all files in the page cache. Contenders take turns, {seconds:g} s of CPU each, in \
-processes of their own that stay; figures are medians of {turns} turns, ratios are taken turn by \
-turn. The limit copies rows of one memory-mapped array by views of it, as `shards` does from its \
-windows, and the plain gather takes its tokens by an index matrix; both visit a permutation of the \
-whole dataset, which has to fit in memory. A rank of 8 or of 64 takes 512 \
-rows of a global batch of 8 or 64 times as many; three such ranks are measured, each alone, and \
-once more where an epoch does not end every few steps: on an index {billion} that lists the same \
-blocks again and again. The peers store a sequence a record, load in the process itself, and \
-share one collate function.
-
-"""
-
-STORAGE = """\
-## Storage
-
-All files but the tokenizer, beside the {own:.1f} bytes that the tokens of a sequence take.
-
-"""
-
-START = """\
-## Start
-
-From the constructor in a new process to the first batch, with all modules imported and all files \
-in the page cache; and how much this raises the process's peak of memory.
-
-"""
-
-BUILD = """\
-## Build
-
-What `shards.build` with one worker takes for {lines:,} unique lines of a text file, and what \
-`encode_batch_fast` of `tokenizers` takes for them, the two in turns batch by batch. The \
-difference is all else: to read, drop duplicates, split, shuffle, pack and check.
-
-"""
-
-
 # Measurements
 
 
@@ -169,6 +113,10 @@ class Bench:
     @property
     def turns(self) -> int:
         return 5 if self.quick else 7
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.load(self.data / "limit" / "lengths.npy")
 
     def command(self, action: str, name: str, data: Path, *options: str) -> list[str]:
         return [self.pythons[name], str(CONTENDERS), action, name, str(data), *options]
@@ -296,21 +244,17 @@ class TwiceTokenizer:
 # Report
 
 
-Section = tuple[str, list[Target]]
-
-
-def loading(bench: Bench) -> Section:
+def loading(bench: Bench) -> Block:
     rates = bench.rates()
 
     def ratio(one: str, other: str) -> float:
-        return median(a / b for a, b in zip(rates[one], rates[other], strict=True))
+        return median(ratios(rates[one], rates[other]))
 
     others = [title for title in (LIMIT, PLAIN, RECORDS) if title in rates]
     rows = [
         (title, *map(figure, (median(values), *(ratio(title, other) for other in others))))
         for title, values in rates.items()
     ]
-    text = LOADING.format(turns=bench.turns, seconds=bench.seconds, billion=BILLION)
     shares = {ALONE: 0.8, OF_8: 0.5, OF_64: 0.5, LARGE_8: 0.5, LARGE_64: 0.5}
     targets = [
         Target(f"loading, {title}: share of {limit}", share, ratio(title, other))
@@ -322,11 +266,11 @@ def loading(bench: Bench) -> Section:
         targets.append(Target(what, 100, ratio(ALONE, RECORDS)))
     of = ("of the limit", "of a plain gather", "times WebDataset")
     header = ("", "sequences / CPU s", *of[: len(others)])
-    return text + table(header, rows), targets
+    return Block("loading", table(header, rows), targets)
 
 
-def storage(bench: Bench) -> Section:
-    lengths = np.load(bench.data / "limit" / "lengths.npy")
+def storage(bench: Bench) -> Block:
+    lengths = bench.lengths
     own = 2 * lengths.mean()
     sizes = {}
     for name in bench.pythons:
@@ -336,23 +280,23 @@ def storage(bench: Bench) -> Section:
         else:
             sizes[TITLES[name]] = stored_bytes(bench.data / name) / len(lengths)
     rows = [(title, f"{size:,.1f}", f"{size / own:,.2f}") for title, size in sizes.items()]
-    text = STORAGE.format(own=own) + table(("", "bytes a sequence", "over the tokens"), rows)
-    ours = sizes[TITLES["t5vae"]] / own
-    return text, [Target("storage, `shards`: over the tokens' own bytes", 1.1, ours, at_most=True)]
+    what = "storage, `shards`: over the tokens' own bytes"
+    target = Target(what, 1.1, sizes[TITLES["t5vae"]] / own, at_most=True)
+    return Block("storage", table(("", "bytes a sequence", "over the tokens"), rows), [target])
 
 
-def start(bench: Bench) -> Section:
+def start(bench: Bench) -> Block:
     starts = bench.starts()
     rows = [
         (TITLES[name], f"{s:.2f}", f"{size / 2**20:,.0f}") for name, (s, size) in starts.items()
     ]
     seconds, _ = starts["billion"]
     what = "start, a billion sequences: seconds to the first batch"
-    text = START + table(("", "seconds", "MiB"), rows)
-    return text, [Target(what, 1, seconds, at_most=True)]
+    target = Target(what, 1, seconds, at_most=True)
+    return Block("start", table(("", "seconds", "MiB"), rows), [target])
 
 
-def build(bench: Bench) -> Section:
+def build(bench: Bench) -> Block:
     lines, built, tokenized = bench.builds()
     rest = [whole - alone for whole, alone in zip(built, tokenized, strict=True)]
     rows = [
@@ -363,51 +307,39 @@ def build(bench: Bench) -> Section:
             ("the difference", rest),
         )
     ]
-    text = BUILD.format(lines=lines) + table(("", "lines / CPU s", "least", "most"), rows)
-    return text, [Target("build, all but tokenizing: lines / CPU s", 200_000, lines / median(rest))]
+    target = Target("build, all but tokenizing: lines / CPU s", 200_000, lines / median(rest))
+    return Block("build", table(("", "lines / CPU s", "least", "most"), rows), [target])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer sequences and turns")
-    parser.add_argument("--only", help=f"some of {','.join(SECTIONS)}")
-    parser.add_argument("--data", type=Path, help="a folder to keep the data in (else: temporary)")
-    parser.add_argument("--peers-python", default=sys.executable, help="a Python with the peers")
-    parser.add_argument("--write", action="store_true", help=f"save as {DOC.relative_to(ROOT)}")
-    args = parser.parse_args()
-    only = args.only.split(",") if args.only else SECTIONS
-    if unknown := set(only) - set(SECTIONS):
-        parser.error(f"--only {','.join(unknown)}: choose from {','.join(SECTIONS)}")
-    if args.write and (args.quick or args.only):
-        parser.error("--write saves whole runs: leave out --quick and --only")
+    quick = "fewer sequences and turns"
+    page = Page(__doc__, "benchmarks/shards.md", quick=quick, only=SECTIONS)
+    page.add_argument("--data", type=Path, help="a folder to keep the data in (else: temporary)")
+    page.add_argument("--peers-python", default=sys.executable, help="a Python with the peers")
+    args = page.options()
 
-    versions = installed(sys.executable, OWN)
-    theirs = installed(args.peers_python, PEERS.values())
+    versions = installed("numpy", "torch", "tokenizers")
+    theirs = installed(*PEERS.values(), python=args.peers_python)
     pythons = {name: sys.executable for name in ("limit", "t5vae")}
     for name, package in PEERS.items():
-        if name in only and package not in theirs:
-            print(f"{name} is skipped; to have it: {args.peers_python} -m pip install {package}")
-        elif name in only:
+        if name in args.only and package not in theirs:
+            say(f"{name} is skipped; to have it: {args.peers_python} -m pip install {package}")
+        elif name in args.only:
             pythons[name] = args.peers_python
             versions[package] = theirs[package]
 
     with tempfile.TemporaryDirectory() as temporary:
         bench = Bench(args.data or Path(temporary), pythons, args.quick)
         bench.prepare()
-        lengths = np.load(bench.data / "limit" / "lengths.npy")
         parts = [loading, storage]
-        parts += [part for name, part in (("start", start), ("build", build)) if name in only]
-        sections = [part(bench) for part in parts]
-    head = HEAD.format(
-        install=" ".join(PEERS.values()),
-        machine=machine(versions),
-        count=len(lengths),
-        mean=lengths.mean(),
-        deviation=lengths.std(),
-        longest=lengths.max(),
-        pieces=PIECES,
+        parts += [part for part in (start, build) if part.__name__ in args.only]
+        blocks = [part(bench) for part in parts]
+        lengths = bench.lengths
+    data = (
+        f"{len(lengths):,} lines of {lengths.mean():.1f} tokens (standard deviation "
+        f"{lengths.std():.1f}, at most {lengths.max()}) out of a vocabulary of {PIECES:,}."
     )
-    publish(head, sections, DOC if args.write else None)
+    page.publish([Block("data", data), *blocks], versions)
 
 
 if __name__ == "__main__":

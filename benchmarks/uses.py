@@ -6,24 +6,22 @@
 Shapes: N texts, D latent size.
 """
 
-import argparse
 import ast
 import re
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from _report import installed, machine, table
+from _report import ROOT, Block, Page, installed, say, table
 from sklearn.metrics import roc_auc_score
 from torch import Generator, Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # `shards` is the package, not the script
 from shards.write.corpora import Corpus as Source
 from t5vae.common.errors import UserError
 from t5vae.common.kinds import PRIORS
@@ -33,9 +31,6 @@ from t5vae.latent import LatentSpace, checker, measure
 from t5vae.latent.corpus import Corpus
 from t5vae.latent.functions import python_tree
 from t5vae.latent.optimize import Candidate
-
-ROOT = Path(__file__).parents[1]
-DOC = ROOT / "docs" / "benchmarks" / "uses.md"
 
 PROPERTIES = ("length", "calls", "names")
 GOALS = (30.0, 15.0)
@@ -61,62 +56,6 @@ class Amount(NamedTuple):
 
 
 FULL, QUICK = Amount(10_000, 150, 200, 2000), Amount(200, 3, 20, 50)
-
-HEAD = """\
-# What one can do with a space
-
-Printed by `python benchmarks/uses.py --write` on this machine: {machine} The run is that of \
-`make train`: {sequences:,} training lines, D = {latent}. All texts below but those of pairs are \
-held out.
-"""
-
-DRAWS = """\
-## Draws
-
-{draws:,} of each prior, decoded greedily; of the valid ones, how many are distinct, and of these, \
-how many are not in the training set. The trigram is a model of the same training lines that knows \
-three tokens. Density is of the codes of held-out lines, in nats a coordinate.
-
-"""
-
-SEARCHES = """\
-## Properties
-
-Fitted on {fit:,} training lines, R² on a fifth of them. {searches} lines that parse, one search \
-each with the defaults, the best candidate that parses: how much its true value is above the \
-line's, mean ± standard error. The candidates are ranked by the function, or by the prediction at \
-the code of the decoded text alone. The control is the best by the function that parses of as \
-many codes in random directions, at the distance of the trust region's boundary.
-
-"""
-
-TARGETS = """\
-How far the best candidate's length is from a target, from lines of {least} to {most} characters.
-
-"""
-
-PENALTY = """\
-The gain of length with a penalty on the decoder's doubt, ranked by the function.
-
-"""
-
-CHANGES = """\
-## Directions
-
-Up to {pairs} pairs: training lines and the same with the replacement. Then up to {pairs} held-out \
-lines, moved: how many came out as the replacement in the text would have them, and how many have \
-the new and nothing of the old. The limit is how many of the wanted lines come back exactly from \
-their own codes.
-
-"""
-
-STRANGERS = """\
-## Outliers
-
-{texts:,} held-out lines against as many strange texts at most, all short enough for the model: \
-area under the ROC curve, 0.5 for chance.
-
-"""
 
 
 @dataclass(frozen=True)
@@ -146,11 +85,7 @@ class Bench:
         return [text for text, row in zip(texts, ids, strict=True) if self.space.fits(row)]
 
 
-def say(line: str) -> None:
-    print(line, file=sys.stderr)
-
-
-def draws(bench: Bench) -> str:
+def draws(bench: Bench) -> Iterator[Block]:
     space, n = bench.space, bench.amount.draws
     known = frozenset(bench.known)
     held_out_ND = space.encode(bench.held_out)
@@ -172,20 +107,21 @@ def draws(bench: Bench) -> str:
     ids = trigram.sample(n, longest, np.random.default_rng(0))
     rows.append(row("trigram", space.detokenize(ids), "-"))
     header = ("drawn from", "valid", "unique", "novel", "product", "density")
-    return DRAWS.format(draws=n) + table(header, rows)
+    yield Block("draws", table(header, rows))
 
 
-def best(candidates: list[Candidate], by: Callable[[Candidate], float]) -> Candidate | None:
+def best(candidates: list[Candidate], by: str) -> Candidate | None:
     """The highest by a value of those that have a true one."""
-    return max((c for c in candidates if c.value == c.value), key=by, default=None)
+    true = (each for each in candidates if each.value == each.value)
+    return max(true, key=attrgetter(by), default=None)
 
 
-def spread(gains: list[float]) -> str:
+def with_error(gains: list[float]) -> str:
     error = stdev(gains) / len(gains) ** 0.5
     return f"{mean(gains):.2f} ± {error:.2f}"
 
 
-def searches(bench: Bench) -> str:
+def searches(bench: Bench) -> Iterator[Block]:
     space = bench.space
     lines = [text for text in bench.held_out if VALID(text)][: bench.amount.searches]
 
@@ -196,7 +132,7 @@ def searches(bench: Bench) -> str:
             how = {"radius": RADIUS, "penalty": penalty, "seed": seed, "n": 10**6}
             found = space.optimize(line, fitted, function=function, check=VALID, **how)
             start = function(line)
-            for values, by in ((ours, value_of), (predicted, prediction_of)):
+            for values, by in ((ours, "value"), (predicted, "predicted")):
                 winner = best(found.candidates, by)
                 values.append(winner.value - start if winner else 0.0)
             around = space.neighbors(line, RADIUS, found.decoded, seed)
@@ -208,10 +144,9 @@ def searches(bench: Bench) -> str:
     for name in PROPERTIES:
         say(f"property {name}")
         r2 = (space.fit_property(None, name, kind=kind).r2 for kind in ("ridge", "mlp"))
-        rows.append((name, *(f"{each:.2f}" for each in r2), *map(spread, gains(name))))
-    fit = space.get_property(PROPERTIES[0]).n
+        rows.append((name, *(f"{each:.2f}" for each in r2), *map(with_error, gains(name))))
     header = ("", "R², ridge", "R², mlp", "ranked by function", "by prediction", "control")
-    text = SEARCHES.format(fit=fit, searches=len(lines)) + table(header, rows)
+    yield Block("properties", table(header, rows))
 
     say("targets")
     rows = []
@@ -225,23 +160,15 @@ def searches(bench: Bench) -> str:
             after.append(min(off))
         rows.append((f"{goal:g}", f"{mean(before):.1f}", f"{mean(after):.1f}"))
     lengths = list(map(len, lines))
-    text += "\n" + TARGETS.format(least=min(lengths), most=max(lengths))
-    text += table(("target", "the line itself", "the best"), rows)
+    text = f"From lines of {min(lengths)} to {max(lengths)} characters:\n\n"
+    yield Block("lengths", text + table(("target", "the line itself", "the best"), rows))
 
     say("penalties")
-    rows = [(f"{penalty:g}", spread(gains("length", penalty)[0])) for penalty in PENALTIES]
-    return text + "\n" + PENALTY + table(("penalty", "gain"), rows)
+    rows = [(f"{penalty:g}", with_error(gains("length", penalty)[0])) for penalty in PENALTIES]
+    yield Block("penalties", table(("penalty", "gain"), rows))
 
 
-def value_of(candidate: Candidate) -> float:
-    return candidate.value or 0.0
-
-
-def prediction_of(candidate: Candidate) -> float:
-    return candidate.predicted
-
-
-def changes(bench: Bench) -> str:
+def changes(bench: Bench) -> Iterator[Block]:
     space, n = bench.space, bench.amount.pairs
     rows = []
     for name, (old, new) in REPLACEMENTS.items():
@@ -267,10 +194,10 @@ def changes(bench: Bench) -> str:
         rows.append((name, str(len(lines)), *figures))
     header = ["", "lines", "consistency"]
     header += [f"{what}, {each:g}" for each in STRENGTHS for what in ("exactly", "changed")]
-    return CHANGES.format(pairs=n) + table((*header, "limit"), rows)
+    yield Block("directions", table((*header, "limit"), rows))
 
 
-def strangers(bench: Bench) -> str:
+def strangers(bench: Bench) -> Iterator[Block]:
     space, n = bench.space, bench.amount.texts
     rng = np.random.default_rng(0)
     usual = bench.held_out[:n]
@@ -308,7 +235,7 @@ def strangers(bench: Bench) -> str:
             for name, score in scores.items()
         )
         rows.append((kind, str(len(strange)), *(f"{area:.3f}" for area in areas)))
-    return STRANGERS.format(texts=len(usual)) + table(("", "texts", *scores), rows)
+    yield Block("outliers", table(("", "texts", *scores), rows))
 
 
 def sentences() -> list[str]:
@@ -325,27 +252,20 @@ def sentences() -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--run", type=Path, default=ROOT / "runs/quickstart", help="a trained run")
-    parser.add_argument("--quick", action="store_true", help="few texts, to see that all runs")
-    parser.add_argument("--write", action="store_true", help=f"save as {DOC.relative_to(ROOT)}")
-    args = parser.parse_args()
-    if args.write and args.quick:
-        parser.error("--write saves whole runs: leave out --quick")
+    page = Page(__doc__, "benchmarks/uses.md", quick="few texts, to see that all runs")
+    page.add_argument("--run", type=Path, default=ROOT / "runs/quickstart", help="a trained run")
+    args = page.options()
     try:
         bench = Bench(LatentSpace.load(args.run), QUICK if args.quick else FULL)
-        sections = [part(bench) for part in (draws, searches, changes, strangers)]
+        blocks = [block for part in (draws, searches, changes, strangers) for block in part(bench)]
     except UserError as error:
-        parser.exit(2, f"{error}\n")
-    head = HEAD.format(
-        machine=machine(installed(sys.executable, ("torch", "scikit-learn", "zuko"))),
-        sequences=len(bench.known),
-        latent=bench.space.latent_size,
+        page.exit(2, f"{error}\n")
+    page.publish(
+        blocks,
+        installed("torch", "scikit-learn", "zuko"),
+        f"The run has {len(bench.known):,} training lines, D = {bench.space.latent_size}; "
+        f"searches have radius {RADIUS:g}.",
     )
-    page = "\n".join((head, *sections))
-    print(page)
-    if args.write:
-        DOC.write_text(page)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ FAKES = "tests.benchmarks.fake_sections"
 @pytest.fixture
 def gpu(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.syspath_prepend(str(ROOT))  # `shards` is the package
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     import gpu
     from _gpu_worker import TESTS
