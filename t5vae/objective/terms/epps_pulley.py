@@ -43,10 +43,10 @@ class EppsPulley(Term):
         return (statistic,)
 
     def cost(self, rows: int, every: int, latent_size: int, *, accelerated: bool) -> Cost:
-        """Projections and back, and two complex multiply-adds a projection and knot; all sums and
-        their slopes in complex128, and chunks of projections in complex64."""
+        """Projections, twice, and back, and two complex multiply-adds a projection and knot; all
+        sums and their slopes in complex128, and chunks of projections in complex64."""
         directions = self.slices + latent_size * self.axes
-        products = 4 * rows * latent_size * self.slices
+        products = 6 * rows * latent_size * self.slices
         powers = 16 * rows * directions * KNOTS
         chunk = min(rows * directions, 2**22 if accelerated else 2**18)
         sums = 16 * KNOTS * directions
