@@ -16,7 +16,7 @@ def codes(rows: int = 5, scale: float = 1.0, weights_B: Tensor | None = None) ->
     return Codes(mean_BD, weights_B, scale, 0, mean_BD=mean_BD, log_variance_BD=log_variance_BD)
 
 
-def divergence_BD(codes: Codes) -> Tensor:
+def each_divergence(codes: Codes) -> Tensor:
     posterior = Normal(codes.mean_BD, (codes.log_variance_BD / 2).exp())
     return kl_divergence(posterior, Normal(0.0, codes.scale))
 
@@ -25,7 +25,7 @@ def divergence_BD(codes: Codes) -> Tensor:
 def test_it_is_the_divergence_from_the_prior_of_any_scale(scale):
     given = codes(scale=scale)
     (kl,) = KL(weight=1.0).values(given)
-    expected = divergence_BD(given).sum()
+    expected = each_divergence(given).sum()
     torch.testing.assert_close(kl, expected)
     for found, wanted in zip(
         torch.autograd.grad(kl, (given.mean_BD, given.log_variance_BD)),
@@ -39,14 +39,14 @@ def test_rows_that_do_not_count_add_nothing():
     weights_B = torch.tensor([1.0, 0, 0, 1, 0], dtype=torch.float64)
     given = codes(weights_B=weights_B)
     (kl,) = KL(weight=1.0).values(given)
-    torch.testing.assert_close(kl, divergence_BD(given)[[0, 3]].sum())
+    torch.testing.assert_close(kl, each_divergence(given)[[0, 3]].sum())
 
 
 def test_free_bits_of_a_coordinate_cost_the_same_and_pull_nothing():
     given, term = codes(rows=50), KL(weight=1.0, free_bits=0.3)
     floored, kl = term.values(given)
     assert term.logs == ("kl_floored", "kl")
-    each_BD = divergence_BD(given)
+    each_BD = each_divergence(given)
     torch.testing.assert_close(kl, each_BD.sum())
     torch.testing.assert_close(floored, each_BD.clamp(min=0.3).sum())
     gradient_BD, _ = torch.autograd.grad(floored, (given.mean_BD, given.log_variance_BD))
