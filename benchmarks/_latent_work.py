@@ -99,16 +99,16 @@ def count_operations(config: T5VAEConfig) -> Operations:
 
 
 @contextmanager
-def shapes_of(stack: nn.Module) -> Iterator[list[tuple[int, int, int]]]:
-    """Rows, tokens and tokens in the cache of each call of an encoder or a decoder."""
-    shapes: list[tuple[int, int, int]] = []
+def steps_of(decoder: nn.Module) -> Iterator[list[tuple[int, int]]]:
+    """Rows, and tokens in the cache, of each call of a decoder."""
+    steps: list[tuple[int, int]] = []
 
     def note(_: nn.Module, __: tuple, kwargs: dict) -> None:
         cache = kwargs.get("past_key_values")
-        shapes.append((*kwargs["input_ids"].shape, cache.get_seq_length() if cache else 0))
+        steps.append((len(kwargs["input_ids"]), cache.get_seq_length() if cache else 0))
 
-    hook = stack.register_forward_pre_hook(note, with_kwargs=True)
+    hook = decoder.register_forward_pre_hook(note, with_kwargs=True)
     try:
-        yield shapes
+        yield steps
     finally:
         hook.remove()

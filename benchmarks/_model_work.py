@@ -172,7 +172,7 @@ def parts(
         cross_entropy(logits_NV, labels_BT.flatten()).backward()
 
     def t5vae_scores() -> None:
-        model._score(states_NC * width**-0.5, ids_BT, real_BT, None).loss.backward()
+        model._score(states_NC * width**-0.5, ids_BT, real_BT).loss.backward()
 
     def bottleneck() -> None:
         code_BD = model.bottleneck.compress(states_BTC, mask_BT)

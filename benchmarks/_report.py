@@ -54,6 +54,10 @@ def figure(value: float) -> str:
     return f"{value:,.{0 if value >= 100 else 1 if value >= 10 else 3}f}"
 
 
+def short(value: float) -> str:
+    return f"{value:,.{0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2}f}"
+
+
 def spread(values: Sequence[float], digits: int) -> str:
     """The median, and in brackets the least and the most of several."""
     least, middle, most = (f"{of(values):,.{digits}f}" for of in (min, median, max))

@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 
 from _mmd_peers import CONTENDERS, Contender
-from _report import Block, Page, Target, figure, installed, ratios, say, table
+from _report import Block, Page, Target, figure, installed, ratios, say, short, table
 
 WORKER = Path(__file__).with_name("_mmd_peers.py")
 CORES = len(os.sched_getaffinity(0))
@@ -49,10 +49,6 @@ class Result:
 
     def memory(self) -> str:
         return short(self.bytes / 2**20) if self.seconds else ""
-
-
-def short(value: float) -> str:
-    return f"{value:,.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
 
 
 @dataclass(frozen=True)

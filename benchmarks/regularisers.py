@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 
 import torch
-from _report import Block, Page, installed, table
+from _report import Block, Page, installed, short, table
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
@@ -96,8 +96,8 @@ def verdict(score_R: Tensor, prior_R: Tensor) -> str:
     error = (score_R.var() / len(score_R) + prior_R.var() / len(prior_R)).sqrt()
     z = float(difference / prior_R.std())
     if z > SEEN:
-        return f"**{figure(z)}**"
-    return figure(z) + (" ↓" if difference < -3 * error else "")
+        return f"**{short(z)}**"
+    return short(z) + (" ↓" if difference < -3 * error else "")
 
 
 def fault_tables(dimensions: int, baseline: int, repeats: int) -> str:
@@ -184,7 +184,7 @@ def best_variance(kernel: str, dimensions: int, count: float) -> float:
 
 def optimum(_: bool) -> Block:
     rows = [
-        (str(dimensions), name, *(figure(best_variance(k, dimensions, count)) for k in KERNELS))
+        (str(dimensions), name, *(short(best_variance(k, dimensions, count)) for k in KERNELS))
         for dimensions in (16, 128, 1000)
         for name, count in (("U, any N", math.inf), *((f"V, N = {n}", n) for n in (*LOCAL, COUNT)))
     ]
@@ -296,13 +296,6 @@ def averaging(quick: bool) -> Block:
     header = [f"{what}, b = {b}" for b in LOCAL for what in ("value", "derivative")]
     rows = [(name, *row) for name, row in found.items()]
     return Block("averaging", text + table(("", *header), rows))
-
-
-# Report
-
-
-def figure(value: float) -> str:
-    return f"{value:,.{0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2}f}"
 
 
 def main() -> None:
