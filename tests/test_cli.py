@@ -250,8 +250,8 @@ def test_config_show_prints_a_preset_and_what_follows_from_it(t5vae, preset, dat
 
 
 def shards_of(preset: Path, dataset: Path) -> list[str]:
-    """The quickstart names no sizes: they come from shards, which it must have."""
-    return [f"data.shards={dataset}"] if preset.stem == "quickstart" else []
+    """Some name no sizes: they come from shards, which these must have."""
+    return [f"data.shards={dataset}"] if preset.stem in ("quickstart", "vae") else []
 
 
 def test_config_show_for_people_is_yaml_with_the_overrides_applied(t5vae, dataset):

@@ -12,6 +12,11 @@ from t5vae.common.quiet import log_file_of, quiet_start
 OPERATORS = 20  # rows of the second table
 
 
+def phases() -> tuple[str, ...]:
+    """Of a step, in its order, and of what follows some."""
+    return ("data", "forward", *TERMS, "backward", "optimizer", "evaluation", "save")
+
+
 class Profiler:
     """Profiles the steps that `train.profile` names into the run's `profile/`.
 
@@ -93,8 +98,7 @@ def table(found: profile, first: int, last: int, seconds: float) -> str:
     whole = 1000 * seconds / steps
     averages = found.key_averages()
     spent = {event.key: event.cpu_time_total / 1000 / steps for event in averages}
-    phases = ("data", "forward", *TERMS, "backward", "optimizer", "evaluation", "save")
-    rows = [(name, spent[name]) for name in phases if name in spent]
+    rows = [(name, spent[name]) for name in phases() if name in spent]
     rows.append(("other", whole - sum(time for _, time in rows)))
     lines = [
         f"steps {first:,} to {last:,}: {whole:,.2f} ms a step",
@@ -104,7 +108,7 @@ def table(found: profile, first: int, last: int, seconds: float) -> str:
         "",
         f"{'operator':<44}{'calls':>10}{'host ms':>12}{'device ms':>12}",
     ]
-    operators = [event for event in averages if event.key not in phases]
+    operators = [event for event in averages if event.key not in phases()]
     operators.sort(
         key=lambda event: (event.self_device_time_total, event.self_cpu_time_total), reverse=True
     )
