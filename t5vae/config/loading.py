@@ -86,6 +86,7 @@ def _explain(error: ValidationError) -> str:
     """All that is wrong, in one line."""
     lines = []
     for problem in error.errors():
+        message = problem["msg"].removeprefix("Value error, ")
         where = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
             every = keys()
@@ -99,7 +100,7 @@ def _explain(error: ValidationError) -> str:
         elif problem["type"] == "missing":
             lines.append(f"{where} is missing")
         elif where:
-            lines.append(f"{where} is {problem['input']!r}: {problem['msg']}")
+            lines.append(f"{where} is {problem['input']!r}: {message}")
         else:
-            lines.append(problem["msg"].removeprefix("Value error, "))
+            lines.append(message)
     return " ".join("; ".join(lines).split())
