@@ -55,7 +55,7 @@ class Spread(Term):
         return ("spread",)
 
     def values(self, codes):
-        return (codes.z_BD.float().square().mean(1) @ codes.weights_B,)
+        return ((codes.z_BD.float().square().mean(1) * codes.weights_B).sum(),)
 
     def cost(self, rows, every, latent_size, *, accelerated):
         return Cost(2 * rows * latent_size, 4 * rows * latent_size, 0)

@@ -57,10 +57,11 @@ class KL(Term):
         log_ratio_BD = log_variance_BD - 2 * math.log(codes.scale)
         square_BD = (mean_BD / codes.scale).square()
         kl_BD = 0.5 * (square_BD + log_ratio_BD.expm1() - log_ratio_BD)
-        kl = kl_BD.sum(1) @ codes.weights_B
+        # Not by a dot product, whose last bit depends on where in memory the weights lie.
+        kl = (kl_BD.sum(1) * codes.weights_B).sum()
         if not self.free_bits:
             return (kl,)
-        floored = kl_BD.clamp_min(self.free_bits).sum(1) @ codes.weights_B
+        floored = (kl_BD.clamp_min(self.free_bits).sum(1) * codes.weights_B).sum()
         return floored, kl
 
     def cost(self, rows: int, every: int, latent_size: int, *, accelerated: bool) -> Cost:
