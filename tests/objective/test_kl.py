@@ -52,3 +52,17 @@ def test_free_bits_of_a_coordinate_cost_the_same_and_pull_nothing():
     gradient_BD, _ = torch.autograd.grad(floored, (given.mean_BD, given.log_variance_BD))
     assert torch.equal(gradient_BD == 0, each_BD < 0.3)
     assert 0 < (each_BD < 0.3).sum() < each_BD.numel()
+
+
+def test_where_in_memory_the_weights_lie_changes_no_bit():
+    generator = torch.Generator().manual_seed(0)
+    mean_BD, log_variance_BD = torch.randn(2, 7, 3, generator=generator)
+    found = {
+        tuple(value.item() for value in KL(free_bits=0.1).values(codes_of))
+        for start in range(16)
+        for weights_B in [torch.ones(32)[start : start + 7]]
+        for codes_of in [
+            Codes(mean_BD, weights_B, 1.0, 0, mean_BD=mean_BD, log_variance_BD=log_variance_BD)
+        ]
+    }
+    assert len(found) == 1
