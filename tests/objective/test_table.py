@@ -13,6 +13,7 @@ import subprocess
 import sys
 from functools import cache
 from itertools import product
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -152,11 +153,15 @@ def is_large(case: Case) -> bool:
     return case.dimensions == 1000 or case.count > 70
 
 
+INTERPRETED = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+INTERPRETED["PYTHONPATH"] = str(Path(__file__).parents[2])  # for the tests' own modules
+
+
 @cache
 def interpreted(large: bool) -> dict[str, list[float]]:
     done = subprocess.run(
         [sys.executable, __file__, *(["large"] if large else [])],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, **INTERPRETED},
         capture_output=True,
         text=True,
     )
