@@ -89,6 +89,11 @@ class _Objective(Section):
         return {name: getattr(self, name) for name in TERMS}
 
     @property
+    def computed(self) -> dict[str, Term]:
+        """Those that are computed and logged."""
+        return {name: term for name, term in self.terms.items() if term.is_on}
+
+    @property
     def scale(self) -> float:
         """The standard deviation of the prior."""
         scales = (term.scale for term in self.terms.values())

@@ -62,7 +62,7 @@ class RunLog:
         self.path = config.run_dir / METRICS
         self.last_step = config.train.steps
         self.trackers = Trackers(config, self.say)
-        terms = config.objective.terms.items()
+        terms = config.objective.computed.items()
         self.shown = {
             "loss": "loss {:.3f}",
             "reconstruction": "rec {:.3f}",

@@ -3,6 +3,7 @@
 Shapes: b codes of this rank (B), N codes of the global batch, D latent size.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -55,7 +56,7 @@ class Cost:
     sent: int
 
 
-class Term(Section):
+class Term(Section, ABC):
     """A term: a section of `objective` in the configuration, under its name in `TERMS`.
 
     Attributes:
@@ -73,6 +74,7 @@ class Term(Section):
     shown: ClassVar[str | None] = None
 
     weight: float = Field(default=0.0, ge=0)
+    """Of it in the loss; 0 for none."""
 
     @property
     def is_on(self) -> bool:
@@ -80,9 +82,9 @@ class Term(Section):
         return self.weight > 0
 
     @property
+    @abstractmethod
     def logs(self) -> tuple[str, ...]:
         """Names in the log of what it comes to, of which the first is minimised."""
-        raise NotImplementedError
 
     @property
     def has_schedule(self) -> bool:
@@ -118,13 +120,14 @@ class Term(Section):
         """The weight at a step, counted from 0, of a run of `steps`."""
         return self.weight
 
+    @abstractmethod
     def values(self, codes: Codes) -> tuple["Tensor", ...]:
         """What `logs` names: scalars, float32 or more.
 
         All ranks call it together, with finite codes.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def cost(self, rows: int, every: int, latent_size: int, *, accelerated: bool) -> Cost:
         """What it costs a rank in a micro step.
 
@@ -134,7 +137,6 @@ class Term(Section):
             latent_size: D.
             accelerated: on an accelerator.
         """
-        raise NotImplementedError
 
 
 def rising(step: int, steps: int, share: float) -> float:

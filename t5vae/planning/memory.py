@@ -100,7 +100,7 @@ def regime_of(config: Config, split: BatchSplit) -> Regime:
         half=config.train.half,
         optimizer=config.optim.name,
         latent_size=config.model.latent_size,
-        terms=tuple(term for term in config.objective.terms.values() if term.is_on),
+        terms=tuple(config.objective.computed.values()),
         split=split,
         offloads_optimizer=config.deepspeed.offload_optimizer,
         offloads_parameters=config.deepspeed.offload_parameters,

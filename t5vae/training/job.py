@@ -147,7 +147,7 @@ def resolve(config: Config, ranks: Ranks) -> Job:
         parameters = parameter_counts(T5VAE(settings))["total"]
     split = config.data.split(ranks.world_size)
     check_base(config.model.base, dataset)
-    for name, term in config.objective.terms.items():
+    for name, term in config.objective.computed.items():
         if split.micro * split.ranks < term.fewest:
             raise UserError(
                 f"objective.{name} needs at least {term.fewest} sequences in a micro step over all "
@@ -176,7 +176,7 @@ def _check_kernels(config: Config) -> None:
     """What is written for CUDA alone."""
     needed = {
         f"objective.{name}.{key}": package
-        for name, term in config.objective.terms.items()
+        for name, term in config.objective.computed.items()
         for key, package in term.packages.items()
     }
     if config.model.fused_cross_entropy:

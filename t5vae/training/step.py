@@ -49,7 +49,7 @@ class Loss:
 
     def __init__(self, objective: Objective, seed: int, split: BatchSplit, device: torch.device):
         self.objective, self.seed, self.split, self.device = objective, seed, split, device
-        self.terms = {name: term for name, term in objective.terms.items() if term.is_on}
+        self.terms = objective.computed
         self.logs = [log for term in self.terms.values() for log in term.logs]
         self.gathers = any("gathered" in term.needs for term in self.terms.values())
 
