@@ -10,10 +10,8 @@ MINUTES ?= 7
 SET ?=
 
 BIN := .venv/bin
-FROM ?= x = a - 1
-TO ?= x = a + 10 * 2
 
-.PHONY: setup train test test-fast test-cluster soak cluster-packages cluster-up cluster-down docs lint gpu clean
+.PHONY: setup train test test-fast test-cluster test-versions soak cluster-packages cluster-up cluster-down docs lint gpu clean
 
 PIP := $(BIN)/pip install --quiet --no-compile --constraint constraints.txt
 
@@ -35,25 +33,8 @@ setup: .venv/.developed
 # Data, training, export, evaluation, and a look at the space; each goes on from what exists.
 # Training that was told to stop ends well too: an unfinished run is not exported.
 train: .venv/.installed
-	$(BIN)/t5vae shards build --format python --out $(DATA) --tokenizer train:4096 --max-length 16
-	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.accelerator.is_available())'; then \
-	  set -x; exec $(BIN)/deepspeed --log_level error train.py $(CONFIG) data.shards=$(DATA) run.output_dir=$(RUN) \
-	    train.minutes=$(MINUTES) $(SET); \
-	else \
-	  set -x; exec env DS_ACCELERATOR=cpu $(BIN)/deepspeed --log_level error --num_accelerators 2 \
-	    train.py $(CONFIG) data.shards=$(DATA) run.output_dir=$(RUN) \
-	    train.minutes=$(MINUTES) $(SET); \
-	fi
-	$(BIN)/t5vae export --finished $(RUN)
-	$(BIN)/t5vae eval $(RUN)
-	$(BIN)/t5vae interpolate $(RUN) '$(FROM)' '$(TO)' --steps 11
-	$(BIN)/t5vae sample $(RUN) -n 10
-	@echo
-	@echo 'shards       $(DATA)'
-	@echo 'run          $(RUN)             (config.yaml, metrics.jsonl, logs/)'
-	@echo 'checkpoints  $(RUN)/checkpoints'
-	@echo 'model        $(RUN)/export      (AutoModel.from_pretrained after "import t5vae")'
-	@echo 'evaluation   $(RUN)/eval.html   (eval.json)'
+	$(BIN)/t5vae quickstart --config $(CONFIG) data.shards=$(DATA) run.output_dir=$(RUN) \
+	  train.minutes=$(MINUTES) $(SET)
 
 PARALLEL := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
 
@@ -69,7 +50,11 @@ test-fast: setup
 test-cluster: setup
 	$(BIN)/python -m pytest -m cluster
 
-# All that is long: the cluster, and runs killed at random moments, KILLS times.
+# The oldest and newest packages that pyproject.toml allows, and other Pythons, in environments.
+test-versions: setup
+	$(BIN)/python -m pytest -m soak tests/wheel/test_versions.py
+
+# All that is long: the cluster, the versions, and runs killed at random moments, KILLS times.
 KILLS ?= 20
 soak: setup
 	T5VAE_SOAK_KILLS=$(KILLS) $(BIN)/python -m pytest -m 'soak or cluster'

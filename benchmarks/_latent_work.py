@@ -16,6 +16,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from t5vae.latent import LatentSpace
 from t5vae.model import T5VAE, T5VAEConfig
+from t5vae.model.modeling import CACHE
 
 # The ways
 
@@ -90,10 +91,10 @@ def count_operations(config: T5VAEConfig) -> Operations:
             model,
             encoder_outputs=memory,
             decoder_input_ids=ids_1T[:, :1],
-            past_key_values=cache,
+            cache=cache,
             use_cache=True,
         )
-        cache = output.past_key_values
+        cache = output[CACHE]
         steps.append(step)
     return Operations(np.array(encode), expand, np.array(steps))
 
@@ -104,7 +105,7 @@ def steps_of(decoder: nn.Module) -> Iterator[list[tuple[int, int]]]:
     steps: list[tuple[int, int]] = []
 
     def note(_: nn.Module, __: tuple, kwargs: dict) -> None:
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get(CACHE)
         steps.append((len(kwargs["input_ids"]), cache.get_seq_length() if cache else 0))
 
     hook = decoder.register_forward_pre_hook(note, with_kwargs=True)

@@ -1,4 +1,4 @@
-"""`t5vae-launch`, or `python -m launcher`: submit, status, logs, cancel, resume."""
+"""`t5vae-launch`, or `python -m launcher`: submit, script, status, logs, cancel, resume."""
 
 import json
 import os
@@ -11,6 +11,7 @@ import typer
 from launcher import jobs
 from launcher.backend import ranks_per_node
 from launcher.backends import BACKENDS
+from launcher.sbatch import job_script
 from launcher.submission import check, sweep
 from launcher.submission import submit as submit_jobs
 from launcher.table import table
@@ -23,6 +24,10 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 
+ConfigFile = Annotated[
+    str,
+    typer.Argument(help="The run's configuration: a YAML file, or a name of `t5vae config ls`."),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="`section.key=value` ...: changes to the configuration.", metavar="K=V"),
@@ -50,7 +55,7 @@ Text = str | None
 @app.command()
 def submit(
     context: typer.Context,
-    config: Annotated[str, typer.Argument(help="The run's configuration, a YAML file.")],
+    config: ConfigFile,
     overrides: Overrides = None,
     nodes: Annotated[int | None, typer.Option(help="Machines.")] = None,
     gpus_per_node: Annotated[
@@ -141,6 +146,16 @@ def _submit(configs: list[Config], cluster: str, folder: Path, dry_run: bool, fo
         typer.echo(f"job {job.id} on {cluster}: {place.nodes} x {ranks_per_node(configs[0])} ranks")
         typer.echo(f"log:    {job.log()}")
     typer.echo(f"follow: {_me()} logs -f {folder.parent}")
+
+
+@app.command()
+def script(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Print a job script for plain `sbatch`, which asks for what the `launcher:` section says.
+
+    Example: `t5vae-launch script large launcher.nodes=8 > train.sh && sbatch train.sh`
+    """
+    loaded = load_config(config, overrides or [])
+    typer.echo(job_script(loaded, [config, *(overrides or [])]), nl=False)
 
 
 @app.command()

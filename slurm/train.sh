@@ -9,8 +9,9 @@
 #         slurm/train.sh configs/large.yaml
 #
 # One rank runs on every GPU of the allocation; without GPUs, one on every node. The log is
-# slurm-JOB.out in the folder you submit from. T5VAE_ENV names the environment: a folder that holds
-# bin/activate, or a script to source; without it, the .venv of that folder.
+# slurm-JOB.out in the folder you submit from. T5VAE_ENV names the environment: its folder, or a
+# script to source; without it, the .venv of the folder you submit from. Without a checkout,
+# `t5vae-launch script CONFIG` prints this file, with the configuration's own options.
 #
 # USR2 reaches the ranks 120 seconds before the time limit: they save, and the job is queued again.
 #SBATCH --job-name=t5vae
@@ -22,18 +23,24 @@
 #SBATCH --signal=USR2@120
 
 if [[ -z ${SLURM_JOB_ID:-} ]]; then
-    echo "slurm/train.sh runs inside a job: sbatch slurm/train.sh [CONFIG] [key=value ...]" >&2
+    echo "$0 runs inside a job: sbatch $0 [CONFIG] [key=value ...]" >&2
     exit 2
 fi
 
-activate=${T5VAE_ENV:-$PWD/.venv}
-[[ -d $activate ]] && activate=$activate/bin/activate
-if [[ ! -f $activate ]]; then
-    echo "no environment at $activate: run make setup, or set T5VAE_ENV" >&2
+options=(--kill-on-bad-exit=1)
+command=(python -u -P -m t5vae train)
+
+environment=${T5VAE_ENV:-$PWD/.venv}
+[[ -f $environment/bin/activate ]] && environment=$environment/bin/activate
+if [[ -f $environment ]]; then
+    # shellcheck source=/dev/null
+    source "$environment" || exit
+elif [[ -x $environment/bin/python ]]; then # conda's have nothing to source
+    PATH=$environment/bin:$PATH
+else
+    echo "no environment at $environment: run make setup, or set T5VAE_ENV" >&2
     exit 2
 fi
-# shellcheck source=/dev/null
-source "$activate" || exit
 set -euo pipefail
 
 ranks=${SLURM_GPUS_ON_NODE:-${SLURM_NTASKS_PER_NODE:-1}}
@@ -41,9 +48,9 @@ ranks=${SLURM_GPUS_ON_NODE:-${SLURM_NTASKS_PER_NODE:-1}}
 cpus=$(tr ',' '\n' <<<"$SLURM_JOB_CPUS_PER_NODE" | sed 's/(.*//' | sort -n | head -n 1)
 if ((cpus >= ranks)); then
     # srun does not take sbatch's --cpus-per-task over, and it may have meant one task for all GPUs.
-    share=(--cpus-per-task="$((cpus / ranks))")
+    options+=(--cpus-per-task="$((cpus / ranks))")
 else
-    share=(--overcommit)
+    options+=(--overcommit)
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus >= ranks ? cpus / ranks : 1))}
 
@@ -54,9 +61,8 @@ unset RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT
 
 trap : TERM USR2 # for srun and its tasks, which save and end
 code=0
-srun --kill-on-bad-exit=1 --nodes="$SLURM_JOB_NUM_NODES" \
-    --ntasks="$((SLURM_JOB_NUM_NODES * ranks))" --ntasks-per-node="$ranks" "${share[@]}" \
-    python -u train.py "$@" || code=$?
+srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$((SLURM_JOB_NUM_NODES * ranks))" \
+    --ntasks-per-node="$ranks" "${options[@]}" "${command[@]}" "$@" || code=$?
 
 # A container lacks SLURM's commands: training then asks by this code to be queued again.
 if ((code == 75)); then

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import ClassVar
 
@@ -17,7 +18,8 @@ from t5vae.config import keys
 CONFIGS = Path(__file__).parents[1] / "configs"
 PRESETS = sorted(path for path in CONFIGS.glob("*.yaml"))
 COMMANDS = {
-    "train": [],
+    "train": ["--ranks"],
+    "quickstart": ["--config"],
     "runs": ["--json"],
     "plot": ["--key", "--x", "--out"],
     "track": ["--wandb", "--tensorboard"],
@@ -38,6 +40,9 @@ COMMANDS = {
     "outliers": ["--json", "-n", "--file", "--device"],
     "dedupe": ["--json", "--radius", "--corpus", "--file", "--device"],
     "plan": ["--json", "--nodes", "--gpus-per-node", "--gpu-memory"],
+    "doctor": ["--json"],
+    "config ls": ["--json"],
+    "config copy": [],
     "config show": ["--json", "--world-size"],
     "config schema": ["--json"],
     "shards build": ["--tokenizer", "--max-length"],
@@ -214,7 +219,7 @@ def test_a_binary_standard_input_is_refused(error_line, run_folder, errors):
 def test_a_full_disk_is_one_line():
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [sys.executable, "-m", "t5vae.cli", "config", "schema"],
+            [sys.executable, "-m", "t5vae", "config", "schema"],
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,
@@ -252,6 +257,39 @@ def test_config_show_prints_a_preset_and_what_follows_from_it(t5vae, preset, dat
 def shards_of(preset: Path, dataset: Path) -> list[str]:
     """Some name no sizes: they come from shards, which these must have."""
     return [f"data.shards={dataset}"] if preset.stem in ("quickstart", "vae") else []
+
+
+def test_a_presets_name_is_its_file_and_what_it_is_for_is_listed(t5vae, dataset):
+    settings = [f"data.shards={dataset}", "--json"]
+    by_name = t5vae("config", "show", "quickstart", *settings)
+    assert by_name == t5vae("config", "show", CONFIGS / "quickstart.yaml", *settings)
+    listed = json.loads(t5vae("config", "ls", "--json")[1])["configs"]
+    assert list(listed) == [path.stem for path in PRESETS]
+    for name, text in listed.items():
+        assert f"# {text[:40]}" in (CONFIGS / f"{name}.yaml").read_text()
+
+
+def test_a_preset_is_copied_and_nothing_is_overwritten(t5vae, error_line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert t5vae("config", "copy", "vae")[1] == "copied: vae.yaml\n"
+    (tmp_path / "folder").mkdir()
+    assert t5vae("config", "copy", "vae", "folder")[1] == "copied: folder/vae.yaml\n"
+    for copied in ("vae.yaml", "folder/vae.yaml"):
+        assert (tmp_path / copied).read_text() == (CONFIGS / "vae.yaml").read_text()
+    assert "vae.yaml exists" in error_line("config", "copy", "vae")
+    assert "cannot write no/vae.yaml" in error_line("config", "copy", "vae", "no/vae.yaml")
+    assert "choose large, legacy" in error_line("config", "copy", "nothing")
+
+
+def test_versions_are_told_without_a_command(t5vae):
+    code, out, _ = t5vae("--version")
+    told = dict(line.split() for line in out.splitlines())
+    assert code == 0
+    assert list(told) == [
+        *("t5vae", "python", "torch", "transformers", "deepspeed"),
+        *("webdataset", "submitit", "pydantic"),
+    ]
+    assert told["torch"] == version("torch")
 
 
 def test_config_show_for_people_is_yaml_with_the_overrides_applied(t5vae, dataset):

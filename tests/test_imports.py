@@ -36,8 +36,10 @@ FLOORS = (
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # What submits jobs reads configurations and shards' indexes alone; on a login node that is quick.
 LAUNCHER = {"launcher", "t5vae.common", "t5vae.config", "t5vae.cluster", "shards"}
-# (file, function, imported): what a job runs on the compute node may start training there.
+# (file, function, imported): what a job runs on the compute node may start training there; and
+# `python -m t5vae` is the command.
 EXCEPTIONS = {
+    ("t5vae/__main__.py", "", "t5vae.cli.main"),
     ("launcher/task.py", "Training.__call__", "t5vae.training.exit_code_of"),
     ("launcher/task.py", "Training._train", "t5vae.training.UnhealthyError"),
     ("launcher/task.py", "Training._train", "t5vae.training.train"),

@@ -3,8 +3,8 @@
 from t5vae.cli.app import app, main
 
 # isort: off
-from t5vae.cli import running, watching, configs  # noqa: F401  in the order of the help
-from t5vae.cli import space, properties  # noqa: F401
+from t5vae.cli import training, running, watching, configs  # noqa: F401  in the help's order
+from t5vae.cli import machine, space, properties  # noqa: F401
 # isort: on
 
 __all__ = ["app", "main"]

@@ -10,6 +10,7 @@ import typer
 
 from shards.cli import app as shards_app
 from t5vae.common.errors import DISK_FULL, UserError
+from t5vae.common.versions import versions
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,18 +22,38 @@ app = typer.Typer(
     help="Learn smooth latent spaces of sequences, and use them.\n\n"
     "build shards -> train -> export -> eval; then reconstruct, interpolate, sample, optimise.",
 )
-config_app = typer.Typer(no_args_is_help=True, help="Look at run configurations.")
+config_app = typer.Typer(
+    no_args_is_help=True, help="Run configurations: those that come with t5vae, and yours."
+)
 app.add_typer(shards_app, name="shards")
 app.add_typer(config_app, name="config")
 
 Run = Annotated[str, typer.Argument(help="A run folder, for example runs/quickstart.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 ConfigFile = Annotated[
-    str, typer.Argument(help="A YAML file, for example configs/quickstart.yaml.")
+    str, typer.Argument(help="A YAML file, or a name of `t5vae config ls`, such as quickstart.")
 ]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Settings in place of the file's: section.key=value ...")
 ]
+
+
+def _print_versions(wanted: bool) -> None:
+    if wanted:
+        typer.echo("\n".join(f"{name} {number}" for name, number in versions().items()))
+        raise typer.Exit
+
+
+@app.callback()
+def about(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_versions, is_eager=True, help="Print versions, and exit."
+        ),
+    ] = False,
+) -> None:
+    """What all commands have."""
 
 
 def print_json(document: Any) -> None:

@@ -1,5 +1,6 @@
-"""Commands that look at a configuration: config show, config schema, plan."""
+"""Commands for configurations: config ls, show, copy, schema; plan."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,6 +14,57 @@ from t5vae.cli.app import (
     print_json,
     quiet_transformers,
 )
+from t5vae.common.errors import UserError
+
+
+@config_app.command()
+def ls(json: Json = False) -> None:
+    """List the configurations that come with t5vae; their names do wherever a file is asked for.
+
+    Example: `t5vae config ls`
+    """
+    from t5vae.config import presets
+
+    # A preset begins with a sentence or two on what it is for.
+    about = {name: _comment(path) for name, path in presets().items()}
+    if json:
+        print_json({"configs": about})
+        return
+    width = max(map(len, about))
+    for name, text in about.items():
+        typer.echo(f"{name:{width}}  {text}")
+
+
+def _comment(path: Path) -> str:
+    lines = path.read_text().splitlines()
+    return " ".join(line.removeprefix("# ") for line in lines if line.startswith("# "))
+
+
+@config_app.command()
+def copy(
+    name: Annotated[str, typer.Argument(help="One that `t5vae config ls` lists.")],
+    to: Annotated[
+        Path | None, typer.Argument(help="A file, or a folder; default NAME.yaml here.")
+    ] = None,
+) -> None:
+    """Copy a configuration that comes with t5vae, to make it yours.
+
+    Example: `t5vae config copy quickstart mine.yaml`
+    """
+    from t5vae.config import presets
+
+    if name not in presets():
+        raise UserError(f"there is no configuration {name}: choose {', '.join(presets())}")
+    file = to or Path(f"{name}.yaml")
+    file = file / f"{name}.yaml" if file.is_dir() else file
+    try:
+        with open(file, "x") as new:
+            new.write(presets()[name].read_text())
+    except FileExistsError:
+        raise UserError(f"{file} exists: give another name") from None
+    except OSError as error:
+        raise UserError(f"cannot write {file}: {error.strerror}") from None
+    typer.echo(f"copied: {file}")
 
 
 @config_app.command()
@@ -27,7 +79,7 @@ def show(
 ) -> None:
     """Print a configuration resolved, and what follows from it.
 
-    Example: `t5vae config show configs/quickstart.yaml --world-size 2 train.steps=100`
+    Example: `t5vae config show quickstart --world-size 2 train.steps=100`
     """
     import yaml
 
@@ -77,7 +129,7 @@ def plan(
 ) -> None:
     """Say what a run will need: memory, communication, reads. Default: as its launcher section.
 
-    Example: `t5vae plan configs/large.yaml --nodes 8 --gpus-per-node 8 --gpu-memory 80`
+    Example: `t5vae plan large --nodes 8 --gpus-per-node 8 --gpu-memory 80`
     """
     from rich.console import Console
 

@@ -1,4 +1,4 @@
-"""Commands that make and keep a run: train, checkpoints, export, eval."""
+"""Commands that look after a run: checkpoints, export, eval, compare."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -6,9 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from t5vae.cli.app import (
-    ConfigFile,
     Json,
-    Overrides,
     Run,
     app,
     console,
@@ -17,22 +15,6 @@ from t5vae.cli.app import (
 )
 from t5vae.cli.given import Space
 from t5vae.common.errors import UserError
-
-
-@app.command()
-def train(
-    context: typer.Context,
-    config: ConfigFile = "configs/quickstart.yaml",
-    overrides: Overrides = None,
-) -> None:
-    """Train in this one process. For several: `deepspeed train.py CONFIG`.
-
-    Example: `t5vae train configs/quickstart.yaml train.steps=100 run.output_dir=runs/short`
-    """
-    from t5vae.training.main import main as train_main
-
-    debug = ["--debug"] if context.obj and context.obj["debug"] else []
-    raise typer.Exit(train_main([config, *(overrides or []), *debug]))
 
 
 @app.command()

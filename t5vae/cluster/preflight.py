@@ -25,11 +25,10 @@ from t5vae.cluster.process_group import device_index
 from t5vae.cluster.ranks import Ranks
 from t5vae.cluster.scheduler import host_name
 from t5vae.common.errors import UserError
-from t5vae.common.files import write_whole
+from t5vae.common.files import SCRATCH, write_whole
 from t5vae.common.quiet import quiet_start
 
 HEALTH = "health.json"
-SCRATCH = 64 * 2**20  # bytes free in the temporary folder, without which libraries fail
 PAYLOAD = 4 * 2**20  # fp32 numbers in the timed all-reduce: 16 MiB
 LEAVE = 10  # seconds that rank 0 stays so that all can read its verdict
 

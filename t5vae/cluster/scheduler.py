@@ -122,3 +122,22 @@ def is_running(job: str) -> bool:
         return bool(subprocess.run(command, capture_output=True, timeout=60).stdout.strip())
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return False
+
+
+def about_cluster() -> str:
+    """For people: SLURM's release, and its partitions, as far as this machine can ask."""
+    if not shutil.which("sbatch"):
+        return "none: this machine has no sbatch"
+    release = _answer("sbatch", "--version")
+    partitions = _answer("sinfo", "--noheader", "--format=%P of %D nodes with %c cores and %G")
+    return "; ".join([release, *partitions.splitlines()])
+
+
+def _answer(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=15)
+    except (OSError, subprocess.TimeoutExpired):
+        return f"{command[0]} does not answer"
+    if done.returncode:
+        return f"{command[0]} fails: {(done.stderr.strip().splitlines() or ['without a word'])[0]}"
+    return done.stdout.strip()

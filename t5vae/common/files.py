@@ -11,6 +11,8 @@ from typing import Any
 
 from t5vae.common.errors import UserError, first_line
 
+SCRATCH = 64 * 2**20  # bytes free in the temporary folder, without which libraries fail
+
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file, of which a reader sees the old text or the new one, never a part.

@@ -21,7 +21,9 @@ class Section(BaseModel):
         """Of a pickle, which may be older than some of the keys."""
         super().__setstate__(state)
         for name, field in type(self).model_fields.items():
-            self.__dict__.setdefault(name, field.get_default(call_default_factory=True))
+            self.__dict__.setdefault(
+                name, field.get_default(call_default_factory=True, validated_data={})
+            )
 
 
 @dataclass(frozen=True)

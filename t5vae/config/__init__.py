@@ -6,7 +6,7 @@ Imports nothing heavy: a launcher on a login node reads configurations too.
 from t5vae.config.config import Config, add_term
 from t5vae.config.launching import Launcher
 from t5vae.config.learning import T5, Model, Objective, Optim
-from t5vae.config.loading import keys, load_config
+from t5vae.config.loading import keys, load_config, presets
 from t5vae.config.running import (
     BatchSplit,
     Checkpoint,
@@ -38,4 +38,5 @@ __all__ = [
     "add_term",
     "keys",
     "load_config",
+    "presets",
 ]

@@ -20,22 +20,34 @@ class _Loader(yaml.SafeLoader):
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
+PRESETS = Path(__file__).parent / "presets"
 REPLACED = {"train.steps": "train.minutes"}
 """Keys whose override unsets another, which would come before them."""
+
+
+def presets() -> dict[str, Path]:
+    """The configurations that come with t5vae, by name."""
+    return {path.stem: path for path in sorted(PRESETS.glob("*.yaml"))}
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Read a YAML file and apply `dotted.key=value` overrides, of which a later one wins.
 
+    Args:
+        path: of the file; or the bare name of a preset, such as quickstart.
+        overrides: a later one wins.
+
     Raises:
         UserError: for a missing or malformed file, an unknown key (the nearest valid one is
             suggested), a value out of range, or values that do not fit together.
     """
-    path = Path(path)
+    path = presets().get(str(path)) or Path(path)
     try:
         tree = yaml.load(path.read_text(), _Loader)
     except FileNotFoundError:
-        raise UserError(f"no configuration at {path}; try configs/quickstart.yaml") from None
+        raise UserError(
+            f"no configuration at {path}; those that come with t5vae are {', '.join(presets())}"
+        ) from None
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is not a readable YAML file: {reason}") from None

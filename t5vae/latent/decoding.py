@@ -10,6 +10,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from t5vae.latent.threads import Threads
 from t5vae.model import T5VAE
+from t5vae.model.modeling import CACHE
 
 COMPACT = 0.75
 """Ended rows are left out once at most this share of the rows goes on, since that copies the
@@ -56,7 +57,7 @@ def decode(
             output = model(
                 encoder_outputs=BaseModelOutput(last_hidden_state=memory_BMC),
                 decoder_input_ids=next_B[:, None],
-                past_key_values=cache,
+                cache=cache,
                 use_cache=True,
             )
             logits_BV = output.logits[:, -1]
@@ -69,7 +70,7 @@ def decode(
             going = int(going_B.sum())
             if not going:
                 break
-            cache = output.past_key_values
+            cache = output[CACHE]
             if going <= COMPACT * len(rows_B):
                 kept_B = going_B.nonzero()[:, 0]
                 cache.batch_select_indices(kept_B)

@@ -35,6 +35,12 @@ from t5vae.model.packed import Layout, decode, encode
 from t5vae.model.posterior import Posterior
 
 MODES = ("encode", "expand", "score", "decode", "reconstruct")
+# What this transformers calls a decoder's cache: 5.24 gave it a new name.
+CACHE = (
+    "cache"
+    if "cache" in BaseModelOutputWithPastAndCrossAttentions.__dataclass_fields__
+    else "past_key_values"
+)
 
 
 @dataclass
@@ -49,7 +55,7 @@ class T5VAEOutput(ModelOutput):
         latent: [B, D], the code that was encoded or given, without noise; with a posterior and
             `regularisers` the one that was drawn.
         mean, log_variance: float32 [B, D], of the posterior, where there is one and it was encoded.
-        past_key_values: the decoder's cache.
+        cache, or past_key_values before transformers 5.24: the decoder's cache.
     """
 
     loss: Tensor | None = None
@@ -58,7 +64,10 @@ class T5VAEOutput(ModelOutput):
     latent: Tensor | None = None
     mean: Tensor | None = None
     log_variance: Tensor | None = None
-    past_key_values: Any = None
+    if CACHE == "cache":
+        cache: Any = None
+    else:
+        past_key_values: Any = None
 
 
 class T5VAE(PreTrainedModel, GenerationMixin):
@@ -181,6 +190,7 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         on_latent: Callable[[Tensor], None] | None = None,
         decoder_input_ids: Tensor | None = None,
         encoder_outputs: BaseModelOutput | None = None,
+        cache: Any = None,
         past_key_values: Any = None,
         use_cache: bool | None = None,
         **generation: Any,
@@ -199,8 +209,9 @@ class T5VAE(PreTrainedModel, GenerationMixin):
                 `generate` makes of `input_ids`.
             regularisers: training-time noise; None for none.
             on_latent: called with z [B, D] as soon as it is known.
-            decoder_input_ids, encoder_outputs, past_key_values, use_cache: as in transformers'
-                encoder-decoder models; `encoder_outputs` holds the expanded memory.
+            decoder_input_ids, encoder_outputs, use_cache: as in transformers' encoder-decoder
+                models; `encoder_outputs` holds the expanded memory.
+            cache, past_key_values: one thing, by its new name in transformers and its old one.
             generation: options of `generate`, under "reconstruct". With ZeRO-3 on several ranks
                 `synced_gpus=True` is needed.
 
@@ -266,11 +277,12 @@ class T5VAE(PreTrainedModel, GenerationMixin):
             if posterior is not None:
                 output.mean, output.log_variance = posterior
             return output
-        decoded = self._decode(decoder_input_ids, memory_BMC, past_key_values, use_cache)
+        cache = past_key_values if cache is None else cache
+        decoded = self._decode(decoder_input_ids, memory_BMC, cache, use_cache)
         return T5VAEOutput(
             logits=self.t5.lm_head(self._scaled(decoded.last_hidden_state)),
             latent=latent,
-            past_key_values=decoded.past_key_values,
+            **{CACHE: decoded.get(CACHE)},
         )
 
     def _decode(
@@ -279,8 +291,8 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         return self.t5.decoder(
             input_ids=ids_BT,
             encoder_hidden_states=memory_BMC,
-            past_key_values=cache,
             use_cache=bool(use_cache),  # None would fill a cache in every training step
+            **{CACHE: cache},
         )
 
     def _scaled(self, states: Tensor) -> Tensor:

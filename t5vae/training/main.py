@@ -12,11 +12,12 @@ from t5vae.cluster.stopping import StopRequest, signals_come_too_late
 from t5vae.common.errors import DISK_FULL, UserError
 from t5vae.config import Config, load_config
 
-DEFAULT_CONFIG = "configs/quickstart.yaml"
+DEFAULT_CONFIG = "quickstart"
 USAGE = """Train a T5-VAE: deepspeed train.py [CONFIG] [section.key=value ...] [--debug]
 
-CONFIG defaults to configs/quickstart.yaml; python, torchrun and srun start train.py too.
-Example: deepspeed train.py configs/quickstart.yaml train.steps=100 run.output_dir=runs/short
+CONFIG is a YAML file, or a name that `t5vae config ls` lists, by default quickstart.
+python, torchrun and srun start train.py too.
+Example: deepspeed train.py quickstart train.steps=100 run.output_dir=runs/short
 `t5vae config schema` lists the keys, `t5vae config show CONFIG` what follows from them."""
 
 

@@ -128,4 +128,4 @@ def test_only_the_backend_and_the_scheduler_speak_slurm():
         for path in (ROOT / package).rglob("*.py")
         if any(WORDS.search(text) for text in strings(path.read_text()))
     }
-    assert found == {"launcher/slurm.py", "t5vae/cluster/scheduler.py"}
+    assert found == {"launcher/sbatch.py", "launcher/slurm.py", "t5vae/cluster/scheduler.py"}

@@ -48,14 +48,12 @@ def test_one_task_a_node_without_gpus_and_arguments_kept_whole(run):
     code, srun, env = run("my config.yaml", "run.name=two words", **ALLOCATION)
     assert code == 3  # srun's own
     assert srun == [
-        "--kill-on-bad-exit=1",
         "--nodes=2",
         "--ntasks=2",
         "--ntasks-per-node=1",
+        "--kill-on-bad-exit=1",
         "--cpus-per-task=4",
-        "python",
-        "-u",
-        "train.py",
+        *("python", "-u", "-P", "-m", "t5vae", "train"),
         "my config.yaml",
         "run.name=two words",
     ]
@@ -66,13 +64,15 @@ def test_one_task_a_node_without_gpus_and_arguments_kept_whole(run):
 def test_one_task_a_gpu_shares_the_smallest_nodes_cpus(run):
     allocation = {**ALLOCATION, "SLURM_JOB_CPUS_PER_NODE": "72,16(x3)", "SLURM_GPUS_ON_NODE": "8"}
     _, srun, env = run(**allocation | {"SLURM_JOB_NUM_NODES": "4"})
-    assert srun[2:5] == ["--ntasks=32", "--ntasks-per-node=8", "--cpus-per-task=2"]
+    assert srun[1:3] == ["--ntasks=32", "--ntasks-per-node=8"]
+    assert srun[4] == "--cpus-per-task=2"
     assert env["OMP_NUM_THREADS"] == "2"
 
 
 def test_more_gpus_than_cpus_still_start(run):
     _, srun, env = run(**ALLOCATION, SLURM_GPUS_ON_NODE="8")
-    assert srun[2:5] == ["--ntasks=16", "--ntasks-per-node=8", "--overcommit"]
+    assert srun[1:3] == ["--ntasks=16", "--ntasks-per-node=8"]
+    assert srun[4] == "--overcommit"
     assert env["OMP_NUM_THREADS"] == "1"
 
 
@@ -90,13 +90,22 @@ def test_the_environment_may_be_named_by_folder_or_script(run, tmp_path, name):
     assert run(**ALLOCATION, T5VAE_ENV=name)[2]["ACTIVATED"] == "other"
 
 
+def test_an_environment_without_anything_to_source_comes_first_on_the_path(run, tmp_path):
+    python = tmp_path / "conda" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.touch(0o755)
+    env = run(**ALLOCATION, T5VAE_ENV="conda")[2]
+    assert env["PATH"].startswith("conda/bin:")
+    assert "ACTIVATED" not in env
+
+
 def test_a_missing_environment_or_job_is_one_line(run):
     code, err, _ = run(**ALLOCATION, T5VAE_ENV="nowhere")
     assert code == 2
     assert "no environment at nowhere" in err
     code, err, _ = run()
     assert code == 2
-    assert "sbatch slurm/train.sh" in err
+    assert f"sbatch {SCRIPT} [CONFIG]" in err
 
 
 def test_only_a_task_that_asks_for_it_is_queued_again(run, tmp_path):
