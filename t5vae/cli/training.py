@@ -47,7 +47,10 @@ def _become_launcher(ranks: int, arguments: list[str]) -> None:
     """Put DeepSpeed's launcher in this process's place, which keeps its number and its signals."""
     from t5vae.config import load_config
 
-    load_config(arguments[0], [each for each in arguments[1:] if each != "--debug"])
+    # What ranks would refuse is told once, and here.
+    data = load_config(arguments[0], [each for each in arguments[1:] if each != "--debug"]).data
+    data.open()
+    data.split(ranks)
     from t5vae.cluster.process_group import free_port
 
     accelerators = _accelerators()
@@ -60,7 +63,7 @@ def _become_launcher(ranks: int, arguments: list[str]) -> None:
     environment = os.environ | {"PYTHONSAFEPATH": "1"}
     if not accelerators:
         environment["DS_ACCELERATOR"] = "cpu"
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "error"]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "critical"]
     how = ["--num_accelerators", str(ranks), "--master_port", str(free_port())]
     program = ["--no_local_rank", "--no_python", *PYTHON_T5VAE, "train", *arguments]
     os.execve(sys.executable, [*launcher, *how, *program], environment)

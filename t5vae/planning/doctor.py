@@ -74,7 +74,7 @@ def anonymous(text: str) -> str:
         text = text.replace(str(home), "~")
     with suppress(KeyError, OSError):  # a number without a name
         names.add(getpass.getuser())
-    for name in names - {""}:
+    for name in sorted(names - {""}, key=len, reverse=True):
         text = re.sub(rf"(?<![A-Za-z0-9]){re.escape(name)}(?![A-Za-z0-9])", "USER", text)
     return text
 

@@ -7,9 +7,19 @@ from pathlib import Path
 
 import pytest
 
+import shards
 from t5vae.cli import training
 
 OVERRIDES = ["data.shards=d", "run.output_dir=r", "train.steps=3"]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "lines.txt").write_text("".join(f"value_{i} = {i}\n" for i in range(60)))
+    how = {"tokenizer": "byte", "max_length": 24, "valid_fraction": 0.1}
+    shards.build(folder / "lines.txt", folder / "lines", **how)
+    return f"data.shards={folder / 'lines'}"
 
 
 @pytest.fixture
@@ -26,27 +36,38 @@ def replaced(monkeypatch):
     return found
 
 
-def test_ranks_are_started_by_deepspeed_with_all_that_was_typed(t5vae, replaced):
-    assert t5vae("train", "quickstart", "--ranks", 3, "run.name=two words", "--debug")[0] == 0
+def test_ranks_are_started_by_deepspeed_with_all_that_was_typed(t5vae, replaced, dataset):
+    typed = [dataset, "run.name=two words"]
+    assert t5vae("train", "quickstart", "--ranks", 2, *typed, "--debug")[0] == 0
     command, environment = replaced
     assert command[:3] == [sys.executable, "-m", "deepspeed.launcher.runner"]
-    assert command[command.index("--num_accelerators") + 1] == "3"
+    assert command[command.index("--num_accelerators") + 1] == "2"
     program = command[command.index("--no_python") + 1 :]
     assert program == [
         *(sys.executable, "-u", "-P", "-m", "t5vae", "train"),
-        *("quickstart", "run.name=two words", "--debug"),
+        *("quickstart", *typed, "--debug"),
     ]
     assert (environment["PYTHONSAFEPATH"], environment["DS_ACCELERATOR"]) == ("1", "cpu")
 
 
-def test_a_mistake_is_told_before_ranks_are_started(error_line, replaced):
-    assert "train.steps?" in error_line("train", "quickstart", "train.step=3", "--ranks", 2)
+@pytest.mark.parametrize(
+    ("typed", "ranks", "says"),
+    [
+        (["train.step=3"], 2, "did you mean train.steps?"),
+        (["data.shards=nowhere"], 2, "t5vae shards build SOURCE --out nowhere"),
+        ([], 3, "128 cannot be dealt to 3 ranks"),
+    ],
+)
+def test_a_mistake_is_told_once_before_ranks_are_started(
+    error_line, replaced, dataset, typed, ranks, says
+):
+    assert says in error_line("train", "quickstart", dataset, *typed, "--ranks", ranks)
     assert not replaced
 
 
-def test_more_ranks_than_accelerators_are_refused(error_line, replaced, monkeypatch):
+def test_more_ranks_than_accelerators_are_refused(error_line, replaced, dataset, monkeypatch):
     monkeypatch.setattr(training, "_accelerators", lambda: 2)
-    assert "has 2 accelerators" in error_line("train", "quickstart", "--ranks", 3)
+    assert "has 2 accelerators" in error_line("train", "quickstart", dataset, "--ranks", 4)
     assert not replaced
 
 

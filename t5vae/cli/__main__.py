@@ -1,0 +1,3 @@
+from t5vae.cli import main
+
+main()
