@@ -1,8 +1,10 @@
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packaging.version import Version
 from transformers.modeling_outputs import BaseModelOutput
 
 
@@ -113,7 +115,8 @@ def test_logits_are_those_of_transformers_t5_on_the_memory(build, ids_BT, bottle
     # T5 tells the scale by this, where transformers forces all embeddings to be tied.
     model.t5.config.scale_decoder_outputs = model.config.tie_word_embeddings
     expected = model.t5(encoder_outputs=memory, decoder_input_ids=shifted).logits
-    if architecture == "umt5":  # published UMT5 has no scale, which transformers 5 gives it
+    if architecture == "umt5" and Version(transformers.__version__) < Version("5.24"):
+        # published UMT5 has no scale, which transformers gave it for a while
         expected = expected * model.t5.config.d_model**0.5
     close(output.logits, expected)
 
