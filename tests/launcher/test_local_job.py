@@ -38,7 +38,7 @@ def test_two_local_tasks_train_one_run_and_resume_goes_on(config_file, monkeypat
     run = config_file.parent / "runs" / "tiny"
 
     def metrics_at_the_end():
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while "RUNNING" in launch("status", run):
             assert time.monotonic() < deadline, launch("logs", run)
             time.sleep(1)
