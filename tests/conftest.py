@@ -44,7 +44,7 @@ def run_ranks():
             for rank in range(world)
         ]
         try:
-            errors = [rank.communicate(timeout=120)[1] for rank in ranks]
+            errors = [rank.communicate(timeout=300)[1] for rank in ranks]
         finally:
             for rank in ranks:
                 rank.kill()
