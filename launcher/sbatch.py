@@ -29,8 +29,8 @@ def job_script(config: Config, arguments: list[str]) -> str:
     asked |= {"open-mode": "append", "signal": f"USR2@{place.signal_delay}"}
     header = [
         "#!/bin/bash",
-        f"# By `{shlex.join(['t5vae-launch', 'script', *arguments])}`. Queue it with",
-        "# `sbatch THIS_FILE [key=value ...]`; sbatch's own options, before the file, win.",
+        "# By `t5vae-launch script`. Queue it with `sbatch THIS_FILE [key=value ...]`; options of",
+        "# sbatch, before the file, win over the lines below.",
         *(_directive(key, value) for key, value in asked.items()),
     ]
     own = [
@@ -46,4 +46,5 @@ def job_script(config: Config, arguments: list[str]) -> str:
 
 def _directive(key: str, value: object) -> str:
     option = f"#SBATCH --{key.replace('_', '-')}"
-    return option if value is True else f"{option}={shlex.quote(str(value))}"
+    text = " ".join(str(value).split())  # a line of its own would be run
+    return option if value is True else f"{option}={shlex.quote(text)}"

@@ -1,5 +1,6 @@
 """`t5vae-launch script`: slurm/train.sh with a configuration's options. Run in tests/wheel."""
 
+import os
 import subprocess
 import sys
 
@@ -48,3 +49,25 @@ def test_a_preset_needs_no_shards_yet_and_what_is_wrong_is_refused(launch, confi
     code, out, err = launch("script", "quickstart", "launcher.node=3")
     assert (code, out) == (2, "")
     assert "launcher.nodes?" in err
+
+
+def test_nothing_that_is_typed_is_run(launch, config_file, tmp_path):
+    """Under a srun that tells its arguments, in an environment that has nothing to source."""
+    typed = "run.name=a\ntouch ran; $(touch ran) `touch ran`"
+    script = launch("script", config_file, typed)[1]
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").touch(0o755)
+    (tmp_path / "bin" / "srun").write_text('#!/bin/bash\nprintf "%s\\0" "$@"\n')
+    (tmp_path / "bin" / "srun").chmod(0o755)
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_CPUS_PER_NODE": "2"}
+    done = subprocess.run(
+        ["bash"],
+        input=script,
+        env={"PATH": os.environ["PATH"], "T5VAE_ENV": str(tmp_path), **job},
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\0")[-3:] == [str(config_file), typed, ""]
+    assert not (tmp_path / "ran").exists()
