@@ -49,9 +49,13 @@ def test_both_launchers_on_two_hosts_give_the_losses_of_deepspeed_on_one(slurm):
     assert losses(slurm.folder / "runs/alone") == by_sbatch
 
 
-def test_a_job_that_meets_its_time_limit_goes_on_until_it_is_done(slurm, pace):
+def test_a_printed_job_that_meets_its_time_limit_goes_on_until_it_is_done(slurm, pace):
+    """`t5vae-launch script`, in a folder that is no checkout."""
     steps = round(90 * pace)  # SLURM warns it between 30 and 60 seconds after its start
-    job = slurm.sbatch(f"train.steps={steps}", options=("--time=2", "--signal=USR2@60"))
+    limit = ("launcher.time=2", "launcher.signal_delay=60")
+    script = slurm.launch("script", slurm.config, f"run.output_dir={slurm.run}", *limit)
+    (slurm.folder / "job.sh").write_text(script)
+    job = slurm("sbatch", "--parsable", "job.sh", f"train.steps={steps}").strip()
     assert slurm.end(job) == "COMPLETED", slurm.log(job)
     assert [attempt["job"] for attempt in slurm.attempts()] == [job] * len(slurm.attempts())
     assert len(slurm.attempts()) >= 2

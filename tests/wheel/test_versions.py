@@ -42,7 +42,7 @@ def pinned(package: str) -> str:
 def check(place, rooms: list[str]) -> None:
     """The fast tests of some rooms, in an environment."""
     tests = [ROOT / "tests" / room for room in rooms]
-    how = ("-q", "-p", "no:cacheprovider", f"--rootdir={ROOT}", "-m", FAST, *tests)
+    how = ("-q", "-n", "auto", "-p", "no:cacheprovider", f"--rootdir={ROOT}", "-m", FAST, *tests)
     place.folder = ROOT
     place("python", "-m", "pytest", *how)
 
