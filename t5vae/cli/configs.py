@@ -15,6 +15,7 @@ from t5vae.cli.app import (
     quiet_transformers,
 )
 from t5vae.common.errors import UserError
+from t5vae.common.files import write_whole
 
 
 @config_app.command()
@@ -57,11 +58,10 @@ def copy(
         raise UserError(f"there is no configuration {name}: choose {', '.join(presets())}")
     file = to or Path(f"{name}.yaml")
     file = file / f"{name}.yaml" if file.is_dir() else file
+    if file.exists():
+        raise UserError(f"{file} exists: give another name")
     try:
-        with open(file, "x") as new:
-            new.write(presets()[name].read_text())
-    except FileExistsError:
-        raise UserError(f"{file} exists: give another name") from None
+        write_whole(file, presets()[name].read_text())
     except OSError as error:
         raise UserError(f"cannot write {file}: {error.strerror}") from None
     typer.echo(f"copied: {file}")

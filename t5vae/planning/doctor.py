@@ -151,13 +151,17 @@ def _no_accelerator(torch: Any) -> str:
 
 
 def _disk(problems: list[str]) -> str:
-    here, scratch = (shutil.disk_usage(folder).free for folder in (".", tempfile.gettempdir()))
     if not os.access(".", os.W_OK):
         problems.append("this folder cannot be written: go to another one")
+    try:
+        scratch = shutil.disk_usage(tempfile.gettempdir()).free
+    except FileNotFoundError:  # none of its candidates can be written
+        scratch = 0
     if scratch < SCRATCH:
         problems.append(
             f"the temporary folder has {scratch / 2**20:.0f} MiB free: make room, or set TMPDIR"
         )
+    here = shutil.disk_usage(".").free
     return f"{here / GIB:.1f} GiB free here, {scratch / GIB:.1f} in the temporary folder"
 
 

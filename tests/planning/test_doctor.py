@@ -80,6 +80,14 @@ def test_a_full_temporary_folder_is_a_problem(quick, monkeypatch):
     assert "1 MiB free: make room, or set TMPDIR" in problem
 
 
+def test_no_temporary_folder_that_can_be_written_is_a_problem(quick, monkeypatch):
+    def none():
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setattr(doctor.tempfile, "gettempdir", none)
+    assert "set TMPDIR" in doctor.examine().problems[0]
+
+
 @pytest.mark.parametrize(
     ("sinfo", "says"),
     [
