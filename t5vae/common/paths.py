@@ -1,0 +1,27 @@
+"""Paths as people write them."""
+
+import os
+import re
+
+from t5vae.common.errors import UserError
+
+VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([^{}]*)\})", re.ASCII)
+
+
+def expanded(path: str) -> str:
+    """A path, or a URL, with `$NAME` and `${NAME}` from the environment and `~` for the home.
+
+    Raises:
+        UserError: a variable is not set, or is empty, or the home is not known.
+    """
+
+    def value(found: re.Match[str]) -> str:
+        name = found[1] or found[2]
+        if not os.environ.get(name):
+            raise UserError(f"{path!r} needs the variable {name!r}, which is not set: set it")
+        return os.environ[name]
+
+    whole = os.path.expanduser(VARIABLE.sub(value, path))
+    if whole == "~" or whole.startswith("~/"):
+        raise UserError(f"{path!r} needs your home folder, which is not known: set HOME")
+    return whole
