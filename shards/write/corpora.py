@@ -8,15 +8,20 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from glob import glob, has_magic
+from itertools import compress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from shards.write.formats import FORMATS
+from shards.write.formats import FORMATS, format_of
 from shards.write.formats.format import Format
-from shards.write.formats.values import ROWS
+from shards.write.formats.values import ROWS, BadRow
 from shards.write.streams import CHUNK, Tap, decompressed, drain, is_url, open_raw
 from t5vae.common.errors import UserError, first_line
 from t5vae.common.files import reading
+
+
+class BadRowError(UserError):
+    """A row of a file that is none."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,8 @@ class Corpus:
         source: a file, folder or glob, or an fsspec URL of one ("s3://bucket/folder"); None for
             what the format reads then: with "python" the running interpreter's standard library.
         format: a name in `shards.write.formats.FORMATS`: "text" has one sequence a line, "python"
-            every statement that fits one line and parses alone, "webdataset" one a record.
+            every statement that fits one line and parses alone, "webdataset" one a record. None
+            for what the files' names say.
         column: where the text lies, for formats that have columns: a field or, for "webdataset",
             the extension of the records' member that holds the text or, if it ends in "npy", the
             token ids. None lets a format find it in the first file, if it can.
@@ -46,6 +52,7 @@ class Corpus:
 
     Attributes:
         format: the format.
+        format_name: its name.
         files: the files, sorted.
         kind: "text", or "tokens" where a sequence is an array of token ids.
 
@@ -56,33 +63,53 @@ class Corpus:
     def __init__(
         self,
         source: str | Path | None,
-        format: str = "text",
+        format: str | None = None,
         column: str | None = None,
         name: str | None = None,
     ):
-        if format not in FORMATS:
+        if format is not None and format not in FORMATS:
             raise UserError(f"unknown format {format!r}: choose one of {', '.join(FORMATS)}")
-        self.format = FORMATS[format]
-        if self.format.has_columns and not self.format.find_column and column is None:
-            raise UserError(f"format {format} needs the name of the text's column (--column)")
-        if not self.format.has_columns and column is not None:
-            raise UserError(f"format {format} has no columns: leave --column out")
         if source is None:
-            if self.format.default is None:
-                raise UserError(f"format {format} needs a source: a file, folder, glob or '-'")
-            source, name = self.format.default.folder, name or self.format.default.name
+            default = FORMATS[format or "text"].default
+            if default is None:
+                raise UserError(
+                    f"format {format or 'text'} needs a source: a file, folder, glob or '-'"
+                )
+            source, name = default.folder, name or default.name
         self.name = name or Path(source).name
         find = _find_url if is_url(source) else _find
-        self.files = find(str(source), self.format)
+        self.files = find(str(source), FORMATS[format or "text"])
         if not self.files:
-            raise UserError(f"no {format} files in {source}")
-        if self.format.find_column and column is None:
-            path = self.files[0].path
+            raise UserError(f"no {format or 'text'} files in {source}")
+        self.format_name = format or self._format_by_names(source)
+        self.format = FORMATS[self.format_name]
+        self.column = self._find_column(column, "read as" if format is None else "format")
+        self.kind = self.format.kind(self.column)
+
+    def _format_by_names(self, source: str | Path) -> str:
+        found = sorted({format_of(file.path) for file in self.files})
+        if len(found) > 1:
+            raise UserError(f"{source} holds {' and '.join(found)} files: choose one (--format)")
+        return found[0]
+
+    def _find_column(self, column: str | None, how: str) -> str | None:
+        """The column, as given or found by the format; `how` the format is known, for people."""
+        path, format = self.files[0].path, self.format
+        is_what = f"{self.name} is {how} {self.format_name}"
+        if not format.has_columns:
+            if column is not None:
+                raise UserError(
+                    f"{is_what}, which has no columns: leave --column out, or give another --format"
+                )
+        elif column is None:
             with reading(path), Tap(open_raw(path)) as raw:
-                column = self.format.find_column(decompressed(raw, path), path)
-        self.format_name = format
-        self.column = column
-        self.kind = self.format.kind(column)
+                stream = decompressed(raw, path)
+                if format.find_column:
+                    return format.find_column(stream, path)
+                there = format.list_columns(stream, path) if format.list_columns else []
+                has = f"; it has: {', '.join(there)}" if there else ""
+                raise UserError(f"{is_what}: name the text's column (--column){has}")
+        return column
 
     def describe(self) -> dict[str, Any]:
         """What is to be read, without reading it: name, format, number of files and their bytes."""
@@ -109,19 +136,25 @@ class Reading:
 
     Args:
         files, format, column: the corpus's, or some of its files.
+        bad_rows: what one does: "error", or "skip" to count it.
 
     Attributes:
-        skipped: what was left out so far, by reason. "empty" counts sequences, "unparsable file"
-            counts files.
+        skipped: what was left out so far, by reason. "unparsable file" counts files, the others,
+            such as "empty" and "bad row", count sequences.
+        bad_rows: those that were skipped, a line for people each.
         digests: the hex sha256 of the bytes of each file read to its end.
         bytes_read: how many bytes were read, as they are stored.
     """
 
-    def __init__(self, files: Sequence[File], format: Format, column: str | None):
+    def __init__(
+        self, files: Sequence[File], format: Format, column: str | None, bad_rows: str = "error"
+    ):
         self.files = files
         self.format = format
         self.column = column
+        self.skip_bad_rows = bad_rows == "skip"
         self.skipped: Counter[str] = Counter()
+        self.bad_rows: list[str] = []
         self.digests: list[str] = []
         self.bytes_read = 0
 
@@ -131,22 +164,48 @@ class Reading:
         A sequence is a str or, of kind "tokens", the bytes of a little-endian int32 array.
 
         Raises:
+            BadRowError: a row that is none.
             UserError: a file that is not what its format says, naming the file.
         """
-        tokens = self.format.kind(self.column) == "tokens"
+        for _, items in self.numbered():
+            yield items
+
+    def numbered(self) -> Iterator[tuple[list[int], list[Any]]]:
+        """The same, with the number of each sequence's row: from 0 on, all rows and files counted.
+
+        A row is what the format takes for one, be it empty or bad: a line, a record, a statement.
+        """
+        rows: list[int] = []
         held: list[Any] = []
-        begun = 0
+        begun = number = 0
         for items in self._read():
-            kept = [item for item in items if item and (tokens or not item.isspace())]
-            if len(kept) < len(items):
-                self.skipped["empty"] += len(items) - len(kept)
-            held += kept
+            numbers = range(number, number + len(items))
+            number += len(items)
+            if all(map(_holds_something, items)):
+                rows += numbers
+                held += items
+            else:
+                kept = [self._is_kept(item) for item in items]
+                rows += compress(numbers, kept)
+                held += compress(items, kept)
             if len(held) >= ROWS or (held and self.bytes_read - begun >= CHUNK):
-                yield held
-                held = []
+                yield rows, held
+                rows, held = [], []
                 begun = self.bytes_read
         if held:
-            yield held
+            yield rows, held
+
+    def _is_kept(self, item: Any) -> bool:
+        if isinstance(item, BadRow):
+            if not self.skip_bad_rows:
+                raise BadRowError(str(item))
+            self.skipped["bad row"] += 1
+            self.bad_rows.append(str(item))
+        elif not _holds_something(item):
+            self.skipped["empty"] += 1
+        else:
+            return True
+        return False
 
     def _read(self) -> Iterator[list[Any]]:
         for file in self.files:
@@ -162,6 +221,29 @@ class Reading:
                 drain(stream)
                 self.bytes_read = before + raw.tell()
                 self.digests.append(raw.hexdigest())
+
+
+def _holds_something(item: Any) -> bool:
+    """Whether a sequence is not empty: a text that is no white space alone, or some bytes."""
+    return bool(item.strip() if isinstance(item, str) else isinstance(item, bytes) and item)
+
+
+def table_rows(corpus: Corpus, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+    """The rows of a corpus of tables, as tuples of some columns' values.
+
+    Raises:
+        BadRowError: a row that is none.
+        UserError: as of a `Reading`.
+    """
+    assert corpus.format.read_rows is not None
+    for file in corpus.files:
+        with reading(file.path), Tap(open_raw(file.path)) as raw:
+            stream = decompressed(raw, file.path)
+            for rows in corpus.format.read_rows(stream, file.path, columns):
+                for row in rows:
+                    if isinstance(row, BadRow):
+                        raise BadRowError(str(row))
+                    yield row
 
 
 def combine(digests: Iterable[str]) -> str:

@@ -3,13 +3,18 @@
 import gzip
 import hashlib
 import io
+import shutil
+import stat
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import IO, Any
 
 from t5vae.common.errors import first_line
 
 CHUNK = 2**20  # bytes
+DESCRIPTORS = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")
 
 
 class Tap(io.RawIOBase):
@@ -62,6 +67,29 @@ def open_raw(path: str) -> IO[bytes]:
         return filesystem.open(inner, "rb")
 
 
+def is_pipe(source: str | Path) -> bool:
+    """Whether a source can be read once and by this process alone: "-", /dev/stdin, `<(zcat x)`."""
+    if str(source) == "-" or str(source).startswith(DESCRIPTORS):
+        return True
+    try:
+        mode = Path(source).stat().st_mode
+    except (OSError, ValueError):
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+def copy_pipe(source: str | Path, folder: Path) -> Path:
+    """Copy a pipe, "-" for standard input, into a file, to be read as often as need be."""
+    copy = folder / "stdin"
+    with open(copy, "wb") as file:
+        if str(source) == "-":
+            shutil.copyfileobj(sys.stdin.buffer, file)
+        else:
+            with open(source, "rb") as pipe:
+                shutil.copyfileobj(pipe, file)
+    return copy
+
+
 @contextmanager
 def storage_errors() -> Iterator[None]:
     """Raise the errors of fsspec and of what is behind it, each with its own kinds, as OSError."""
@@ -76,9 +104,9 @@ def storage_errors() -> Iterator[None]:
 def decompressed(raw: io.RawIOBase, path: str) -> IO[bytes]:
     """The bytes in a file, by its name's ending (.gz, .zst); a file cut short raises."""
     buffered = io.BufferedReader(raw, CHUNK)
-    if path.endswith(".gz"):
+    if path.lower().endswith(".gz"):
         return gzip.GzipFile(fileobj=buffered)  # type: ignore[return-value]
-    if path.endswith(".zst"):
+    if path.lower().endswith(".zst"):
         import pyarrow
 
         stream = pyarrow.input_stream(buffered, compression="zstd")  # reads all frames, sees a cut

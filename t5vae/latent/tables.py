@@ -1,12 +1,15 @@
 """Tables of texts and their values, from files."""
 
-import pyarrow
+import math
+from collections import Counter
+from typing import Any
 
+from shards.write.corpora import Corpus, table_rows
 from shards.write.formats import FORMATS, format_of
 from t5vae.common.errors import UserError
 
 
-def read_values(path: str, column: str, values: str) -> tuple[list[str], list[float]]:
+def read_values(path: str, column: str, values: str) -> tuple[list[str], list[float], Counter[str]]:
     """Read texts and their values.
 
     Args:
@@ -16,23 +19,37 @@ def read_values(path: str, column: str, values: str) -> tuple[list[str], list[fl
         values: the field that holds its value; nan where it is missing.
 
     Returns:
-        N texts and N values; rows without a text are left out.
+        N texts and N values, and how many rows were left out, by reason: those without a text.
 
     Raises:
         UserError: no such file or field, another format, or values that are no numbers.
     """
-    wanted = pyarrow.schema([(column, pyarrow.string()), (values, pyarrow.float64())])
-    read_table = FORMATS[format_of(path)].read_table
-    if read_table is None:
-        *others, last = sorted(f.suffixes[0] for f in FORMATS.values() if f.read_table)
+    if FORMATS[format_of(path)].read_rows is None:
+        *others, last = sorted(f.suffixes[0] for f in FORMATS.values() if f.read_rows)
         raise UserError(f"{path} is no table: give a {', '.join(others)} or {last} file")
-    try:
-        table = read_table(path, wanted)
-    except (OSError, KeyError, pyarrow.ArrowException) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path} cannot be read as a table: {reason}") from None
-    rows = [row for row in table.to_pylist() if row[column]]
-    if not any(row[values] is not None for row in rows):
+    corpus = Corpus(path, None, column)
+    left_out: Counter[str] = Counter()
+    texts: list[str] = []
+    numbers: list[float] = []
+    for number, (text, value) in enumerate(table_rows(corpus, (column, values))):
+        where = f"{corpus.name}, row {number} (from 0)"
+        if text is not None and not isinstance(text, str):
+            raise UserError(f"{where}: {text!r:.40} is not text")
+        if not (text and text.strip()):
+            left_out["empty"] += 1
+            continue
+        texts.append(text)
+        numbers.append(_number(value, f"{where}, field {values!r}"))
+    if all(map(math.isnan, numbers)):
         raise UserError(f"{path} has no rows with both {column!r} and {values!r}")
-    numbers = [float("nan") if row[values] is None else row[values] for row in rows]
-    return [row[column] for row in rows], numbers
+    return texts, numbers, left_out
+
+
+def _number(value: Any, where: str) -> float:
+    """A cell as a number; nan where it is empty."""
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return math.nan
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise UserError(f"{where}: {value!r:.40} is no number") from None

@@ -19,12 +19,12 @@ FORMATS: dict[str, Format] = {
 
 
 def format_of(path: str) -> str:
-    """The format of a file, by its name's ending."""
+    """The format of a file, by its name's ending; upper and lower case are the same."""
     fitting = [
         (len(ending), name)
         for name, format in FORMATS.items()
         if format.told_by_name
         for ending in format.suffixes
-        if path.endswith(ending)
+        if path.lower().endswith(ending)
     ]
     return max(fitting)[1]

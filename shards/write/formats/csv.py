@@ -2,42 +2,126 @@
 
 import csv
 import io
-from collections.abc import Iterator
-from typing import IO, TYPE_CHECKING
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from typing import IO, Any
 
 from shards.write.formats.format import Format
-from shards.write.formats.values import in_lists, no_column
+from shards.write.formats.values import ROWS, BadRow, firsts, place_of
+from shards.write.streams import CHUNK
 from t5vae.common.errors import UserError
 
-if TYPE_CHECKING:
-    import pyarrow
+LONGEST_CELL = 16 * 2**20  # characters
+WHY = {
+    "unexpected end of data": "a quote is opened here and never closed",
+    "',' expected after '\"'": "text follows a closing quote: double the quotes inside a cell",
+    f"field larger than field limit ({LONGEST_CELL})": (
+        f"a cell of more than {LONGEST_CELL / 2**20:.0f} MiB: is a quote opened here that is never "
+        "closed?"
+    ),
+}
 
 
-def read_csv(stream: IO[bytes], name: str, column: str | None) -> Iterator[list[str]]:
-    lines = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
-    rows = csv.DictReader(lines)
+def read_csv(stream: IO[bytes], name: str, column: str | None) -> Iterator[list[Any]]:
+    yield from map(firsts, read_rows(stream, name, (column,)))
+
+
+def read_rows(stream: IO[bytes], name: str, columns: Sequence[str | None]) -> Iterator[list[Any]]:
+    """Rows as tuples of the columns' cells, "" where a row ends before; blank lines are no rows."""
+    csv.field_size_limit(LONGEST_CELL)
+    text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+    lines = _Lines(text, name)
     try:
-        if column not in (rows.fieldnames or ()):
-            raise no_column(name, column, rows.fieldnames or ())
-        yield from in_lists(row[column] or "" for row in rows)
-    except csv.Error as error:
-        raise UserError(f"{name}, line {rows.line_num}: {error}") from None
+        header = _header(lines, name)
+        places = [place_of(name, column, header) for column in columns]
+        held: list[Any] = []
+        size = 0
+        for row in _rows(lines, name):
+            if len(row) > len(header):
+                more = f"{len(row)} cells, the header has {len(header)}: quote cells with commas"
+                held.append(BadRow(f"{name}, line {lines.begin}", more))
+            elif isinstance(row, BadRow):
+                held.append(row)
+            elif row:
+                cells = tuple(row[place] if place < len(row) else "" for place in places)
+                held.append(cells)
+                size += sum(map(len, cells))
+            if len(held) == ROWS or size >= CHUNK:
+                yield held
+                held, size = [], 0
+        yield held
     finally:
-        lines.detach()  # which would close the stream
+        text.detach()  # which would close the stream
 
 
-def read_table(path: str, columns: "pyarrow.Schema") -> "pyarrow.Table":
-    import pyarrow.csv
+def list_columns(stream: IO[bytes], name: str) -> list[str]:
+    text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+    try:
+        return _header(_Lines(text, name), name)
+    finally:
+        text.detach()
 
-    options = pyarrow.csv.ConvertOptions(
-        column_types=columns, include_columns=columns.names, null_values=["", "nan", "NaN"]
-    )
-    return pyarrow.csv.read_csv(path, convert_options=options)
+
+def _header(lines: "_Lines", name: str) -> list[str]:
+    header: Any = next(_rows(lines, name), [])
+    if isinstance(header, BadRow):
+        raise UserError(str(header))
+    return header
+
+
+class _Lines:
+    """The lines of a file, those of the present row kept: one that is bad may have taken others in.
+
+    Attributes:
+        begin: the number of the line at which the present row begins, from 1.
+        row: its lines so far.
+    """
+
+    def __init__(self, lines: Iterable[str], name: str):
+        self.name, self.begin, self.row = name, 1, list[str]()
+        self._lines, self._again = iter(lines), deque[str]()
+
+    def __iter__(self) -> "_Lines":
+        return self
+
+    def __next__(self) -> str:
+        line = self._again.popleft() if self._again else next(self._lines)
+        if "\0" in line:
+            raise UserError(f"{self.name} is a binary file (it holds zero bytes), not text")
+        self.row.append(line)
+        return line
+
+    def begin_row(self) -> None:
+        """The row is read: the next one begins."""
+        self.begin += len(self.row)
+        self.row = []
+
+    def give_up_row(self) -> None:
+        """Only the row's first line belongs to it: the others are read again."""
+        self._again.extendleft(reversed(self.row[1:]))
+        self.row = self.row[:1]
+
+
+def _rows(lines: _Lines, name: str) -> Iterator[Any]:
+    """Rows, lists of cells, and bad rows in the place of lines that are none."""
+    while True:
+        rows = csv.reader(lines, strict=True)
+        try:
+            for row in rows:
+                yield row
+                lines.begin_row()
+            return
+        except csv.Error as error:
+            lines.give_up_row()
+            why = WHY.get(str(error), str(error))
+            yield BadRow(f"{name}, line {lines.begin}", why)
+            lines.begin_row()
 
 
 CSV = Format(
     read_csv,
     suffixes=(".csv", ".csv.gz", ".csv.zst"),
     has_columns=True,
-    read_table=read_table,
+    read_rows=read_rows,
+    list_columns=list_columns,
 )

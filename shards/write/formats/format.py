@@ -1,12 +1,9 @@
 """What a format of corpora is."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import IO, TYPE_CHECKING, Any, Literal
-
-if TYPE_CHECKING:
-    import pyarrow
+from typing import IO, Any, Literal
 
 Kind = Literal["text", "tokens"]
 
@@ -36,7 +33,8 @@ class Format:
     read: Callable[[IO[bytes], str, str | None], Iterator[list[Any]]]
     """Takes a stream of decompressed bytes, the file's name (its path or URL) and a column, and
     yields lists of sequences: str, or the bytes of little-endian int32 token ids. Empty ones are
-    yielded too. What a user can mend raises UserError; SyntaxError leaves the file out, counted."""
+    yielded too, and a `BadRow` for what is no row. What a user can mend raises UserError;
+    SyntaxError leaves the file out, counted."""
     suffixes: tuple[str, ...]
     """How its files' names end."""
     help: str | None = None
@@ -49,8 +47,10 @@ class Format:
     """Finds the column in a file (as of `read`, a stream and its name) where none is given."""
     kind: Callable[[str | None], Kind] = always_text
     """What sequences of a column are."""
-    read_table: Callable[[str, "pyarrow.Schema"], "pyarrow.Table"] | None = None
-    """Reads columns of a file into memory, for formats of tables."""
+    read_rows: Callable[[IO[bytes], str, Sequence[str | None]], Iterator[list[Any]]] | None = None
+    """For tables: as `read`, of several columns; a sequence is the tuple of their values."""
+    list_columns: Callable[[IO[bytes], str], list[str]] | None = None
+    """Finds the columns of a file (as of `read`, a stream and its name), for a user to choose."""
     default: Default | None = None
     """What is read where no source is given."""
     passed_over: frozenset[str] = frozenset()
@@ -59,7 +59,7 @@ class Format:
     def claims(self, relative: PurePath) -> bool:
         """Whether a file in a folder is meant: named so, not hidden, not passed over."""
         return (
-            relative.name.endswith(self.suffixes)
+            relative.name.lower().endswith(self.suffixes)
             and not any(part.startswith(".") for part in relative.parts)
             and self.passed_over.isdisjoint(relative.parts[:-1])
         )

@@ -1,37 +1,55 @@
 """Parquet: a sequence a row, in a column."""
 
-from collections.abc import Iterator
-from typing import IO, TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import IO, TYPE_CHECKING, Any
 
 from shards.write.formats.format import Format
-from shards.write.formats.values import ROWS, as_text, no_column
+from shards.write.formats.values import ROWS, as_text, place_of
 from shards.write.streams import drain, open_raw
 from t5vae.common.errors import UserError, first_line
 
 if TYPE_CHECKING:
-    import pyarrow
+    from pyarrow.parquet import ParquetFile
 
 
 def read_parquet(stream: IO[bytes], name: str, column: str | None) -> Iterator[list[str]]:
+    for rows in read_rows(stream, name, (column,)):
+        yield [as_text(value, name) for (value,) in rows]
+
+
+def read_rows(stream: IO[bytes], name: str, columns: Sequence[str | None]) -> Iterator[list[Any]]:
+    """Rows as tuples of the columns' values, None where there is none."""
+    drain(stream)  # a parquet file is read from its end
+    with _opened(name) as table:
+        for column in columns:
+            place_of(name, column, table.schema_arrow.names)
+        for batch in table.iter_batches(batch_size=ROWS, columns=list(columns)):
+            values = (batch.column(str(column)).to_pylist() for column in columns)
+            yield list(zip(*values, strict=True))
+
+
+def list_columns(stream: IO[bytes], name: str) -> list[str]:
+    with _opened(name) as table:
+        return table.schema_arrow.names
+
+
+@contextmanager
+def _opened(name: str) -> Iterator["ParquetFile"]:
     import pyarrow
     import pyarrow.parquet
 
-    drain(stream)  # a parquet file is read from its end
     try:
         with open_raw(name) as seekable:
-            table = pyarrow.parquet.ParquetFile(seekable)
-            if column not in table.schema_arrow.names:
-                raise no_column(name, column, table.schema_arrow.names)
-            for batch in table.iter_batches(batch_size=ROWS, columns=[column]):
-                yield [as_text(value, name) for value in batch.column(0).to_pylist()]
+            yield pyarrow.parquet.ParquetFile(seekable)
     except pyarrow.ArrowException as error:
         raise UserError(f"{name} is not a parquet file: {first_line(error)}") from None
 
 
-def read_table(path: str, columns: "pyarrow.Schema") -> "pyarrow.Table":
-    import pyarrow.parquet
-
-    return pyarrow.parquet.read_table(path, columns=columns.names).cast(columns)
-
-
-PARQUET = Format(read_parquet, suffixes=(".parquet",), has_columns=True, read_table=read_table)
+PARQUET = Format(
+    read_parquet,
+    suffixes=(".parquet",),
+    has_columns=True,
+    read_rows=read_rows,
+    list_columns=list_columns,
+)

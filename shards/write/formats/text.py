@@ -2,21 +2,37 @@
 
 import codecs
 from collections.abc import Iterator
-from typing import IO
+from typing import IO, Any
 
 from shards.write.formats.format import Format
+from shards.write.formats.values import LONGEST, BadRow
 from shards.write.streams import CHUNK
 from t5vae.common.errors import UserError
 
 
-def read_text(stream: IO[bytes], name: str, column: str | None) -> Iterator[list[str]]:
+def read_text(stream: IO[bytes], name: str, column: str | None) -> Iterator[list[Any]]:
+    """Lines, which \\n ends, or \\r\\n; bad rows in place of those of more than 64 MiB."""
+    before = 0
     chunk = stream.read(CHUNK).removeprefix(codecs.BOM_UTF8)
     while chunk:
-        text = (chunk + stream.readline()).decode()
+        rest = stream.readline(LONGEST)
+        cut = len(rest) == LONGEST and not rest.endswith(b"\n")
+        if cut:
+            while stream.readline(CHUNK)[-1:] not in (b"\n", b""):
+                pass
+            chunk, rest = chunk[: chunk.rfind(b"\n") + 1], b""
+        text = (chunk + rest).decode()
         if "\0" in text:
             raise UserError(f"{name} is a binary file (it holds zero bytes), not text")
-        lines = text.removesuffix("\n").split("\n")
-        yield [line.rstrip("\r") for line in lines] if "\r" in text else lines
+        lines: list[Any] = text.removesuffix("\n").split("\n") if text else []
+        before += len(lines)
+        if "\r" in text:
+            lines = [line.rstrip("\r") for line in lines]
+        if cut:
+            before += 1
+            why = f"a line of more than {LONGEST / 2**20:.0f} MiB"
+            lines.append(BadRow(f"{name}, line {before}", why))
+        yield lines
         chunk = stream.read(CHUNK)
 
 

@@ -1,12 +1,25 @@
 """What readers of several formats do with the values they find."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from shards.write.streams import CHUNK
 from t5vae.common.errors import UserError
 
 ROWS = 4096
+LONGEST = 64 * 2**20  # bytes of a line
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """Stands among the sequences for a row that is none."""
+
+    where: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.why}"
 
 
 def as_text(value: Any, where: str) -> str:
@@ -27,9 +40,23 @@ def as_text(value: Any, where: str) -> str:
     return value
 
 
-def no_column(name: str, column: str | None, columns: Iterable[str]) -> UserError:
-    """The error of a file without the column."""
-    return UserError(f"{name} has no column {column!r}; it has: {', '.join(columns)}")
+def place_of(name: str, column: str | None, columns: list[str]) -> int:
+    """Where a column lies among those of a file.
+
+    Raises:
+        UserError: it has none of that name, or several.
+    """
+    count = columns.count(column or "")
+    if not count:
+        raise UserError(f"{name} has no column {column!r}; it has: {', '.join(columns)}")
+    if count > 1:
+        raise UserError(f"{name} has {count} columns {column!r}: give each a name of its own")
+    return columns.index(column or "")
+
+
+def firsts(rows: list[Any]) -> list[Any]:
+    """The first value of each row; bad rows stay."""
+    return [row if isinstance(row, BadRow) else row[0] for row in rows]
 
 
 def in_lists(items: Iterable[Any]) -> Iterator[list[Any]]:
