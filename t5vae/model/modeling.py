@@ -4,19 +4,15 @@ Shapes: B sequences, T tokens, D latent size, M memory length, C model width, V 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from transformers import AutoModel, AutoModelForSeq2SeqLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_outputs import (
-    BaseModelOutput,
-    BaseModelOutputWithPastAndCrossAttentions,
-)
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.t5.modeling_t5 import T5LayerNorm
-from transformers.utils import ModelOutput
 
 from t5vae.common.kinds import BOTTLENECKS, find
 from t5vae.model.base import load_base
@@ -31,43 +27,11 @@ from t5vae.model.noise import (
     keyed_normal,
     keyed_uniform,
 )
+from t5vae.model.output import CACHE, T5VAEOutput
 from t5vae.model.packed import Layout, decode, encode
 from t5vae.model.posterior import Posterior
 
 MODES = ("encode", "expand", "score", "decode", "reconstruct")
-# What this transformers calls a decoder's cache: 5.24 gave it a new name.
-CACHE = (
-    "cache"
-    if "cache" in BaseModelOutputWithPastAndCrossAttentions.__dataclass_fields__
-    else "past_key_values"
-)
-
-
-@dataclass
-class T5VAEOutput(ModelOutput):
-    """What a T5VAE returns.
-
-    Attributes:
-        loss: mean cross-entropy per real token in nats, where labels were scored.
-        nll: float32 [B], summed cross-entropy of each row in nats, where labels were scored; the
-            fused cross-entropy knows `loss` alone.
-        logits: [B, T, V], where decoder inputs were given.
-        latent: [B, D], the code that was encoded or given, without noise; with a posterior and
-            `regularisers` the one that was drawn.
-        mean, log_variance: float32 [B, D], of the posterior, where there is one and it was encoded.
-        cache, or past_key_values before transformers 5.24: the decoder's cache.
-    """
-
-    loss: Tensor | None = None
-    nll: Tensor | None = None
-    logits: Tensor | None = None
-    latent: Tensor | None = None
-    mean: Tensor | None = None
-    log_variance: Tensor | None = None
-    if CACHE == "cache":
-        cache: Any = None
-    else:
-        past_key_values: Any = None
 
 
 class T5VAE(PreTrainedModel, GenerationMixin):
@@ -87,6 +51,7 @@ class T5VAE(PreTrainedModel, GenerationMixin):
     base_model_prefix = "t5vae"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # transformers' Trainer divides the loss by accumulated batches
     _supports_sdpa = True
 
     def __init__(self, config: T5VAEConfig, t5: PreTrainedModel | None = None):
@@ -182,63 +147,99 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        encoder_outputs: BaseModelOutput | tuple[Tensor, ...] | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        decoder_inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        latent: Tensor | None = None,
+        use_cache: bool | None = None,
         *,
+        latent: Tensor | None = None,
         mode: str = "decode",
         regularisers: Regularisers | None = None,
         on_latent: Callable[[Tensor], None] | None = None,
-        decoder_input_ids: Tensor | None = None,
-        encoder_outputs: BaseModelOutput | None = None,
         cache: Any = None,
-        past_key_values: Any = None,
-        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
         **generation: Any,
-    ) -> T5VAEOutput | Tensor:
+    ) -> T5VAEOutput | tuple[Any, ...] | Tensor:
         """Every entry point, so that parameters sharded by ZeRO-3 are gathered.
 
         Args:
             input_ids: int64 [B, T], ending in the end token, then padded.
             attention_mask: [B, T]; default `input_ids != pad`.
-            labels: int64 [B, T], padded with pad or -100: the sequences to score.
+            labels: int64 [B, T], padded with pad or -100: the sequences to score. Alone they are
+                the input too.
             latent: [B, D], decoded instead of the encoding of `input_ids`.
             mode: "encode" returns z [B, D]; "expand" turns `latent` into the decoder's memory
                 [B, M, C]; "score" returns the cross-entropy of `labels` (default `input_ids`)
                 given the code, without ever storing the logits of pads; "decode" returns logits
-                for `decoder_input_ids`, or for `labels` shifted right; "reconstruct" returns what
-                `generate` makes of `input_ids`.
+                for `decoder_input_ids`, or for `labels` shifted right, and the cross-entropy of
+                `labels`; "reconstruct" returns what `generate` makes of `input_ids`.
             regularisers: training-time noise; None for none.
             on_latent: called with z [B, D] as soon as it is known.
-            decoder_input_ids, encoder_outputs, use_cache: as in transformers' encoder-decoder
-                models; `encoder_outputs` holds the expanded memory.
+            decoder_input_ids, decoder_attention_mask, encoder_outputs, inputs_embeds,
+            decoder_inputs_embeds, use_cache, output_hidden_states, output_attentions, return_dict:
+                as in transformers' T5, whose order of arguments this is; `encoder_outputs` holds
+                the expanded memory.
             cache, past_key_values: one thing, by its new name in transformers and its old one.
             generation: options of `generate`, under "reconstruct". With ZeRO-3 on several ranks
                 `synced_gpus=True` is needed.
 
         Raises:
-            ValueError: for an unknown mode, a latent of another shape, or a sequence longer than
-                a "flatten" bottleneck.
+            TypeError: for an unknown argument.
+            ValueError: for an unknown mode, nothing to encode or decode, ids or a latent of
+                another shape, or a sequence longer than a "flatten" bottleneck.
         """
         if mode not in MODES:
             raise ValueError(f"mode is {mode!r}; choose {', '.join(MODES[:-1])} or {MODES[-1]}")
+        if mode == "reconstruct":
+            return self.generate(
+                input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **generation
+            )
+        if generation:
+            raise TypeError(f"T5VAE has no argument {', '.join(map(repr, generation))}")
         if latent is not None and latent.shape[1:] != (self.config.latent_size,):
             raise ValueError(
                 f"latent has the shape {list(latent.shape)}; give [B, {self.config.latent_size}]"
             )
-        if mode == "encode":
-            return self._encode(input_ids, attention_mask, regularisers)[0]
         if mode == "expand":
-            return self.bottleneck.expand(latent)
-        if mode == "reconstruct":
-            return self.generate(input_ids, attention_mask=attention_mask, **generation)
-
-        posterior = None
-        if encoder_outputs is None:
             if latent is None:
-                latent, posterior = self._encode(input_ids, attention_mask, regularisers)
+                raise ValueError("expanding needs latent")
+            return self.bottleneck.expand(latent)
+        if mode == "score" and labels is None:
+            if input_ids is None:
+                raise ValueError("scoring needs labels or input_ids")
+            labels = input_ids
+        given = {"input_ids": input_ids, "labels": labels, "decoder_input_ids": decoder_input_ids}
+        for name, ids_BT in given.items():
+            if ids_BT is not None and ids_BT.dim() != 2:
+                raise ValueError(f"{name} has the shape {list(ids_BT.shape)}; give [B, T]")
+        if labels is not None:
+            labels = labels.long().masked_fill(labels == -100, self.pad)
+            if all(it is None for it in (input_ids, inputs_embeds, latent, encoder_outputs)):
+                input_ids = labels
+        asked = {
+            "output_hidden_states": output_hidden_states,
+            "output_attentions": output_attentions,
+        }
+        layers = {
+            name: True
+            for name, wanted in asked.items()
+            if (getattr(self.config, name) if wanted is None else wanted)
+        }
+        found: dict[str, Any] = {"latent": latent}
+        if mode == "encode" or (latent is None and encoder_outputs is None):
+            found = self._encode(input_ids, attention_mask, regularisers, inputs_embeds, layers)
+            if mode == "encode":
+                return found["latent"]
+        if encoder_outputs is None:
+            z_BD = found["latent"]
             if on_latent is not None:
-                on_latent(latent)
-            z_BD = latent
+                on_latent(z_BD)
             if regularisers is not None and regularisers.latent_noise:
                 noise_BD = keyed_normal(regularisers.keys_B, z_BD.shape[1], NOISE)
                 z_BD = z_BD + regularisers.latent_noise * noise_BD.to(z_BD.dtype)
@@ -246,54 +247,71 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         else:
             memory_BMC = encoder_outputs[0]
 
-        if mode == "score" and labels is None:
-            labels = input_ids
-        if labels is not None:
-            labels = labels.masked_fill(labels == -100, self.pad)
-        if decoder_input_ids is None:
+        if decoder_input_ids is None and decoder_inputs_embeds is None:
             if labels is None:
                 raise ValueError("decoding needs labels or decoder_input_ids")
-            decoder_input_ids = nn.functional.pad(labels[:, :-1], (1, 0), value=self.start)
+            decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
             if regularisers is not None:
                 decoder_input_ids = self._drop_tokens(
                     decoder_input_ids, regularisers, regularisers.word_dropout, WORD_DROPOUT
                 )
+        for inputs in (decoder_input_ids, decoder_inputs_embeds):
+            if labels is not None and inputs is not None and labels.shape != inputs.shape[:2]:
+                raise ValueError(
+                    f"labels has the shape {list(labels.shape)}, the decoder's input "
+                    f"{list(inputs.shape[:2])}"
+                )
 
+        real_BT = None if labels is None else labels != self.pad
+        plain = decoder_inputs_embeds is None and decoder_attention_mask is None
+        if mode == "score" and plain and not (layers or use_cache) and self._packs(labels):
+            states = self._decode_packed(decoder_input_ids, memory_BMC, real_BT)
+        else:
+            states, more = self._decode(
+                memory_BMC,
+                input_ids=decoder_input_ids,
+                inputs_embeds=decoder_inputs_embeds,
+                attention_mask=decoder_attention_mask,
+                use_cache=bool(use_cache),  # None would fill a cache in every training step
+                **{CACHE: past_key_values if cache is None else cache},
+                **layers,
+            )
+            found |= more
+            if mode == "score":
+                states = states[real_BT]
         if mode == "score":
-            assert labels is not None
-            real_BT = labels != self.pad
-            if self._packs(labels):
-                # a pad inside a row is context like any other token; those that end it are none
-                layout = Layout(real_BT.flip(1).cummax(1).values.flip(1))
-                ids_N = layout.pack(decoder_input_ids)
-                states_NC = decode(self.t5.decoder, ids_N, layout, memory_BMC)
-                scored_N = layout.pack(real_BT)
-                if not scored_N.all():
-                    states_NC = states_NC[scored_N]
-            else:
-                states_NC = self._decode(decoder_input_ids, memory_BMC).last_hidden_state[real_BT]
-            output = self._score(self._scaled(states_NC), labels, real_BT)
-            output.latent = latent
-            if posterior is not None:
-                output.mean, output.log_variance = posterior
-            return output
-        cache = past_key_values if cache is None else cache
-        decoded = self._decode(decoder_input_ids, memory_BMC, cache, use_cache)
-        return T5VAEOutput(
-            logits=self.t5.lm_head(self._scaled(decoded.last_hidden_state)),
-            latent=latent,
-            **{CACHE: decoded.get(CACHE)},
-        )
+            found |= self._score(self._scaled(states), labels, real_BT)
+        else:
+            found["logits"] = self.t5.lm_head(self._scaled(states))
+            if labels is not None:
+                logits_NV, labels_N = found["logits"][real_BT].float(), labels[real_BT]
+                found |= _losses(cross_entropy(logits_NV, labels_N, reduction="none"), real_BT)
+        output = T5VAEOutput(**found)
+        by_name = self.config.return_dict if return_dict is None else return_dict
+        return output if by_name else output.to_tuple()
 
-    def _decode(
-        self, ids_BT: Tensor, memory_BMC: Tensor, cache: Any = None, use_cache: bool | None = None
-    ) -> BaseModelOutputWithPastAndCrossAttentions:
-        return self.t5.decoder(
-            input_ids=ids_BT,
-            encoder_hidden_states=memory_BMC,
-            use_cache=bool(use_cache),  # None would fill a cache in every training step
-            **{CACHE: cache},
-        )
+    def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
+        """Labels shifted right, behind the start token, as transformers' collators ask for them."""
+        labels = labels.masked_fill(labels == -100, self.pad)
+        return nn.functional.pad(labels[:, :-1], (1, 0), value=self.start)
+
+    def _decode(self, memory_BMC: Tensor, **given: Any) -> tuple[Tensor, dict[str, Any]]:
+        """The decoder's states, and what else was asked for, by its name in our output."""
+        decoded = self.t5.decoder(encoder_hidden_states=memory_BMC, **given)
+        return decoded.last_hidden_state, {
+            CACHE: decoded.get(CACHE),
+            "decoder_hidden_states": decoded.get("hidden_states"),
+            "decoder_attentions": decoded.get("attentions"),
+            "cross_attentions": decoded.get("cross_attentions"),
+        }
+
+    def _decode_packed(self, ids_BT: Tensor, memory_BMC: Tensor, real_BT: Tensor) -> Tensor:
+        """The decoder's states [N, C] of the real tokens alone."""
+        # a pad inside a row is context like any other token; those that end it are none
+        layout = Layout(real_BT.flip(1).cummax(1).values.flip(1))
+        states_NC = decode(self.t5.decoder, layout.pack(ids_BT), layout, memory_BMC)
+        scored_N = layout.pack(real_BT)
+        return states_NC if scored_N.all() else states_NC[scored_N]
 
     def _scaled(self, states: Tensor) -> Tensor:
         """The decoder's states as the output layer takes them."""
@@ -309,25 +327,58 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         )
 
     def _encode(
-        self, ids_BT: Tensor, mask_BT: Tensor | None, regularisers: Regularisers | None
-    ) -> tuple[Tensor, Posterior | None]:
+        self,
+        ids_BT: Tensor | None,
+        mask_BT: Tensor | None,
+        regularisers: Regularisers | None,
+        embedded_BTC: Tensor | None,
+        layers: dict[str, bool],
+    ) -> dict[str, Any]:
+        """The code, and what else was asked for, by its name in our output."""
         config = self.config
-        if not config.mask_padding:
-            # A negative pad would cut the sequence that the bottleneck must refuse.
-            short = max(0, config.sequence_length - ids_BT.shape[1])
-            ids_BT = nn.functional.pad(ids_BT, (0, short), value=self.pad)
-            mask_BT = torch.ones_like(ids_BT)
-        elif mask_BT is None:
-            mask_BT = (ids_BT != self.pad).long()
-        if regularisers is not None:
-            ids_BT = self._drop_tokens(ids_BT, regularisers, regularisers.input_mask, ENCODER_MASK)
-        if self._packs(ids_BT):
+        if embedded_BTC is not None and ids_BT is None:
+            shape = embedded_BTC.shape[:2]
+            if not config.mask_padding and shape[1] < config.sequence_length:
+                raise ValueError(
+                    f"inputs_embeds has {shape[1]} tokens; this model encodes pads too: give all "
+                    f"{config.sequence_length}"
+                )
+            if mask_BT is None or not config.mask_padding:
+                mask_BT = torch.ones(shape, dtype=torch.int64, device=embedded_BTC.device)
+        elif ids_BT is not None and embedded_BTC is None:
+            if not config.mask_padding:
+                # A negative pad would cut the sequence that the bottleneck must refuse.
+                short = max(0, config.sequence_length - ids_BT.shape[1])
+                ids_BT = nn.functional.pad(ids_BT, (0, short), value=self.pad)
+                mask_BT = torch.ones_like(ids_BT)
+            elif mask_BT is None:
+                mask_BT = (ids_BT != self.pad).long()
+            if regularisers is not None:
+                ids_BT = self._drop_tokens(
+                    ids_BT, regularisers, regularisers.input_mask, ENCODER_MASK
+                )
+        else:
+            raise ValueError("encoding needs either input_ids or inputs_embeds")
+        found: dict[str, Any] = {}
+        if ids_BT is not None and not layers and self._packs(ids_BT):
             layout = Layout(mask_BT.bool())
             states_BTC = layout.unpack(encode(self.t5.encoder, layout.pack(ids_BT), layout))
         else:
-            encoded = self.t5.encoder(input_ids=ids_BT, attention_mask=mask_BT)
+            encoded = self.t5.encoder(
+                input_ids=ids_BT, inputs_embeds=embedded_BTC, attention_mask=mask_BT, **layers
+            )
             states_BTC = encoded.last_hidden_state
-        return self.compress(states_BTC, mask_BT, regularisers.keys_B if regularisers else None)
+            if layers:
+                found = {
+                    "encoder_last_hidden_state": states_BTC,
+                    "encoder_hidden_states": encoded.get("hidden_states"),
+                    "encoder_attentions": encoded.get("attentions"),
+                }
+        keys_B = regularisers.keys_B if regularisers else None
+        found["latent"], posterior = self.compress(states_BTC, mask_BT, keys_B)
+        if posterior is not None:
+            found["mean"], found["log_variance"] = posterior
+        return found
 
     def compress(
         self, states_BTC: Tensor, mask_BT: Tensor, keys_B: Tensor | None = None
@@ -362,14 +413,10 @@ class T5VAE(PreTrainedModel, GenerationMixin):
     def _score(self, states_NC: Tensor, labels_BT: Tensor, real_BT: Tensor) -> T5VAEOutput:
         """Cross-entropy of the labels that are real, from the states before each of them."""
         labels_N = labels_BT[real_BT]
-        tokens = max(1, len(labels_N))
         if self.fused_cross_entropy and torch.is_grad_enabled():
             nll = self.t5.lm_head(states_NC, labels_N, fused=True)
-            return T5VAEOutput(loss=nll / tokens)
-        nll_N = self.t5.lm_head(states_NC, labels_N)
-        nll_BT = torch.zeros(real_BT.shape, dtype=nll_N.dtype, device=nll_N.device)
-        nll_B = nll_BT.masked_scatter(real_BT, nll_N).sum(1)
-        return T5VAEOutput(loss=nll_B.sum() / tokens, nll=nll_B)
+            return T5VAEOutput(loss=nll / max(1, len(labels_N)))
+        return _losses(self.t5.lm_head(states_NC, labels_N), real_BT)
 
     def generate(self, inputs: Tensor | None = None, *, latent: Tensor | None = None, **kwargs):
         """transformers' `generate` from a code [B, D], or from sequences [B, T] to reconstruct.
@@ -377,13 +424,23 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         Returns:
             int64 [B, <= sequence_length + 1]: the decoder's start token, then the sequence.
         """
-        mask_BT = kwargs.pop("attention_mask", None)
+        mask_BT, embedded_BTC = (
+            kwargs.pop(name, None) for name in ("attention_mask", "inputs_embeds")
+        )
         if latent is None and "encoder_outputs" not in kwargs:
-            latent = self(kwargs.pop("input_ids", inputs), mask_BT, mode="encode")
+            ids_BT = kwargs.pop("input_ids", inputs)
+            latent = self(ids_BT, mask_BT, inputs_embeds=embedded_BTC, mode="encode")
         if latent is not None:
             memory_BMC = self(latent=latent.to(self.dtype), mode="expand")
             kwargs["encoder_outputs"] = BaseModelOutput(last_hidden_state=memory_BMC)
         return super().generate(**kwargs)
+
+
+def _losses(nll_N: Tensor, real_BT: Tensor) -> T5VAEOutput:
+    """The mean over real tokens, and the sum of each row."""
+    nll_BT = torch.zeros(real_BT.shape, dtype=nll_N.dtype, device=nll_N.device)
+    nll_B = nll_BT.masked_scatter(real_BT, nll_N).sum(1)
+    return T5VAEOutput(loss=nll_B.sum() / max(1, len(nll_N)), nll=nll_B)
 
 
 AutoModel.register(T5VAEConfig, T5VAE)
