@@ -27,6 +27,9 @@ def deepspeed_config(
 ) -> dict[str, Any]:
     """DeepSpeed's configuration: ours, over the user's own.
 
+    "auto" in the user's own, which transformers would fill in, is ours where we have a value, and
+    else left to DeepSpeed.
+
     Raises:
         UserError: where the user's own contradicts ours, with both values, or is not readable.
     """
@@ -62,7 +65,7 @@ def deepspeed_config(
             raise UserError(
                 f"deepspeed.config sets {name}, which would not be used: set {instead} in its place"
             )
-    merged = _merge(theirs, ours)
+    merged = _without_auto(_merge(theirs, ours))
     _refuse_unsaved(merged)
     return {"steps_per_print": 2**31, **merged}
 
@@ -99,12 +102,21 @@ def _user_config(given: str | dict[str, Any] | None) -> dict[str, Any]:
     if not isinstance(given, str):
         return given or {}
     try:
-        content = json.loads(Path(given).read_text())
+        content = json.loads(Path(given).read_text(), object_pairs_hook=_once)
     except (OSError, ValueError) as error:
         raise UserError(f"deepspeed.config: {given} is not a readable JSON file: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"deepspeed.config: {given} holds no JSON object")
     return content
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, in which no key is given twice."""
+    names = [name for name, _ in pairs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"{', '.join(twice)} is given twice: keep one")
+    return dict(pairs)
 
 
 def _merge(theirs: dict[str, Any], ours: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -120,6 +132,15 @@ def _merge(theirs: dict[str, Any], ours: dict[str, Any], prefix: str = "") -> di
                 f"configuration makes it {value!r}; leave it out, or make them agree"
             )
     return merged
+
+
+def _without_auto(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings without those that are "auto", at any depth."""
+    return {
+        key: _without_auto(value) if isinstance(value, dict) else value
+        for key, value in settings.items()
+        if value != "auto"
+    }
 
 
 def schedule(step: int, steps: int, optim: Optim) -> float:

@@ -156,6 +156,91 @@ def test_half_precision_of_a_users_own_is_refused_in_an_fp32_run():
     assert "bf16.enabled" in message
 
 
+HUGGING_FACE = {  # the ZeRO-3 file of transformers' documentation, its optimizer left out
+    "fp16": {
+        "enabled": "auto",
+        "loss_scale": 0,
+        "loss_scale_window": 1000,
+        "initial_scale_power": 16,
+        "hysteresis": 2,
+        "min_loss_scale": 1,
+    },
+    "bf16": {"enabled": "auto"},
+    "zero_optimization": {
+        "stage": 3,
+        "offload_optimizer": {"device": "cpu", "pin_memory": True},
+        "offload_param": {"device": "cpu", "pin_memory": True},
+        "overlap_comm": True,
+        "contiguous_gradients": True,
+        "sub_group_size": 1e9,
+        "reduce_bucket_size": "auto",
+        "stage3_prefetch_bucket_size": "auto",
+        "stage3_param_persistence_threshold": "auto",
+        "stage3_max_live_parameters": 1e9,
+        "stage3_max_reuse_distance": 1e9,
+        "stage3_gather_16bit_weights_on_model_save": True,
+    },
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "steps_per_print": 2000,
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "wall_clock_breakdown": False,
+}
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+def test_a_file_of_hugging_faces_is_filled_in(tmp_path, precision):
+    path = tmp_path / "ds_config_zero3.json"
+    path.write_text(json.dumps(HUGGING_FACE))
+    merged = made(
+        *(2, str(path)),
+        zero={"zero_stage": 3},
+        train={"precision": precision},
+        optim={"name": "adamw"},
+        data={"micro_batch_size": 8},
+    )
+    assert "auto" not in json.dumps(merged)
+    theirs = HUGGING_FACE["zero_optimization"] | HUGGING_FACE["fp16"]
+    kept = {key: value for key, value in theirs.items() if value != "auto"}
+    assert kept.items() <= {**merged["zero_optimization"], **merged["fp16"]}.items()
+    assert merged["bf16"]["enabled"] is (precision == "bf16")
+    assert merged["fp16"]["enabled"] is (precision == "fp16")
+    assert merged["train_batch_size"] == 64
+    assert merged["train_micro_batch_size_per_gpu"] == 8
+    assert merged["gradient_accumulation_steps"] == 4
+    assert merged["gradient_clipping"] == 1.0
+    assert merged["steps_per_print"] == 2000
+    assert {"reduce_bucket_size", "stage3_prefetch_bucket_size"}.isdisjoint(
+        merged["zero_optimization"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("user", "left"),
+    [
+        ({"zero_optimization": "auto"}, {"stage": 1}),
+        ({"zero_optimization": {"stage": "auto", "offload_optimizer": "auto"}}, {"stage": 1}),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "auto", "pin_memory": True}}},
+            {"stage": 1, "offload_optimizer": {"pin_memory": True}},
+        ),
+        ({"fp16": "auto", "activation_checkpointing": {"profile": "auto"}}, {"stage": 1}),
+    ],
+)
+def test_auto_at_any_depth_is_ours_or_left_to_deepspeed(user, left):
+    merged = made(1, user)
+    assert "auto" not in json.dumps(merged)
+    assert merged["zero_optimization"] == left
+    assert merged["bf16"] == {"enabled": True}
+
+
+@pytest.mark.parametrize("section", ["optimizer", "scheduler"])
+def test_a_section_that_would_not_be_used_is_refused_though_it_is_auto(section):
+    auto = {"type": "AdamW", "params": {"lr": "auto", "betas": "auto"}}
+    assert section in refusal(1, HUGGING_FACE | {section: auto}, zero={"zero_stage": 3})
+
+
 @pytest.mark.parametrize("section", ["optimizer", "scheduler"])
 def test_a_users_own_optimizer_or_scheduler_is_refused_rather_than_ignored(section):
     assert section in refusal(1, {section: {"type": "Adam", "params": {"lr": 1.0}}})
