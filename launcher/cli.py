@@ -1,6 +1,5 @@
 """`t5vae-launch`, or `python -m launcher`: submit, script, status, logs, cancel, resume."""
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from launcher.submission import check, sweep
 from launcher.submission import submit as submit_jobs
 from launcher.table import table
 from t5vae.common.errors import UserError
+from t5vae.common.paths import expanded
 from t5vae.config import Config, Launcher, load_config
 
 app = typer.Typer(
@@ -103,17 +103,12 @@ def submit(
     --partition gpu`
     """
     given = {key: context.params.get(key) for key in Launcher.model_fields}
-    flags = [
-        f"launcher.{key}={json.dumps(value)}"  # JSON is YAML, with strings safely quoted
-        for key, value in given.items()
-        if value is not None
-    ]
-    changes = [*(overrides or []), *flags]
+    flags = {f"launcher.{key}": value for key, value in given.items() if value is not None}
     if sweep_over:
-        configs = sweep(config, changes, sweep_over)
+        configs = sweep(config, overrides or [], sweep_over, flags)
         _submit(configs, cluster, configs[0].run_dir.parent / "jobs", dry_run, force)
     else:
-        one = load_config(config, changes)
+        one = load_config(config, overrides or [], flags)
         _submit([one], cluster, one.run_dir / "jobs", dry_run, force)
 
 
@@ -129,8 +124,9 @@ def resume(
 
     Example: `t5vae-launch resume runs/large train.steps=200000 launcher.nodes=4`
     """
-    here = [f"run.output_dir={json.dumps(str(run))}", "checkpoint.resume=auto"]
-    config = load_config(run / "config.yaml", [*(overrides or []), *here])
+    run = Path(expanded(str(run)))
+    here = {"run.output_dir": str(run), "checkpoint.resume": "auto"}
+    config = load_config(run / "config.yaml", overrides or [], here)
     _submit([config], cluster, config.run_dir / "jobs", dry_run, force)
 
 

@@ -1,9 +1,10 @@
 """Submission: configurations are checked, made ready in their run folders, and queued."""
 
 import itertools
-import json
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -12,12 +13,14 @@ from launcher.backends import BACKENDS
 from launcher.jobs import Job, holder, queue
 from launcher.task import Training
 from t5vae.common.errors import UserError
-from t5vae.config import Config, load_config
+from t5vae.config import Config, load_config, read_values
 
 BASE_FILES = ["*.json", "*.model", "*.txt"]
 
 
-def sweep(path: str | Path, overrides: list[str], axes: list[str]) -> list[Config]:
+def sweep(
+    path: str | Path, overrides: list[str], axes: list[str], settings: dict[str, Any]
+) -> list[Config]:
     """The configurations of a sweep: every combination of the values of its axes.
 
     Each has a run folder of its own in the folder that the configuration names.
@@ -26,6 +29,7 @@ def sweep(path: str | Path, overrides: list[str], axes: list[str]) -> list[Confi
         path: of the configuration.
         overrides: for all of them.
         axes: `dotted.key=value,value,...`, each.
+        settings: as `load_config` takes them, for all of them.
 
     Raises:
         UserError: as `load_config`; or for an axis without values.
@@ -34,25 +38,23 @@ def sweep(path: str | Path, overrides: list[str], axes: list[str]) -> list[Confi
     for axis in axes:
         key, _, text = axis.partition("=")
         try:
-            values = yaml.safe_load(f"[{text}]")
-        except yaml.YAMLError:
-            values = None
+            values = read_values(text, key)
+        except (ValueError, RecursionError, yaml.YAMLError):
+            values = []
         if not values or key.startswith(("launcher.", "run.name", "run.output_dir")):
             raise UserError(f"{axis!r} is not a sweep; write section.key=value,value,...")
         choices.append([(key, value) for value in values])
-    base = load_config(path, overrides)
+    base = load_config(path, overrides, settings)
     found = []
     for combination in itertools.product(*choices):
         parts = (f"{key.rpartition('.')[2]}={value}" for key, value in combination)
-        label = ",".join(parts).replace("/", "_")
+        label = re.sub("[/$]", "_", ",".join(parts))
         own = {
             **dict(combination),
             "run.name": f"{base.run.name}-{label}",
             "run.output_dir": str(base.run_dir / label),
         }
-        # JSON is YAML, with strings safely quoted
-        changes = [f"{key}={json.dumps(value)}" for key, value in own.items()]
-        found.append(load_config(path, [*overrides, *changes]))
+        found.append(load_config(path, overrides, {**settings, **own}))
     if len({config.run_dir for config in found}) < len(found):
         raise UserError("two runs of the sweep would share a folder: name each value once")
     return found

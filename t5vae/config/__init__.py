@@ -7,6 +7,7 @@ from t5vae.config.config import Config, add_term
 from t5vae.config.launching import Launcher
 from t5vae.config.learning import T5, Model, Objective, Optim
 from t5vae.config.loading import keys, load_config, presets
+from t5vae.config.reading import read_values
 from t5vae.config.running import (
     BatchSplit,
     Checkpoint,
@@ -39,4 +40,5 @@ __all__ = [
     "keys",
     "load_config",
     "presets",
+    "read_values",
 ]

@@ -1,5 +1,6 @@
 """The whole configuration of a run, and what goes with what."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from t5vae.config.launching import Launcher
 from t5vae.config.learning import Model, Objective, Optim
 from t5vae.config.running import Checkpoint, Data, DeepSpeed, Eval, Log, Run, Train
 from t5vae.objective import Term
+
+STARTED_IN = "started_in"
+"""Beside the keys of `run` in a run's own config.yaml: the working folder it was written from."""
 
 
 class Config(Section):
@@ -94,7 +98,9 @@ class Config(Section):
 
     def write(self) -> None:
         """Save the whole configuration as config.yaml in the run's folder, atomically."""
-        write_whole(self.run_dir / "config.yaml", self.dump())
+        tree = self.model_dump(mode="json")
+        tree["run"][STARTED_IN] = os.getcwd()
+        write_whole(self.run_dir / "config.yaml", yaml.safe_dump(tree, sort_keys=False))
 
 
 def add_term(name: str, kind: type[Term]) -> None:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field, create_model
 
 from t5vae.common.kinds import BOTTLENECKS, OPTIMISERS, TERMS, find
-from t5vae.common.section import Fraction, OneOf, Section
+from t5vae.common.section import Fraction, OneOf, Place, Section
 from t5vae.objective import Term
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -33,7 +33,7 @@ class T5(Section):
 
 
 class Model(Section):
-    base: str | None = None
+    base: Place | None = None
     """A pretrained T5, T5 v1.1, Flan-T5, ByT5, mT5 or UMT5 to start from: a folder, or a Hugging
     Face name. Its tokenizer must be the shards'. Null for random weights."""
     t5: T5 = T5()

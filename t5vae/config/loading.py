@@ -1,6 +1,7 @@
-"""Reading a configuration: a YAML file, dotted overrides, and errors in one line."""
+"""Loading a configuration: a YAML file, dotted overrides, and errors in one line."""
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,17 +9,10 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from t5vae.common.errors import UserError
+from t5vae.common.paths import expanded
 from t5vae.config.config import Config
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 takes 24:00:00 for a number of seconds; here it stays a time."""
-
-    def construct_yaml_int(self, node: yaml.ScalarNode) -> Any:
-        return node.value if ":" in node.value else super().construct_yaml_int(node)
-
-
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+from t5vae.config.moved import find_again
+from t5vae.config.reading import read, read_value
 
 PRESETS = Path(__file__).parent / "presets"
 REPLACED = {"train.steps": "train.minutes"}
@@ -30,56 +24,78 @@ def presets() -> dict[str, Path]:
     return {path.stem: path for path in sorted(PRESETS.glob("*.yaml"))}
 
 
-def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+def load_config(
+    path: str | Path,
+    overrides: list[str] | tuple[str, ...] = (),
+    settings: Mapping[str, Any] | None = None,
+) -> Config:
     """Read a YAML file and apply `dotted.key=value` overrides, of which a later one wins.
 
+    A run's own config.yaml, in its folder, is the run's that lies there now: see `find_again`.
+
     Args:
-        path: of the file; or the bare name of a preset, such as quickstart.
-        overrides: a later one wins.
+        path: of the file; or the bare name of a preset, such as quickstart. In text `~` and
+            variables are expanded.
+        overrides: as they are typed: see `read_value`.
+        settings: values by dotted key, which are taken as they are; they win.
 
     Raises:
-        UserError: for a missing or malformed file, an unknown key (the nearest valid one is
-            suggested), a value out of range, or values that do not fit together.
+        UserError: for a missing or malformed file, a key that is given twice, an unknown key (the
+            nearest valid one is suggested), a value out of range, or values that do not fit
+            together.
     """
-    path = presets().get(str(path)) or Path(path)
-    try:
-        tree = yaml.load(path.read_text(), _Loader)
-    except FileNotFoundError:
-        raise UserError(
-            f"no configuration at {path}; those that come with t5vae are {', '.join(presets())}"
-        ) from None
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} is not a readable YAML file: {reason}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path} holds no configuration; it must be a mapping of sections")
+    given = Path(expanded(path)) if isinstance(path, str) else path
+    path = presets().get(str(path)) or given
+    tree = _tree(path)
+    missing = find_again(tree, path)
     for override in overrides:
-        _apply(tree, override)
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"{override!r} is not an override; write section.key=value")
+        _put(tree, key, read_value(value, key))
+    for key, value in (settings or {}).items():
+        _put(tree, key, value)
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
         raise UserError(f"{path}: {_explain(error)}") from None
+    config.data._looked_for = tuple(
+        place for shards in config.data.paths for place in missing.get(shards, ())
+    )
     if config.run.name:
         return config
     run = config.run.model_copy(update={"name": path.stem})
     return config.model_copy(update={"run": run})
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
-    key, equals, value = override.partition("=")
-    if not equals or not key:
-        raise UserError(f"{override!r} is not an override; write section.key=value")
+def _tree(path: Path) -> dict[Any, Any]:
+    try:
+        tree = read(path.read_text())
+    except FileNotFoundError:
+        raise UserError(
+            f"no configuration at {path}; those that come with t5vae are {', '.join(presets())}"
+        ) from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is not a readable YAML file: {reason}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} holds no configuration; it must be a mapping of sections")
+    return tree
+
+
+def _put(tree: dict[str, Any], key: str, value: Any) -> None:
     if key in REPLACED:
-        _apply(tree, f"{REPLACED[key]}=null")
+        _put(tree, REPLACED[key], None)
     *path, leaf = key.split(".")
     for section in path:
-        tree = tree.setdefault(section, {})
+        if tree.get(section) is None:
+            tree[section] = {}
+        tree = tree[section]
         if not isinstance(tree, dict):
             raise UserError(f"{key!r}: {section!r} is a value, not a section")
-    try:
-        tree[leaf] = yaml.load(value, _Loader)
-    except (ValueError, RecursionError, yaml.YAMLError):
-        tree[leaf] = value
+    tree[leaf] = value
 
 
 def keys(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from t5vae.common.errors import UserError
-from t5vae.common.section import Interval, Section
+from t5vae.common.section import Interval, Place, Section
 
 if TYPE_CHECKING:
     from shards import Dataset
@@ -16,16 +16,21 @@ if TYPE_CHECKING:
 class Run(Section):
     name: str = ""
     """Name of the run; empty takes the configuration file's."""
-    output_dir: str = ""
+    output_dir: Place = ""
     """The run's folder; empty means runs/NAME."""
     seed: int = 0
     """Seeds weights, data order and noise."""
+
+    @field_validator("name", "output_dir", mode="before")
+    @classmethod
+    def _empty(cls, value: Any) -> Any:
+        return "" if value is None else value
 
 
 class Source(Section):
     """One dataset of a mixture."""
 
-    path: str
+    path: Place
     weight: float = Field(default=1.0, gt=0)
 
     @model_validator(mode="before")
@@ -58,7 +63,8 @@ class BatchSplit:
 
 class Data(Section):
     shards: Annotated[
-        Annotated[str, Tag("path")] | Annotated[list[Source], Field(min_length=1), Tag("mixture")],
+        Annotated[Place, Tag("path")]
+        | Annotated[list[Source], Field(min_length=1), Tag("mixture")],
         Discriminator(lambda value: "mixture" if isinstance(value, list) else "path"),
     ]
     """Folder or URL of shards that `t5vae shards build` made; or a list of them, or of
@@ -72,10 +78,18 @@ class Data(Section):
     every rank reads every block, and with accumulation each micro step has its own lengths."""
     on_corrupt: Literal["error", "skip"] = "error"
     """What a damaged block does: stop the run, or count as rows of weight 0."""
-    cache_dir: str | None = None
+    cache_dir: Place | None = None
     """Each node's folder for copies of remote shards; null takes T5VAE_CACHE or ~/.cache/t5vae."""
     cache_gib: float = Field(default=256, gt=0)
     """The most that folder may hold, in GiB."""
+    _looked_for: tuple[str, ...] = ()
+
+    @property
+    def paths(self) -> list[str]:
+        """Of the shards, one or several."""
+        if isinstance(self.shards, str):
+            return [self.shards]
+        return [source.path for source in self.shards]
 
     def open(self) -> "Dataset":
         """Open the shards.
@@ -87,9 +101,15 @@ class Data(Section):
 
         limit = round(self.cache_gib * 2**30)
         cache = Cache(Path(self.cache_dir), limit) if self.cache_dir else Cache(limit_bytes=limit)
-        if isinstance(self.shards, str):
-            return open_dataset(self.shards, cache)
-        return open_dataset([source.model_dump() for source in self.shards], cache)
+        place = self.shards
+        try:
+            if isinstance(place, str):
+                return open_dataset(place, cache)
+            return open_dataset([source.model_dump() for source in place], cache)
+        except UserError as error:
+            if not self._looked_for:
+                raise
+            raise UserError(f"{error}; looked for at {' and '.join(self._looked_for)}") from None
 
     def split(self, ranks: int) -> BatchSplit:
         """How the global batch is dealt to ranks.
@@ -150,7 +170,13 @@ class DeepSpeed(Section):
     stage 0."""
     offload_parameters: bool = False
     """Keep the weights in host memory too; stage 3."""
-    config: str | dict[str, Any] | None = None
+    config: (
+        Annotated[
+            Annotated[Place, Tag("file")] | Annotated[dict[str, Any], Tag("settings")],
+            Discriminator(lambda value: "settings" if isinstance(value, dict) else "file"),
+        ]
+        | None
+    ) = None
     """A DeepSpeed configuration, or its JSON file, merged under ours; conflicts are refused."""
 
 
@@ -171,7 +197,7 @@ class Checkpoint(Section):
     resume: Literal["auto", "never", "weights"] = "auto"
     """auto goes on from the newest valid checkpoint; never refuses a folder that holds any;
     weights starts a new run, from the weights of `source` alone."""
-    source: str | None = None
+    source: Place | None = None
     """For resume weights: a run or one of its checkpoints; null sets this folder's own run aside
     and starts from its newest checkpoint."""
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -112,8 +113,7 @@ def _user_config(given: str | dict[str, Any] | None) -> dict[str, Any]:
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object, in which no key is given twice."""
-    names = [name for name, _ in pairs]
-    twice = sorted({name for name in names if names.count(name) > 1})
+    twice = [name for name, times in Counter(name for name, _ in pairs).items() if times > 1]
     if twice:
         raise ValueError(f"{', '.join(twice)} is given twice: keep one")
     return dict(pairs)

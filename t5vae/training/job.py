@@ -98,7 +98,6 @@ class Job:
         """The command that shows the global batch at a position of the stream."""
         data = self.config.data
         mixture = [] if isinstance(data.shards, str) else data.shards
-        paths = [source.path for source in mixture] or [str(data.shards)]
         weights = [f"--weight={source.weight}" for source in mixture]
         where = {
             "position": position,
@@ -106,7 +105,7 @@ class Job:
             "seed": self.config.run.seed,
         }
         options = [f"--{name}={value}" for name, value in where.items()]
-        return shlex.join(["t5vae", "shards", "inspect", *paths, *weights, *options])
+        return shlex.join(["t5vae", "shards", "inspect", *data.paths, *weights, *options])
 
     def logs_after(self, step: int) -> bool:
         return step % self.config.log.every == 0 or step == self.steps

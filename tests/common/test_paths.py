@@ -35,7 +35,7 @@ def test_the_home_and_variables_are_put_in(monkeypatch, written, meant):
 def test_a_variable_that_is_not_set_is_refused_by_name(monkeypatch, written):
     monkeypatch.delenv("NO_SUCH", raising=False)
     monkeypatch.setenv("EMPTY", "")
-    with pytest.raises(UserError, match="'NO_SUCH'|'EMPTY'") as caught:
+    with pytest.raises(UserError, match=r"'NO_SUCH'|'EMPTY'") as caught:
         expanded(written)
     assert len(str(caught.value).splitlines()) == 1
 

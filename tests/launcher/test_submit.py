@@ -88,13 +88,14 @@ def test_a_run_without_gpus_asks_for_none(config_file, slurm, launch):
         assert option not in script
 
 
-def test_resume_submits_the_folder_as_it_stands(config_file, slurm, launch):
+def test_resume_submits_the_folder_as_it_stands(config_file, slurm, launch, monkeypatch):
     run = config_file.parent / "moved run"
     run.mkdir()
     run.joinpath("config.yaml").write_text(
         load_config(config_file, ["checkpoint.resume=never"]).dump()
     )
-    assert launch("resume", run, "train.steps=9")[0] == 0
+    monkeypatch.setenv("HERE", str(config_file.parent))
+    assert launch("resume", "$HERE/moved run", "train.steps=9")[0] == 0
     sent = DelayedSubmission.load(run / "jobs/77_submitted.pkl").function.config
     assert sent.run_dir == run
     assert sent.train.steps == 9
@@ -209,8 +210,46 @@ def test_a_sweep_is_every_combination_in_folders_of_their_own(config_file, slurm
 
 
 @pytest.mark.parametrize(
+    ("sweep", "key", "values"),
+    [
+        ("eval.check=regex:a b,regex:c #d", "check", ["regex:a b", "regex:c #d"]),
+        ("eval.measure=on,007", "measure", ["on", "007"]),
+        ("run.seed=1,02", "seed", [1, 2]),
+        ("optim.lr=1e-3,2e-3", "lr", [1e-3, 2e-3]),
+        ("deepspeed.config=null,$HOME/ds.json", "config", [None, "/home/ada/ds.json"]),
+    ],
+)
+def test_values_of_a_sweep_are_what_their_key_holds(
+    config_file, slurm, launch, monkeypatch, sweep, key, values
+):
+    monkeypatch.setenv("HOME", "/home/ada")
+    code, _, err = launch("submit", config_file, "--sweep", sweep)
+    assert code == 0, err
+    section = sweep.partition(".")[0]
+    runs = config_file.parent.glob(f"runs/tiny/{key}=*/config.yaml")
+    found = [load_config(run) for run in runs]
+    assert {getattr(getattr(config, section), key) for config in found} == set(values)
+    assert len({config.run.name for config in found}) == 2
+
+
+def test_options_are_taken_as_they_are_typed(config_file, slurm, launch):
+    code, script, err = launch(
+        *("submit", config_file, "--dry-run", "--partition", "on", "--account", "007"),
+        *("--setup", "echo 'a' #b", "--constraint", "[a|b]", "run.name=x #1"),
+    )
+    assert code == 0, err
+    lines = script.splitlines()
+    for option in ("partition=on", "account=007", "constraint='[a|b]'", "job-name='x #1'"):
+        assert f"#SBATCH --{option}" in lines
+    assert "echo 'a' #b" in lines
+
+
+@pytest.mark.parametrize(
     "sweep",
-    ["optim.lr", "optim.lr=", "optim.lr=[1", "launcher.nodes=1,2", "run.seed=1,1", "optim.lrs=1,2"],
+    [
+        *("optim.lr", "optim.lr=", "optim.lr=[1", "launcher.nodes=1,2", "run.seed=1,1"),
+        *("optim.lrs=1,2", "eval.check=", "eval.check=a,,b"),
+    ],
 )
 def test_what_is_no_sweep_is_refused_in_one_line(config_file, slurm, launch, sweep):
     code, out, err = launch("submit", config_file, "--sweep", sweep)
