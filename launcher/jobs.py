@@ -29,7 +29,7 @@ class Job:
     Attributes:
         id: its backend's; ARRAY_TASK for one of an array.
         cluster: its backend's name in `BACKENDS`.
-        logs: folder of its logs; empty for a job of plain sbatch.
+        logs: folder of its logs as it was submitted; empty for a job of plain sbatch.
         time: when it was submitted, or first trained if by plain sbatch; of ISO 8601 with a zone.
     """
 
@@ -46,8 +46,23 @@ class Job:
         return datetime.fromisoformat(self.time), [int(p) if p.isdigit() else p for p in parts]
 
     def log(self, rank: int = 0) -> Path:
-        """What a rank printed, over all restarts of the job."""
-        return BACKENDS[self.cluster].log(self.logs, self.id, rank)
+        """What a rank printed, over all restarts of the job.
+
+        The run may have been moved, or be looked at from another working folder. Its backend's
+        files are in it, or for a sweep in the folder above. Plain sbatch writes into the folder in
+        which it was typed, which is this one or one above the run.
+        """
+        log, run = BACKENDS[self.cluster].log, self.run.absolute()
+        if not self.logs:
+            name = log("", self.id, rank)
+            paths = (folder / name for folder in (Path(), *run.parents))
+            return next((path for path in paths if path.exists()), name)
+        beside = filter(self._wrote_to, (run / "jobs", run.parent / "jobs"))
+        return log(str(next(beside, self.logs)), self.id, rank)
+
+    def _wrote_to(self, folder: Path) -> bool:
+        files = folder.glob(f"{_array(self.id)}_*")
+        return any(file.suffix != ".json" for file in files)  # a record is in every run
 
     def record(self) -> None:
         """Write the job down in its run's folder."""

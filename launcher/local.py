@@ -26,6 +26,7 @@ def queue(tasks: Sequence[Task], folder: Path, after: list[str]) -> list[str]:
     """Start the processes of each task, all at once and whatever else runs."""
     config = tasks[0].config
     place = config.launcher
+    slurm.require_plain(folder)
     executor = LocalExecutor(folder)
     executor.update_parameters(
         timeout_min=place.time,

@@ -2,13 +2,11 @@
 
 import shlex
 import sys
-from pathlib import Path
 
-from launcher.slurm import options
+from launcher.slurm import TEMPLATE, options
 from t5vae.config import Config
 
-TEMPLATE = Path(__file__).parent / "scripts" / "train.sh"
-FILLED_IN = "options=(--kill-on-bad-exit=1)\ncommand=(python -u -P -m t5vae train)\n"
+FILLED_IN = "options=(--kill-on-bad-exit=1)\ncommand=(python -u -P -m t5vae train)\nwarning=120\n"
 SBATCH_OPTIONS = (
     *("job_name", "nodes", "ntasks_per_node", "gpus_per_node", "cpus_per_task", "time"),
     *("partition", "account", "qos", "constraint", "exclude", "gres", "mem"),
@@ -22,6 +20,9 @@ def job_script(config: Config, arguments: list[str]) -> str:
     Args:
         config: its `launcher` section says what the job asks for.
         arguments: of `t5vae train`: where the configuration is, and its overrides.
+
+    Raises:
+        UserError: see `launcher.slurm.options`.
     """
     place, settings = config.launcher, options([config], [])
     asked = {key: settings[key] for key in SBATCH_OPTIONS if key in settings}
@@ -38,6 +39,7 @@ def job_script(config: Config, arguments: list[str]) -> str:
         *place.setup,
         f"options=({shlex.join(['--kill-on-bad-exit=1', *place.srun_args])})",
         f"command=({place.python or 'python'} -u -P -m t5vae train {shlex.join(arguments)})",
+        f"warning={place.signal_delay}",
     ]
     head, body = TEMPLATE.read_text().split(FILLED_IN)
     refusal = head.partition("\n\n")[2]

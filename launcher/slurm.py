@@ -5,11 +5,13 @@ What the processes of such a job are told, and ask, is `t5vae.cluster.scheduler`
 
 import contextlib
 import io
+import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +27,17 @@ OVER = (
     *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL"),
     *("DEADLINE", "PREEMPTED", "REVOKED"),
 )
-# What a job submitted from inside another would inherit; slurm/train.sh says why.
-FORGET = (
-    "unset SLURM_CPU_BIND SLURM_CPU_BIND_LIST SLURM_CPU_BIND_TYPE SLURM_CPU_BIND_VERBOSE "
-    "RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT"
+TEMPLATE = Path(__file__).parent / "scripts" / "train.sh"
+# What would mislead srun, which that script explains.
+FORGET = [line for line in TEMPLATE.read_text().splitlines() if line.startswith("unset ")]
+# What sbatch, salloc and srun tell of a job. Who submits from inside one would hand it on: sbatch
+# replaces only what the new job has too. Other variables, such as SLURM_CONF, are the user's.
+OF_A_JOB = re.compile(
+    r"SLURM_(ARRAY|CONTAINER|CORE_SPEC|CPU|DIST|EXPORT_ENV|GET_USER_ENV|GPU|GTIDS|HET_|JOB|LAUNCH_"
+    r"|LOCALID|MEM_|NNODES|NODE|NPROCS|NTASKS|OVERCOMMIT|PRIO_PROCESS|PROCID|PROFILE|RESTART_"
+    r"|SHARDS_|SRUN_COMM_|STEP|SUBMIT_|TASK|THREADS_|TOPOLOGY_|TRES_).*"
 )
+FILLED_IN = re.compile(r"%\d*[AaBbJjNnstuXx%]|\\")  # in the name of a log, as %j or %4t
 # A container lacks SLURM's commands: training then asks by an exit code to be queued again.
 QUEUE_AGAIN = [
     "code=$?",
@@ -58,10 +66,12 @@ def queue(tasks: Sequence[Task], folder: Path, after: list[str]) -> list[str]:
         UserError: SLURM refuses.
     """
     configs = [task.config for task in tasks]
+    require_plain(folder)
     executor = SlurmExecutor(folder, python=configs[0].launcher.python)
     executor.update_parameters(**options(configs, after))
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # submitit tells a refusal there too
+        # submitit tells a refusal on stderr too
+        with contextlib.redirect_stderr(io.StringIO()), _outside_of_jobs():
             return [job.job_id for job in executor.submit_array(tasks)]
     except (FailedJobError, FailedSubmissionError) as error:
         raise UserError(f"SLURM refuses the job: {' '.join(str(error).split())}") from None
@@ -69,11 +79,25 @@ def queue(tasks: Sequence[Task], folder: Path, after: list[str]) -> list[str]:
 
 def script(configs: Sequence[Config], folder: Path) -> str:
     """The sbatch script that `queue` would hand in."""
+    require_plain(folder)
     python = configs[0].launcher.python or shlex.quote(sys.executable)
     command = f"{python} -u -m submitit.core._submit {shlex.quote(str(folder.absolute()))}"
     count = len(configs) if len(configs) > 1 else None
     settings = options(configs, [])
     return _make_sbatch_string(command, folder.absolute(), map_count=count, **settings)
+
+
+def require_plain(folder: Path) -> None:
+    """Refuse a folder for logs in whose name SLURM and submitit would fill something in.
+
+    Raises:
+        UserError: naming it.
+    """
+    if found := FILLED_IN.search(str(folder.absolute())):
+        raise UserError(
+            f"{folder.absolute()}: SLURM puts a job's number or name in place of {found[0]}, and "
+            "its log elsewhere: choose a run.output_dir without it"
+        )
 
 
 def options(configs: Sequence[Config], after: list[str]) -> dict[str, Any]:
@@ -82,9 +106,18 @@ def options(configs: Sequence[Config], after: list[str]) -> dict[str, Any]:
     Args:
         configs: of a run, or of a sweep's.
         after: jobs that must end first.
+
+    Raises:
+        UserError: for a time limit that leaves no time before its warning.
     """
     config = configs[0]
     place = config.launcher
+    if place.time * 60 <= place.signal_delay:
+        raise UserError(
+            f"launcher.time is {place.time * 60} s and launcher.signal_delay {place.signal_delay} "
+            "s: the warning comes so long before the limit, so give the limit more time, or the "
+            "warning less"
+        )
     as_they_are = (
         *("nodes", "cpus_per_task", "time", "partition", "account", "qos", "constraint", "exclude"),
         *("gres", "mem", "mail_user", "mail_type", "array_parallelism"),
@@ -98,7 +131,7 @@ def options(configs: Sequence[Config], after: list[str]) -> dict[str, Any]:
         "dependency": f"afterany:{':'.join(after)}" if after else None,
         "signal_delay_s": place.signal_delay,
         "stderr_to_stdout": True,
-        "setup": [FORGET, *place.setup],
+        "setup": [*FORGET, *place.setup],
         "teardown": QUEUE_AGAIN,
         # srun does not take sbatch's --cpus-per-task over.
         "srun_args": [
@@ -109,6 +142,16 @@ def options(configs: Sequence[Config], after: list[str]) -> dict[str, Any]:
         "additional_parameters": {"requeue": True, **others},
     }
     return {key: value for key, value in settings.items() if value is not None}
+
+
+@contextlib.contextmanager
+def _outside_of_jobs() -> Iterator[None]:
+    """Programs started inside know nothing of the job that this process may be in."""
+    left = {name: os.environ.pop(name) for name in list(os.environ) if OF_A_JOB.fullmatch(name)}
+    try:
+        yield
+    finally:
+        os.environ.update(left)
 
 
 def enter() -> None:

@@ -29,6 +29,7 @@ fi
 
 options=(--kill-on-bad-exit=1)
 command=(python -u -P -m t5vae train)
+warning=120
 
 environment=${T5VAE_ENV:-$PWD/.venv}
 [[ -f $environment/bin/activate ]] && environment=$environment/bin/activate
@@ -43,7 +44,31 @@ else
 fi
 set -euo pipefail
 
-ranks=${SLURM_GPUS_ON_NODE:-${SLURM_NTASKS_PER_NODE:-1}}
+# What SLURM itself says of this job, of an array's tasks this one alone: a variable may be left over
+# from the job that this one was submitted in.
+record=$(scontrol -d show job "$SLURM_JOB_ID" 2>/dev/null |
+    awk -v RS= -v job="JobId=$SLURM_JOB_ID" '$1 == job') || record=
+
+if [[ $record =~ \ TimeLimit=(([0-9]+)-)?([0-9]+):([0-9]+):([0-9]+) ]]; then
+    part=("${BASH_REMATCH[@]}")
+    limit=$(((10#${part[2]:-0} * 24 + 10#${part[3]}) * 3600 + 10#${part[4]} * 60 + 10#${part[5]}))
+    if ((limit <= warning)); then
+        echo "the time limit of $limit s is no longer than its warning, which comes $warning s before" \
+            "it: give sbatch a longer --time" >&2
+        exit 2
+    fi
+fi
+
+# The GPUs of the node with the fewest: of GRES=gpu:a:2(IDX:0,3),gpu:b:1(IDX:1) three.
+gpus=$(awk 'sub(/^ *Nodes=.* GRES=/, "") {
+    gsub(/\([^)]*\)/, "")
+    count = 0
+    for (i = split($0, kinds, ","); i > 0; i--)
+        if (kinds[i] ~ /^gpu:/) { sub(/.*:/, "", kinds[i]); count += kinds[i] }
+    print count
+}' <<<"$record" | sort -n | head -n 1)
+gpus=${gpus:-${SLURM_GPUS_ON_NODE:-0}}
+ranks=$((gpus > 0 ? gpus : ${SLURM_NTASKS_PER_NODE:-1}))
 # The node with the fewest CPUs decides; SLURM writes 16(x3),8 for four nodes.
 cpus=$(tr ',' '\n' <<<"$SLURM_JOB_CPUS_PER_NODE" | sed 's/(.*//' | sort -n | head -n 1)
 if ((cpus >= ranks)); then
@@ -54,10 +79,17 @@ else
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus >= ranks ? cpus / ranks : 1))}
 
-# Left over where the job was submitted from inside another: the one would bind every rank to that
-# job's CPUs, the others would pass for the ranks of a launcher.
-unset SLURM_CPU_BIND SLURM_CPU_BIND_LIST SLURM_CPU_BIND_TYPE SLURM_CPU_BIND_VERBOSE
+# What srun would take for its options, left over from another job or twice over (it refuses memory
+# a CPU beside memory a node): the step takes what the job has. And what would pass for the ranks of
+# a launcher. The launcher's own scripts take these lines over.
+unset "${!SLURM_MEM_PER_@}" "${!SLURM_CPUS_PER_@}" "${!SLURM_GPUS@}" "${!SLURM_TRES_PER_@}"
+unset "${!SLURM_CPU_BIND@}" "${!SLURM_MEM_BIND@}" SLURM_DISTRIBUTION SLURM_DIST_PLANESIZE
+unset SLURM_NTASKS_PER_CORE SLURM_NTASKS_PER_GPU SLURM_NTASKS_PER_SOCKET SLURM_NTASKS_PER_TRES
+unset SLURM_EXPORT_ENV # sbatch --export=NONE keeps the login's variables out, not this script's
 unset RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT
+if [[ -n $record && $record != *" ArrayJobId="* ]]; then
+    unset "${!SLURM_ARRAY_@}"
+fi
 
 trap : TERM USR2 # for srun and its tasks, which save and end
 code=0

@@ -38,6 +38,7 @@ def test_the_script_is_train_sh_with_the_options_of_the_configuration(config_fil
     (command,) = (line for line in lines if line.startswith("command="))
     python = "apptainer exec --nv t5vae.sif python -u -P -m t5vae train"
     assert command.startswith(f"command=({python} {config_file} 'run.name=two words' launcher")
+    assert "warning=300" in lines
     body = TEMPLATE.read_text().partition(FILLED_IN)[2]
     assert script.endswith(body)
     assert max(i for i, line in enumerate(lines) if "#SBATCH" in line) < lines.index("")
