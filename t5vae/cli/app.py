@@ -4,12 +4,14 @@ import json
 import os
 import sys
 import traceback
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from shards.cli import app as shards_app
-from t5vae.common.errors import DISK_FULL, UserError
+from t5vae.common.errors import DISK_FULL, UserError, check_arguments
+from t5vae.common.paths import expanded
 from t5vae.common.versions import versions
 
 if TYPE_CHECKING:
@@ -28,8 +30,35 @@ config_app = typer.Typer(
 app.add_typer(shards_app, name="shards")
 app.add_typer(config_app, name="config")
 
-Run = Annotated[str, typer.Argument(help="A run folder, for example runs/quickstart.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+
+def expand(paths: Any) -> Any:
+    """`~` and `$NAME` in what an option or argument says of paths: one, several, or none."""
+    if isinstance(paths, list | tuple):
+        return [expand(each) for each in paths]
+    if isinstance(paths, Path):
+        return Path(expanded(str(paths)))
+    return None if paths is None else expanded(paths)
+
+
+def _one_form(context: typer.Context, wanted: bool) -> bool:
+    """What --json and --jsonl say, of which a command gets one."""
+    if wanted and (context.params.get("json") or context.params.get("jsonl")):
+        raise UserError("--json and --jsonl: give one of them")
+    return wanted
+
+
+Run = Annotated[
+    str, typer.Argument(help="A run folder, for example runs/quickstart.", callback=expand)
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.", callback=_one_form)]
+Jsonl = Annotated[
+    bool,
+    typer.Option(
+        "--jsonl",
+        help="Print a JSON object a line, its text first: --file takes them with --column text.",
+        callback=_one_form,
+    ),
+]
 ConfigFile = Annotated[
     str, typer.Argument(help="A YAML file, or a name of `t5vae config ls`, such as quickstart.")
 ]
@@ -86,6 +115,7 @@ def main() -> None:
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     try:
+        check_arguments(sys.argv)
         app(obj={"debug": debug})
     except (UserError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in DISK_FULL:

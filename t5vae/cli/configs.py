@@ -11,6 +11,7 @@ from t5vae.cli.app import (
     Overrides,
     app,
     config_app,
+    expand,
     print_json,
     quiet_transformers,
 )
@@ -45,7 +46,8 @@ def _comment(path: Path) -> str:
 def copy(
     name: Annotated[str, typer.Argument(help="One that `t5vae config ls` lists.")],
     to: Annotated[
-        Path | None, typer.Argument(help="A file, or a folder; default NAME.yaml here.")
+        Path | None,
+        typer.Argument(help="A file, or a folder; default NAME.yaml here.", callback=expand),
     ] = None,
 ) -> None:
     """Copy a configuration that comes with t5vae, to make it yours.

@@ -1,20 +1,26 @@
 """What commands on a latent space are given: a model, and texts."""
 
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from t5vae.cli.app import quiet_transformers
+from t5vae.cli.app import expand, quiet_transformers
 from t5vae.common.errors import UserError
+from t5vae.common.files import reading
 
 if TYPE_CHECKING:
     from t5vae.latent import LatentSpace
 
 PANEL = "The latent space"
+STDIN = ("-", "/dev/stdin")
 
-Space = Annotated[str, typer.Argument(help="A run folder, or an exported model's.")]
+Space = Annotated[
+    str, typer.Argument(help="A run folder, or an exported model's.", callback=expand)
+]
 Texts = Annotated[
     list[str] | None, typer.Argument(help="Texts; none, or -, reads a line each from stdin.")
 ]
@@ -22,7 +28,8 @@ File = Annotated[
     str | None,
     typer.Option(
         help="Read texts from here instead: a line each; .jsonl, .csv and .parquet need --column; "
-        ".gz and .zst too."
+        ".gz and .zst too. Empty ones are left out.",
+        callback=expand,
     ),
 ]
 Column = Annotated[str | None, typer.Option(help="The field of --file that holds the text.")]
@@ -37,36 +44,92 @@ Device = Annotated[
 ]
 
 
-def given_texts(texts: list[str] | None, file: str | None, column: str | None) -> list[str]:
+@dataclass(frozen=True)
+class Given:
+    """Texts that a command was given.
+
+    Attributes:
+        texts: the texts.
+        rows: the number of each one's row in --file, from 0; None for texts from elsewhere.
+        reasons: how many more there were that are left out, by reason.
+    """
+
+    texts: list[str]
+    rows: Sequence[int] | None = None
+    reasons: Mapping[str, int] = field(default_factory=dict)
+
+    def entries(self) -> list[dict[str, Any]]:
+        """For each text what tells it from others: itself, and its row if that is known."""
+        if self.rows is None:
+            return [{"text": text} for text in self.texts]
+        pairs = zip(self.texts, self.rows, strict=True)
+        return [{"text": text, "row": int(row)} for text, row in pairs]
+
+    def fitting(self, space: "LatentSpace") -> "Given":
+        """Those with no more tokens than the model takes.
+
+        Raises:
+            UserError: there are none.
+        """
+        from t5vae.latent.corpus import TOO_LONG
+
+        at = [i for i, ids in enumerate(space.token_ids(self.texts)) if space.fits(ids)]
+        if not at:
+            raise UserError(
+                f"no text has up to {space.model.config.sequence_length} tokens, the most that "
+                "this model takes"
+            )
+        if len(at) == len(self.texts):
+            return self
+        rows = None if self.rows is None else [self.rows[i] for i in at]
+        reasons = {**self.reasons, TOO_LONG: len(self.texts) - len(at)}
+        return Given([self.texts[i] for i in at], rows, reasons)
+
+
+def given_texts(texts: list[str] | None, file: str | None, column: str | None) -> Given:
     """Texts from arguments, a file, or standard input."""
     if file is not None:
         if texts:
             raise UserError("texts and --file: give one of them")
-        from t5vae.latent.corpus import FileTexts
-
-        found = list(chain.from_iterable(FileTexts(file, column).chunks(0)))
-        if not found:
-            raise UserError(f"{file} holds no texts")
-        return found
+        return _of_file(file, column)
     if column is not None:
         raise UserError("--column names a field of --file, which is not given")
-    if texts and texts != ["-"]:
-        return texts
-    try:
-        lines = [line.rstrip("\n") for line in sys.stdin]
-        "".join(lines).encode()  # in the locale C what is no text is read as lone surrogates
-    except UnicodeError as error:
-        raise UserError(f"standard input is not text: {error}") from None
+    return Given(texts if texts and texts != ["-"] else _standard_input())
+
+
+def _of_file(file: str, column: str | None) -> Given:
+    from t5vae.latent.corpus import FileTexts, left_out
+
+    source = FileTexts(file, column)
+    chunks = list(source.chunks(0))
+    if not chunks:
+        why = f"; {left_out(source.skipped)}" if source.skipped else ""
+        raise UserError(f"{source.name} holds no texts{why}")
+    rows, texts = (list(chain.from_iterable(parts)) for parts in zip(*chunks, strict=True))
+    return Given(texts, rows, source.skipped)
+
+
+def _standard_input() -> list[str]:
+    from shards.write.formats.text import read_text
+
+    name = "standard input"
+    with reading(name):
+        # Closed, it is None.
+        lines = (
+            list(chain.from_iterable(read_text(sys.stdin.buffer, name, None))) if sys.stdin else []
+        )
     if not lines:
         raise UserError("standard input is empty: give texts as arguments, or a line each")
+    if bad := next((line for line in lines if not isinstance(line, str)), None):
+        raise UserError(str(bad))
     return lines
 
 
-def exactly(count: int, texts: list[str] | None, file: str | None, column: str | None) -> list[str]:
+def exactly(count: int, texts: list[str] | None, file: str | None, column: str | None) -> Given:
     """As many texts as a command needs."""
     found = given_texts(texts, file, column)
-    if len(found) != count:
-        raise UserError(f"texts needed: {count}, given: {len(found)}")
+    if len(found.texts) != count:
+        raise UserError(f"texts needed: {count}, given: {len(found.texts)}")
     return found
 
 
@@ -75,17 +138,3 @@ def load(run: str, device: str | None) -> "LatentSpace":
 
     quiet_transformers()
     return LatentSpace.load(run, device)
-
-
-def fitting_texts(space: "LatentSpace", texts: list[str]) -> list[str]:
-    """Those with no more tokens than the model takes."""
-    ids = space.token_ids(texts)
-    fitting = [text for text, row in zip(texts, ids, strict=True) if space.fits(row)]
-    if not fitting:
-        raise UserError(
-            f"no text has up to {space.model.config.sequence_length} tokens, the most that this "
-            "model takes"
-        )
-    if len(fitting) < len(texts):
-        typer.echo(f"left out, with too many tokens: {len(texts) - len(fitting):,}", err=True)
-    return fitting

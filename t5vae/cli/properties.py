@@ -1,27 +1,28 @@
 """Commands that find texts by what they are like: fit-property, optimize, outliers, dedupe."""
 
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from t5vae.cli.app import Json, app, console, print_json
+from t5vae.cli.app import Json, Jsonl, app, console, expand, print_json
 from t5vae.cli.given import (
     PANEL,
     Check,
     Column,
     Device,
     File,
+    Given,
     Seed,
     Space,
     Texts,
     exactly,
-    fitting_texts,
     given_texts,
     load,
 )
+from t5vae.cli.shown import left_out, print_as_json
 from t5vae.common.errors import UserError
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def fit_property(
     Example: `t5vae fit-property runs/molecules solubility --file esol.csv --column smiles
     --values logS`
     """
-    texts: list[str] | None = None
+    given: Given | None = None
     measured: Any = function or name
     if values is not None:
         if function is not None:
@@ -68,15 +69,20 @@ def fit_property(
             raise UserError("--values needs the texts that have them: give --file and --column")
         from t5vae.latent.tables import read_values
 
-        texts, measured = read_values(file, column, values)
+        texts, measured, empty = read_values(file, column, values)
+        given = Given(texts, reasons=empty)
     elif file is not None:
-        texts = given_texts(None, file, column)
+        given = given_texts(None, file, column)
     space = load(run, device)
-    fitted = space.fit_property(texts, measured, kind=kind, name=name)
+    fitted = space.fit_property(given.texts if given else None, measured, kind=kind, name=name)
     path = space.keep_property(fitted)
+    fitting = given.fitting(space) if given else Given([])
+    if without := len(fitting.texts) and len(fitting.texts) - fitted.n:
+        fitting = replace(fitting, reasons={**fitting.reasons, "no value": without})
+    missing = left_out(fitting)
     if json:
         shown = {key: getattr(fitted, key) for key in ("name", "kind", "r2", "n", "scale")}
-        print_json({**shown, "file": str(path)})
+        print_json({**shown, "file": str(path), **missing})
     else:
         typer.echo(
             f"{name}, by {kind} on {fitted.n:,} texts: R² {fitted.r2:.3f} on those held out; {path}"
@@ -115,6 +121,7 @@ def optimize(
     column: Column = None,
     device: Device = None,
     json: Json = False,
+    jsonl: Jsonl = False,
 ) -> None:
     """Search near one text for texts with more of a property: gradient steps, decoded and ranked.
 
@@ -122,7 +129,7 @@ def optimize(
     """
     if minimize and target is not None:
         raise UserError("--min and --target: give one of them")
-    (text,) = exactly(1, texts, file, column)
+    given = exactly(1, texts, file, column)
     from t5vae.latent.checkers import checker
     from t5vae.latent.measures import NAMES, measure
 
@@ -134,10 +141,12 @@ def optimize(
     }
     space = load(run, device)
     fitted = space.get_property(property)
-    found = space.optimize(text, fitted, radius=radius, penalty=penalty, n=n, seed=seed, **how)
-    if json:
-        settings = {"property": property, "r2": fitted.r2, "goal": how["goal"], "radius": radius}
-        print_json({**settings, **asdict(found)})
+    found = space.optimize(
+        given.texts[0], fitted, radius=radius, penalty=penalty, n=n, seed=seed, **how
+    )
+    settings = {"property": property, "r2": fitted.r2, "goal": how["goal"], "radius": radius}
+    candidates = [asdict(candidate) for candidate in found.candidates]
+    if print_as_json(json, jsonl, {**settings, **asdict(found)}, candidates, given):
         return
     _print_optimized(found, truth)
     if not found.candidates:
@@ -174,6 +183,7 @@ def outliers(
     column: Column = None,
     device: Device = None,
     json: Json = False,
+    jsonl: Jsonl = False,
 ) -> None:
     """Score how badly the model knows texts, in nats a token; the strangest first.
 
@@ -181,17 +191,21 @@ def outliers(
     """
     given = given_texts(texts, file, column)
     space = load(run, device)
-    fitting = fitting_texts(space, given)
+    given = given.fitting(space)
     scores: list[float] = []
-    for chunk in _chunks(fitting, "scored"):
+    for chunk in _chunks(given.texts, "scored"):
         scores += space.outlier_scores(chunk).tolist()
-    ranked = sorted(zip(scores, fitting, strict=True), key=lambda pair: -pair[0])[:n]
-    if json:
-        rows = [{"text": text, "score": score} for score, text in ranked]
-        print_json({"texts": rows, "left_out": len(given) - len(fitting)})
+    scored = zip(given.entries(), scores, strict=True)
+    ranked = sorted(({**entry, "score": score} for entry, score in scored), key=_score)[:n]
+    if print_as_json(json, jsonl, {"texts": ranked}, ranked, given):
         return
-    for score, text in ranked:
-        typer.echo(f"{score:6.3f}  {text}")
+    for row in ranked:
+        typer.echo(f"{row['score']:6.3f}  {row['text']}")
+
+
+def _score(row: dict[str, Any]) -> float:
+    """To sort by, the strangest first."""
+    return -row["score"]
 
 
 @app.command(rich_help_panel=PANEL)
@@ -203,12 +217,14 @@ def dedupe(
         typer.Option(help="How near repeats lie, in standard deviations of the prior.", min=0),
     ] = 0.1,
     corpus: Annotated[
-        Path | None, typer.Option(help="A folder of `t5vae encode --out`, in place of texts.")
+        Path | None,
+        typer.Option(help="A folder of `t5vae encode --out`, in place of texts.", callback=expand),
     ] = None,
     file: File = None,
     column: Column = None,
     device: Device = None,
     json: Json = False,
+    jsonl: Jsonl = False,
 ) -> None:
     """Leave out texts whose code lies near an earlier one's; with --json, say which repeats which.
 
@@ -216,27 +232,30 @@ def dedupe(
     """
     if corpus is not None and (texts or file is not None):
         raise UserError("texts and --corpus: give one of them")
-    given = [] if corpus is not None else given_texts(texts, file, column)
+    given = given_texts(texts, file, column) if corpus is None else Given([])
     space = load(run, device)
-    if corpus is not None:
-        opened = space.open_corpus(corpus)
-        fitting = opened.texts(range(len(opened)))
-        originals = space.deduplicate(opened, radius)
+    if corpus is None:
+        given = given.fitting(space)
+        originals = space.deduplicate(given.texts, radius)
     else:
-        fitting = fitting_texts(space, given)
-        originals = space.deduplicate(fitting, radius)
-    kept = [row for row, original in enumerate(originals) if row == original]
-    if json:
-        repeats = [
-            {"text": fitting[row], "repeats": fitting[original]}
-            for row, original in enumerate(originals)
-            if row != original
-        ]
-        print_json({"texts": [fitting[row] for row in kept], "repeats": repeats, "radius": radius})
+        opened = space.open_corpus(corpus)
+        rows = None if opened.rows_N is None else opened.rows_N.tolist()
+        given = Given(opened.texts(range(len(opened))), rows)
+        originals = space.deduplicate(opened, radius)
+    pairs = list(zip(given.entries(), originals, strict=True))
+    kept = [entry for at, (entry, original) in enumerate(pairs) if at == original]
+    repeats = [
+        {**entry, "repeats": given.texts[original]}
+        for at, (entry, original) in enumerate(pairs)
+        if at != original
+    ]
+    texts = [entry["text"] for entry in kept]
+    document = {"texts": texts, "repeats": repeats, "radius": radius}
+    if print_as_json(json, jsonl, document, kept, given):
         return
-    for row in kept:
-        typer.echo(fitting[row])
-    typer.echo(f"{len(kept):,} of {len(fitting):,} texts kept", err=True)
+    for text in texts:
+        typer.echo(text)
+    typer.echo(f"{len(kept):,} of {len(pairs):,} texts kept", err=True)
 
 
 def _chunks(texts: list[str], title: str) -> Iterator[list[str]]:

@@ -10,6 +10,7 @@ from t5vae.cli.app import (
     Run,
     app,
     console,
+    expand,
     print_json,
     quiet_transformers,
 )
@@ -96,7 +97,10 @@ def evaluate(
         str | None, typer.Option(help="What is probed: length, calls, names, logp, qed, pkg.func.")
     ] = None,
     shards: Annotated[
-        str | None, typer.Option(help="Evaluate on these; an export without its run needs them.")
+        str | None,
+        typer.Option(
+            help="Evaluate on these; an export without its run needs them.", callback=expand
+        ),
     ] = None,
     json: Json = False,
 ) -> None:
@@ -130,7 +134,9 @@ def evaluate(
 
 @app.command()
 def compare(
-    runs: Annotated[list[str], typer.Argument(help="Evaluated run folders, or exports.")],
+    runs: Annotated[
+        list[str], typer.Argument(help="Evaluated run folders, or exports.", callback=expand)
+    ],
     json: Json = False,
 ) -> None:
     """Put what `t5vae eval` found of several runs side by side.

@@ -1,17 +1,18 @@
 """Commands that go between texts and codes: encode, decode, reconstruct, interpolate, ..."""
 
+import io
 import json as json_module
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from t5vae.cli.app import Json, app, console, print_json
+from t5vae.cli.app import Json, Jsonl, app, console, expand, print_json
 from t5vae.cli.given import (
     PANEL,
+    STDIN,
     Check,
     Column,
     Device,
@@ -23,10 +24,12 @@ from t5vae.cli.given import (
     given_texts,
     load,
 )
+from t5vae.cli.shown import print_as_json, print_table
 from t5vae.common.errors import UserError
 from t5vae.common.kinds import PRIORS
 
 if TYPE_CHECKING:
+    import numpy as np
     from rich.text import Text
     from torch import Tensor
 
@@ -51,31 +54,38 @@ def encode(
     column: Column = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="A folder for texts and codes (codes.npy), streamed: for millions."),
+        typer.Option(
+            help="A folder for texts and codes (codes.npy), streamed: for millions.",
+            callback=expand,
+        ),
     ] = None,
     device: Device = None,
     json: Json = False,
+    jsonl: Jsonl = False,
 ) -> None:
     """Turn texts into codes.
 
     Example: `t5vae encode runs/quickstart --file lines.txt --out codes`
     """
     if out is not None:
-        source = file if file is not None else given_texts(texts, file, column)
+        if jsonl:
+            raise UserError("--out writes what --jsonl would print: give one of them")
+        if texts and file is not None:
+            raise UserError("texts and --file: give one of them")
+        source = file if file is not None else given_texts(texts, file, column).texts
         corpus = load(run, device).encode_corpus(source, out, column)
         if json:
-            count = {"sequences": len(corpus), "left_out": corpus.left_out}
-            print_json({"folder": str(out), **count})
+            count = {"left_out": corpus.left_out, "reasons": corpus.reasons}
+            print_json({"folder": str(out), "sequences": len(corpus), **count})
         else:
             typer.echo(f"{len(corpus):,} codes: {out}")
         return
     given = given_texts(texts, file, column)
-    codes = load(run, device).encode(given).tolist()
-    if json:
-        rows = [{"text": text, "code": code} for text, code in zip(given, codes, strict=True)]
-        print_json({"latent_size": len(codes[0]), "texts": rows})
+    codes = load(run, device).encode(given.texts).tolist()
+    rows = [{**entry, "code": code} for entry, code in zip(given.entries(), codes, strict=True)]
+    if print_as_json(json, jsonl, {"latent_size": len(codes[0]), "texts": rows}, rows, given):
         return
-    for text, code in zip(given, codes, strict=True):
+    for text, code in zip(given.texts, codes, strict=True):
         shown = " ".join(f"{value:6.2f}" for value in code[:8])
         typer.echo(f"{shown}{' ...' if len(code) > 8 else ''}  {text}")
 
@@ -87,7 +97,8 @@ def decode(
         str,
         typer.Argument(
             help="An array (.npy), a folder of `t5vae encode --out`, or JSON of `t5vae encode "
-            "--json` or of lists of numbers; - for JSON from stdin."
+            "--json`, or --jsonl, or of lists of numbers; - for what comes from stdin.",
+            callback=expand,
         ),
     ] = "-",
     n: Annotated[int, typer.Option("-n", help="Candidates for each code.", min=1)] = 1,
@@ -95,6 +106,7 @@ def decode(
     seed: Seed = 0,
     device: Device = None,
     json: Json = False,
+    jsonl: Jsonl = False,
 ) -> None:
     """Turn codes into texts, the best or several candidates.
 
@@ -107,16 +119,19 @@ def decode(
             f"the codes have {z_ND.shape[1]} numbers each, the model's {space.latent_size}"
         )
     texts: list[Any] = space.decode(z_ND, n, temperature, seed)
-    if json:
-        print_json({"texts": texts})
+    lines = [
+        {"text": text, "number": number}
+        for number, candidates in enumerate(texts)
+        for text in ([candidates] if n == 1 else candidates)
+    ]
+    if print_as_json(json, jsonl, {"texts": texts}, lines):
         return
-    for number, candidates in enumerate(texts):
-        for text in [candidates] if n == 1 else candidates:
-            typer.echo(text if n == 1 else f"{number}  {text}")
+    for line in lines:
+        typer.echo(line["text"] if n == 1 else f"{line['number']}  {line['text']}")
 
 
 def _codes(source: str) -> "Tensor":
-    """Codes from a file, a folder or standard input, float32 [N, D]."""
+    """Codes from a file, a folder, a pipe or standard input, float32 [N, D]."""
     import numpy as np
     import torch
 
@@ -126,10 +141,7 @@ def _codes(source: str) -> "Tensor":
         if path.suffix == ".npy":
             rows = np.load(path, mmap_mode="r")
         else:
-            given = json_module.loads(sys.stdin.read() if source == "-" else path.read_text())
-            if isinstance(given, dict):
-                given = [row["code"] for row in given["texts"]]
-            rows = np.asarray(given, dtype=np.float32)
+            rows = _parsed(sys.stdin.buffer.read() if source == "-" else path.read_bytes())
         z_ND = torch.from_numpy(np.array(rows, dtype=np.float32))
     except (OSError, ValueError, TypeError, KeyError) as error:
         where = "standard input" if source == "-" else source
@@ -142,6 +154,24 @@ def _codes(source: str) -> "Tensor":
     return z_ND
 
 
+def _parsed(data: bytes) -> "np.ndarray":
+    """Rows of numbers in the bytes of an array, of JSON, or of lines of JSON."""
+    import numpy as np
+
+    if data.startswith(np.lib.format.MAGIC_PREFIX):
+        return np.load(io.BytesIO(data))
+    text = data.decode("utf-8-sig")
+    try:
+        given = json_module.loads(text)
+    except ValueError:
+        given = [json_module.loads(line) for line in text.split("\n") if line.strip()]
+    if isinstance(given, dict):
+        given = given.get("texts", [given])
+    return np.asarray(
+        [row["code"] if isinstance(row, dict) else row for row in given], dtype=np.float32
+    )
+
+
 @app.command(rich_help_panel=PANEL)
 def reconstruct(
     run: Space,
@@ -150,28 +180,29 @@ def reconstruct(
     column: Column = None,
     device: Device = None,
     json: Json = False,
+    jsonl: Jsonl = False,
 ) -> None:
     """Encode texts and decode them again: = came back exactly, ~ shows what changed.
 
     Example: `t5vae reconstruct runs/quickstart "x = a + 1" "return self._name"`
     """
     given = given_texts(texts, file, column)
-    decoded = load(run, device).reconstruct(given)
+    decoded = load(run, device).reconstruct(given.texts)
     from t5vae.latent.differences import difference
 
-    pairs = list(zip(given, decoded, map(difference, given, decoded), strict=True))
+    pairs = list(zip(given.texts, decoded, map(difference, given.texts, decoded), strict=True))
     exact = sum(text == back for text, back, _ in pairs)
-    if json:
-        rows = [
-            {
-                "text": text,
-                "reconstruction": back,
-                "exact": text == back,
-                "parts": [{"old": part.old, "new": part.new} for part in parts],
-            }
-            for text, back, parts in pairs
-        ]
-        print_json({"texts": rows, "exact": exact / len(rows)})
+    rows = [
+        {
+            **entry,
+            "reconstruction": back,
+            "exact": text == back,
+            "parts": [{"old": part.old, "new": part.new} for part in parts],
+        }
+        for entry, (text, back, parts) in zip(given.entries(), pairs, strict=True)
+    ]
+    document = {"texts": rows, "exact": exact / len(rows)}
+    if print_as_json(json, jsonl, document, rows, given):
         return
     out = console()
     for text, back, parts in pairs:
@@ -206,18 +237,21 @@ def interpolate(
     column: Column = None,
     device: Device = None,
     json: Json = False,
+    jsonl: Jsonl = False,
 ) -> None:
     """Walk from one text to another: two texts.
 
     Example: `t5vae interpolate runs/quickstart "x = a - 1" "x = a + 10 * 2"`
     """
-    a, b = exactly(2, texts, file, column)
+    given = exactly(2, texts, file, column)
+    a, b = given.texts
     walked = load(run, device).interpolate(a, b, steps=steps, method=method)
-    if json:
-        print_json({"a": a, "b": b, "method": method, "texts": walked})
+    document = {"a": a, "b": b, "method": method, "texts": walked}
+    lines = [{"text": text, "at": at / (steps - 1)} for at, text in enumerate(walked)]
+    if print_as_json(json, jsonl, document, lines, given):
         return
-    for number, text in enumerate(walked):
-        typer.echo(f"{number / (steps - 1):4.2f}  {text}")
+    for line in lines:
+        typer.echo(f"{line['at']:4.2f}  {line['text']}")
 
 
 @app.command(rich_help_panel=PANEL)
@@ -230,17 +264,24 @@ def grid(
     column: Column = None,
     device: Device = None,
     json: Json = False,
+    jsonl: Jsonl = False,
 ) -> None:
     """Fill a square between four texts: its upper corners, then its lower ones.
 
     Example: `t5vae grid runs/quickstart "x = a" "x = a + 1" "return a" "return a + 1"`
     """
-    a, b, c, d = corners = exactly(4, texts, file, column)
+    given = exactly(4, texts, file, column)
+    a, b, c, d = given.texts
     rows = load(run, device).grid(a, b, c, d, steps=steps, method=method)
-    if json:
-        print_json({"corners": corners, "method": method, "texts": rows})
+    document = {"corners": given.texts, "method": method, "texts": rows}
+    lines = [
+        {"text": text, "place": [down, right]}
+        for down, row in enumerate(rows)
+        for right, text in enumerate(row)
+    ]
+    if print_as_json(json, jsonl, document, lines, given):
         return
-    _print_table((), rows, show_header=False, show_lines=True)
+    print_table((), rows, show_header=False, show_lines=True)
 
 
 @app.command(rich_help_panel=PANEL)
@@ -256,15 +297,16 @@ def sample(
     seed: Seed = 0,
     device: Device = None,
     json: Json = False,
+    jsonl: Jsonl = False,
 ) -> None:
     """Decode random points of the latent space.
 
     Example: `t5vae sample runs/quickstart -n 20 --prior flow --check python`
     """
     drawn = load(run, device).sample(n, prior, check, seed, temperature=temperature)
-    if json:
-        how = {"prior": prior, "temperature": temperature, "check": check, "seed": seed}
-        print_json({"texts": drawn.texts, "drawn": drawn.drawn, **how})
+    how = {"prior": prior, "temperature": temperature, "check": check, "seed": seed}
+    document = {"texts": drawn.texts, "drawn": drawn.drawn, **how}
+    if print_as_json(json, jsonl, document, [{"text": text} for text in drawn.texts]):
         return
     for text in drawn.texts:
         typer.echo(text)
@@ -286,18 +328,20 @@ def neighbors(
     column: Column = None,
     device: Device = None,
     json: Json = False,
+    jsonl: Jsonl = False,
 ) -> None:
     """Decode points around one text, the commonest decodings first.
 
     Example: `t5vae neighbors runs/quickstart "x = a + 1" --radius 1`
     """
-    (text,) = exactly(1, texts, file, column)
+    given = exactly(1, texts, file, column)
+    (text,) = given.texts
     found = Counter(load(run, device).neighbors(text, radius, n, seed)).most_common()
-    if json:
-        rows = [{"text": other, "points": points} for other, points in found]
-        print_json({"text": text, "radius": radius, "texts": rows})
+    rows = [{"text": other, "points": points} for other, points in found]
+    document = {"text": text, "radius": radius, "texts": rows}
+    if print_as_json(json, jsonl, document, rows, given):
         return
-    _print_table(("points", "text"), [(str(points), other) for other, points in found])
+    print_table(("points", "text"), [(str(points), other) for other, points in found])
 
 
 @app.command(rich_help_panel=PANEL)
@@ -307,12 +351,16 @@ def nearest(
     n: Annotated[int, typer.Option("-n", help="How many for each text.", min=1)] = 10,
     corpus: Annotated[
         Path | None,
-        typer.Option(help="A folder of `t5vae encode --out`; default the training sequences."),
+        typer.Option(
+            help="A folder of `t5vae encode --out`; default the training sequences.",
+            callback=expand,
+        ),
     ] = None,
     file: File = None,
     column: Column = None,
     device: Device = None,
     json: Json = False,
+    jsonl: Jsonl = False,
 ) -> None:
     """Find the nearest training sequences, or the nearest texts of a corpus.
 
@@ -320,24 +368,25 @@ def nearest(
     """
     given = given_texts(texts, file, column)
     space = load(run, device)
-    found = space.nearest(given, n, space.open_corpus(corpus) if corpus else None)
-    if json:
-        rows = [
-            {"text": text, "nearest": [vars(neighbor) for neighbor in neighbors]}
-            for text, neighbors in zip(given, found, strict=True)
-        ]
-        print_json({"texts": rows})
+    found = space.nearest(given.texts, n, space.open_corpus(corpus) if corpus else None)
+    pairs = list(zip(given.entries(), found, strict=True))
+    rows = [{**entry, "nearest": [vars(each) for each in near]} for entry, near in pairs]
+    lines = [{**vars(each), "to": entry} for entry, near in pairs for each in near]
+    if print_as_json(json, jsonl, {"texts": rows}, lines, given):
         return
-    for text, near in zip(given, found, strict=True):
-        _print_table(("distance", text), ((f"{each.distance:.3f}", each.text) for each in near))
+    for text, near in zip(given.texts, found, strict=True):
+        print_table(("distance", text), ((f"{each.distance:.3f}", each.text) for each in near))
 
 
 @app.command(rich_help_panel=PANEL)
 def direction(
     run: Space,
     pairs: Annotated[
-        Path,
-        typer.Option(help="A file of pairs, before and after: two texts and a tab between a line."),
+        str,
+        typer.Option(
+            help="A file of pairs, before and after: two texts and a tab between a line.",
+            callback=expand,
+        ),
     ],
     texts: Texts = None,
     strength: Annotated[
@@ -348,23 +397,32 @@ def direction(
     column: Column = None,
     device: Device = None,
     json: Json = False,
+    jsonl: Jsonl = False,
 ) -> None:
     """Change texts as the second texts of pairs differ from the first.
 
     Example: `t5vae direction runs/quickstart --pairs yield.tsv "return self.x" --strength 1.5`
     """
     strengths = strength or [1.0]
+    if pairs in STDIN and (file in STDIN or (file is None and texts in (None, [], ["-"]))):
+        raise UserError("the texts and --pairs: one of them can come from standard input")
     known = _pairs(pairs)
     given = given_texts(texts, file, column)
     found = load(run, device).direction(known)
-    moved = [found.apply(given, each) for each in strengths]
-    if json:
-        rows = [{"text": text, "moved": row} for text, *row in zip(given, *moved, strict=True)]
-        how = {"strengths": strengths, "consistency": found.consistency}
-        print_json({"pairs": len(known), **how, "texts": rows})
+    moved = [found.apply(given.texts, each) for each in strengths]
+    how = {"strengths": strengths, "consistency": found.consistency}
+    columns = list(zip(given.entries(), *moved, strict=True))
+    rows = [{**entry, "moved": row} for entry, *row in columns]
+    lines = [
+        {"text": text, "strength": each, "from": entry}
+        for entry, *row in columns
+        for each, text in zip(strengths, row, strict=True)
+    ]
+    document = {"pairs": len(known), **how, "texts": rows}
+    if print_as_json(json, jsonl, document, lines, given):
         return
     header = ("text", *(f"{each:+g}" for each in strengths))
-    _print_table(header, zip(given, *moved, strict=True))
+    print_table(header, zip(given.texts, *moved, strict=True))
     if found.consistency is not None:
         typer.echo(
             f"{len(known):,} pairs, of which each points as the others do with a cosine of "
@@ -373,25 +431,17 @@ def direction(
         )
 
 
-def _pairs(path: Path) -> list[tuple[str, str]]:
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeError) as error:
-        raise UserError(f"the pairs {path} cannot be read: {error}") from None
+def _pairs(path: str) -> list[tuple[str, str]]:
+    from t5vae.latent.corpus import FileTexts
+
+    source = FileTexts(path, format="text")
     pairs = []
-    for number, line in enumerate(lines, 1):
-        before, tab, after = line.partition("\t")
-        if not tab or "\t" in after:
-            raise UserError(f"{path}, line {number}: a pair is two texts with a tab between")
-        pairs.append((before, after))
+    for rows, lines in source.chunks(0):
+        for row, line in zip(rows, lines, strict=True):
+            before, tab, after = line.partition("\t")
+            if not tab or "\t" in after:
+                raise UserError(
+                    f"{source.name}, line {row + 1}: a pair is two texts with a tab between"
+                )
+            pairs.append((before, after))
     return pairs
-
-
-def _print_table(header: Sequence[str], rows: Iterable[Sequence[str]], **how: Any) -> None:
-    """A table of texts; `how` it looks, in the words of rich."""
-    from rich.table import Table
-
-    table = Table(*header, **how)
-    for row in rows:
-        table.add_row(*row)
-    console(1000).print(table)

@@ -8,13 +8,15 @@ from typing import Annotated, Literal
 
 import typer
 
-from t5vae.cli.app import Json, Run, app, console, print_json
+from t5vae.cli.app import Json, Run, app, console, expand, print_json
 from t5vae.common.errors import UserError
 
 
 @app.command()
 def runs(
-    folder: Annotated[str, typer.Argument(help="Runs at any depth below it, or one run.")] = "runs",
+    folder: Annotated[
+        str, typer.Argument(help="Runs at any depth below it, or one run.", callback=expand)
+    ] = "runs",
     json: Json = False,
 ) -> None:
     """List runs: how far each is, how fast, and whether it goes on; from metrics.jsonl alone.
@@ -38,7 +40,8 @@ def runs(
 @app.command()
 def plot(
     runs: Annotated[
-        list[str], typer.Argument(help="Run folders, or copies of their metrics.jsonl.")
+        list[str],
+        typer.Argument(help="Run folders, or copies of their metrics.jsonl.", callback=expand),
     ],
     key: Annotated[
         list[str] | None,
@@ -49,7 +52,8 @@ def plot(
         typer.Option(help="Over steps, training sequences, or hours since the run's first line."),
     ] = "step",
     out: Annotated[
-        Path | None, typer.Option(help="A picture, .png, .svg or .pdf; default the terminal.")
+        Path | None,
+        typer.Option(help="A picture, .png, .svg or .pdf; default the terminal.", callback=expand),
     ] = None,
 ) -> None:
     """Draw runs' curves, a panel a key, held-out ones over those of training.

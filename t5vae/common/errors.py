@@ -1,6 +1,8 @@
 """The errors a user can mend, and what any error says."""
 
 import errno
+import os
+from collections.abc import Iterable
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -13,6 +15,22 @@ def first_line(error: BaseException) -> str:
 
 class UserError(Exception):
     """A user's mistake: one line that says what is wrong, where, and how to mend it."""
+
+
+def check_arguments(arguments: Iterable[str]) -> None:
+    """Refuse arguments that are no text: bytes that are not UTF-8 come as halves of pairs.
+
+    Raises:
+        UserError: for the first of them.
+    """
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            shown = os.fsencode(argument).decode(errors="backslashreplace")
+            raise UserError(
+                f"the argument '{shown}' is not UTF-8: type it so, or rename the file that it names"
+            ) from None
 
 
 class DamageError(UserError):

@@ -8,9 +8,12 @@ import json
 import math
 import os
 import shutil
+import tempfile
 import warnings
+import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,36 +25,49 @@ from torch import Tensor
 from shards import Dataset
 from shards.write.corpora import Corpus as Source
 from shards.write.corpora import Reading
-from shards.write.formats import format_of
+from shards.write.streams import copy_pipe, is_pipe
 from t5vae.common.errors import UserError
-from t5vae.common.files import write_whole
+from t5vae.common.files import reading, write_whole
 from t5vae.common.progress import say, stage
 from t5vae.common.workfolder import work_folder
 from t5vae.latent.codec import Codec
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 did not know of rows, and counted those with too many tokens alone
 CHUNK = 16_384  # sequences between two notes of what is done
 
 MANIFEST, CODES, TEXTS, ENDS = "corpus.json", "codes.npy", "texts.jsonl", "ends.npy"
+ROWS = "rows.npy"
+TOO_LONG = "too many tokens"
 
 
 @dataclass(frozen=True)
 class Corpus:
     """A folder of texts with their codes; both are read from the disk as they are needed.
 
-    `codes.npy` is float32 [N, D], `texts.jsonl` has a JSON string a line, `ends.npy`, int64 [N],
-    says where each line ends, and `corpus.json` what they were made from.
+    `codes.npy` is float32 [N, D], `rows.npy`, int64 [N], says which rows of the source they are of,
+    `texts.jsonl` has a JSON string a line, `ends.npy`, int64 [N], says where each line ends, and
+    `corpus.json` what they were made from.
 
     Attributes:
         folder: where they lie.
         codes_ND: the codes, float32 [N, D], mapped into memory.
-        left_out: how many texts of the source have too many tokens for the model.
+        rows_N: the number of each one's row in the source, int64 [N], from 0: of its line, or as
+            pandas numbers a table's rows; what was left out is numbered too, and further files
+            count on. None for a folder of version 1, which did not keep it.
+        reasons: how many texts of the source were left out, by reason: "empty", or "too many
+            tokens" for the model.
     """
 
     folder: Path
     codes_ND: Tensor
     ends_N: np.ndarray
-    left_out: int
+    rows_N: np.ndarray | None
+    reasons: dict[str, int]
+
+    @property
+    def left_out(self) -> int:
+        """How many texts of the source were left out."""
+        return sum(self.reasons.values())
 
     def __len__(self) -> int:
         return len(self.codes_ND)
@@ -81,20 +97,26 @@ class Corpus:
         try:
             codes_ND = np.load(folder / CODES, mmap_mode="r")
             ends_N = np.load(folder / ENDS, mmap_mode="r")
-            whole = len(codes_ND) == len(ends_N) == manifest["sequences"]
+            rows_N = None
+            if manifest["format_version"] > 1:
+                rows_N = np.load(folder / ROWS, mmap_mode="r")
+            lengths = {len(each) for each in (codes_ND, ends_N, rows_N) if each is not None}
+            whole = lengths == {manifest["sequences"]}
             whole &= (folder / TEXTS).stat().st_size == (ends_N[-1] if len(ends_N) else 0)
         except (OSError, ValueError, EOFError) as error:
             raise UserError(f"{folder} is damaged ({error}): remove it") from None
         if not whole:
             raise UserError(f"{folder} is damaged (its files differ in length): remove it")
-        return cls(folder, _mapped(codes_ND), ends_N, manifest["left_out"])
+        known = {TOO_LONG: manifest["left_out"]} if manifest["left_out"] else {}
+        reasons = manifest.get("reasons", known)
+        return cls(folder, _mapped(codes_ND), ends_N, rows_N, reasons)
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """What an encoded corpus was made from; None where there is none."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        return manifest if manifest["format_version"] == FORMAT_VERSION else None
+        return manifest if manifest["format_version"] in (1, FORMAT_VERSION) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -103,8 +125,8 @@ def encode_corpus(codec: Codec, source: "Texts", out: Path, model_sha256: str) -
     """Encode all texts of a source into a folder, some thousands at a time.
 
     What a halted encoding has done is kept beside the folder, and the same call goes on with it;
-    one that is done is opened. Texts with more tokens than the model takes are left out and
-    counted.
+    one that is done is opened. Texts with more tokens than the model takes are left out; what is
+    left out is counted, and told in a line.
 
     Args:
         codec: the model.
@@ -116,29 +138,44 @@ def encode_corpus(codec: Codec, source: "Texts", out: Path, model_sha256: str) -
         UserError: no text fits, no space is left, another process writes there, or something else
             than an encoded corpus is there.
     """
-    made_from = {"model_sha256": model_sha256, "source": source.describe()}
+    made_from = {
+        "format_version": FORMAT_VERSION,
+        "model_sha256": model_sha256,
+        "source": source.describe(),
+    }
     there = read_manifest(out)
-    if there is not None and all(there.get(key) == value for key, value in made_from.items()):
-        return Corpus.open(out, model_sha256)
-    if out.exists() and not (out / MANIFEST).is_file():
-        raise UserError(f"{out} is there, and is no encoded corpus: name another folder")
+    if there is None or any(there.get(key) != value for key, value in made_from.items()):
+        if out.exists() and not (out / MANIFEST).is_file():
+            raise UserError(f"{out} is there, and is no encoded corpus: name another folder")
+        _encode(codec, source, out, made_from)
+    corpus = Corpus.open(out, model_sha256)
+    if corpus.left_out:
+        say(left_out(corpus.reasons))
+    return corpus
+
+
+def left_out(reasons: Mapping[str, int]) -> str:
+    """What was left out, by reason, in words."""
+    return "left out: " + ", ".join(f"{count:,} ({why})" for why, count in reasons.items())
+
+
+def _encode(codec: Codec, source: "Texts", out: Path, made_from: dict[str, Any]) -> None:
     with work_folder(out) as work, _Writer(work, codec.latent_size, made_from) as writer:
         if writer.read:
             say(f"going on after {writer.read:,} texts")
         with stage(f"encoded {source.name}", source.total, done=writer.read) as advance:
-            for texts in source.chunks(writer.read):
+            for rows, texts in source.chunks(writer.read):
                 ids = codec.token_ids(texts)
-                fitting = [row for row, tokens in enumerate(ids) if codec.fits(tokens)]
-                codes_ND = codec.encode_ids([ids[row] for row in fitting])
-                writer.append([texts[row] for row in fitting], codes_ND, len(texts))
+                fitting = [at for at, tokens in enumerate(ids) if codec.fits(tokens)]
+                codes_ND = codec.encode_ids([ids[at] for at in fitting])
+                chosen = [rows[at] for at in fitting], [texts[at] for at in fitting]
+                writer.append(*chosen, codes_ND, len(texts))
                 advance(len(texts))
         if not writer.rows:
             limit = codec.model.config.sequence_length
-            raise UserError(f"{source.name} holds no text of up to {limit} tokens")
-        if writer.read > writer.rows:
-            say(f"left out, with too many tokens: {writer.read - writer.rows:,}")
-        writer.finish(out)
-    return Corpus.open(out, model_sha256)
+            why = f"; {left_out(source.skipped)}" if source.skipped else ""
+            raise UserError(f"{source.name} holds no text of up to {limit} tokens{why}")
+        writer.finish(out, source.skipped)
 
 
 def _mapped(codes_ND: np.ndarray) -> Tensor:
@@ -153,14 +190,16 @@ class Texts(ABC):
     Attributes:
         name: for people.
         total: how many there are.
+        skipped: how many more the source has that are left out, by reason.
     """
 
     name: str
     total: int
+    skipped: Mapping[str, int]
 
     @abstractmethod
-    def chunks(self, begin: int) -> Iterator[list[str]]:
-        """Yield the texts from number `begin` on, some thousands at a time."""
+    def chunks(self, begin: int) -> Iterator[tuple[list[int], list[str]]]:
+        """Yield the texts from number `begin` on, some thousands at a time, after their rows."""
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
@@ -171,11 +210,12 @@ class GivenTexts(Texts):
     """Texts in memory."""
 
     def __init__(self, texts: Sequence[str], name: str = "texts"):
-        self.texts, self.name, self.total = texts, name, len(texts)
+        self.texts, self.name, self.total, self.skipped = texts, name, len(texts), {}
 
-    def chunks(self, begin: int) -> Iterator[list[str]]:
+    def chunks(self, begin: int) -> Iterator[tuple[list[int], list[str]]]:
         for at in range(begin, self.total, CHUNK):
-            yield list(self.texts[at : at + CHUNK])
+            texts = list(self.texts[at : at + CHUNK])
+            yield list(range(at, at + len(texts))), texts
 
     def describe(self) -> dict[str, Any]:
         digest = hashlib.sha256(json.dumps(list(self.texts)).encode())
@@ -183,39 +223,73 @@ class GivenTexts(Texts):
 
 
 class FileTexts(Texts):
-    """The texts of files, in any format that shards are built from.
+    """The texts of files, in any format that shards are built from; empty ones are left out.
 
     Args:
-        path: a file, folder, glob or URL; the format follows from the name's ending.
+        path: a file, folder, glob or URL. Or a pipe of lines of text, such as "-" for standard
+            input, which is copied into a temporary file.
         column: the field that holds the text, for formats that have fields.
+        format: of the files; None for what their names say.
 
     Raises:
         UserError: nothing is there, or the column is missing or superfluous.
     """
 
-    def __init__(self, path: str, column: str | None = None):
-        self.source = Source(path, format_of(path), column)
+    def __init__(self, path: str, column: str | None = None, format: str | None = None):
+        self.copy: Path | None = None
+        if is_pipe(path):
+            if column is not None:
+                raise UserError(
+                    f"{path} is a pipe, which is read as lines of text: leave --column out, or "
+                    "give a file, whose name tells its format"
+                )
+            format, self.copy = "text", self._copied(path)
+        name = "standard input" if path == "-" else path
+        self.source = Source(self.copy or path, format, column, name if self.copy else None)
         self.name = self.source.name
-        self.total = sum(map(len, self._read()))
+        with self._names():
+            once = self._reading()
+            self.total = sum(map(len, once))
+        self.skipped = once.skipped
 
-    def chunks(self, begin: int) -> Iterator[list[str]]:
-        held: list[str] = []
-        for texts in self._read():
-            skipped = min(begin, len(texts))
-            begin -= skipped
-            held += texts[skipped:]
-            while len(held) >= CHUNK:
-                yield held[:CHUNK]
-                held = held[CHUNK:]
-        if held:
-            yield held
+    def chunks(self, begin: int) -> Iterator[tuple[list[int], list[str]]]:
+        rows: list[int] = []
+        texts: list[str] = []
+        for more_rows, more_texts in self._reading().numbered():
+            done = min(begin, len(more_texts))
+            begin -= done
+            rows += more_rows[done:]
+            texts += more_texts[done:]
+            while len(texts) >= CHUNK:
+                yield rows[:CHUNK], texts[:CHUNK]
+                rows, texts = rows[CHUNK:], texts[CHUNK:]
+        if texts:
+            yield rows, texts
 
     def describe(self) -> dict[str, Any]:
+        if self.copy:
+            return {"sha256": self.source.sha256()}
         files = [[file.path, file.stamp] for file in self.source.files]
         return {**self.source.describe(), "files": files}
 
-    def _read(self) -> Iterator[list[str]]:
-        return iter(Reading(self.source.files, self.source.format, self.source.column))
+    def _copied(self, path: str) -> Path:
+        folder = Path(tempfile.mkdtemp(prefix="t5vae-"))
+        weakref.finalize(self, shutil.rmtree, folder)
+        with reading(path):
+            return copy_pipe(path, folder)
+
+    def _reading(self) -> Reading:
+        return Reading(self.source.files, self.source.format, self.source.column)
+
+    @contextmanager
+    def _names(self) -> Iterator[None]:
+        """Name a pipe, and not its copy, in what goes wrong."""
+        try:
+            yield
+        except UserError as error:
+            if self.copy is None:
+                raise
+            raise UserError(str(error).replace(str(self.copy), self.name)) from None
 
 
 class SplitTexts(Texts):
@@ -235,11 +309,12 @@ class SplitTexts(Texts):
             self.numbers = np.arange(everything)
         else:
             self.numbers = dataset.first(split, limit)
-        self.total = len(self.numbers)
+        self.total, self.skipped = len(self.numbers), {}
 
-    def chunks(self, begin: int) -> Iterator[list[str]]:
+    def chunks(self, begin: int) -> Iterator[tuple[list[int], list[str]]]:
         for at in range(begin, self.total, CHUNK):
-            yield self.dataset.texts(self.split, self.numbers[at : at + CHUNK])
+            numbers = self.numbers[at : at + CHUNK]
+            yield numbers.tolist(), self.dataset.texts(self.split, numbers)
 
     def describe(self) -> dict[str, Any]:
         return {"shards_sha256": self.dataset.sha256, "split": self.split, "texts": self.total}
@@ -258,36 +333,40 @@ class _Writer:
         self.texts.truncate(self.bytes)
         self.codes = _Array(self.folder / CODES, np.float32, (latent_size,), self.rows)
         self.ends = _Array(self.folder / ENDS, np.int64, (), self.rows)
+        self.numbers = _Array(self.folder / ROWS, np.int64, (), self.rows)
 
     def __enter__(self) -> "_Writer":
         return self
 
     def __exit__(self, *_: object) -> None:
-        for file in (self.texts, self.codes.file, self.ends.file):
+        for file in (self.texts, self.codes.file, self.ends.file, self.numbers.file):
             file.close()
 
-    def append(self, texts: list[str], codes_ND: Tensor, read: int) -> None:
-        """Add texts and their codes; `read` texts of the source are done with them."""
+    def append(self, rows: list[int], texts: list[str], codes_ND: Tensor, read: int) -> None:
+        """Add texts, their rows and codes; `read` texts of the source are done with them."""
         lines = [json.dumps(text, ensure_ascii=False).encode() + b"\n" for text in texts]
         sizes = np.array([len(line) for line in lines], dtype=np.int64)
         self.texts.write(b"".join(lines))
         self.texts.flush()
         self.ends.append(self.bytes + sizes.cumsum())
         self.codes.append(codes_ND.numpy())
+        self.numbers.append(np.array(rows, dtype=np.int64))
         self.read += read
         self.rows += len(texts)
         self.bytes += int(sizes.sum())
         done = {"read": self.read, "rows": self.rows, "bytes": self.bytes}
         write_whole(self.note, json.dumps({**done, "made_from": self.made_from}))
 
-    def finish(self, out: Path) -> None:
-        """Put the folder where it belongs, in place of an older one."""
+    def finish(self, out: Path, skipped: Mapping[str, int]) -> None:
+        """Put the folder where it belongs, in place of an older one; what the source skipped."""
+        too_long = self.read - self.rows
+        reasons = {**skipped, **({TOO_LONG: too_long} if too_long else {})}
         manifest = {
-            "format_version": FORMAT_VERSION,
-            "sequences": self.rows,
-            "left_out": self.read - self.rows,
-            "latent_size": self.latent_size,
             **self.made_from,
+            "sequences": self.rows,
+            "left_out": sum(reasons.values()),
+            "reasons": reasons,
+            "latent_size": self.latent_size,
         }
         write_whole(self.folder / MANIFEST, json.dumps(manifest, indent=1))
         if out.exists():

@@ -212,12 +212,14 @@ class LatentSpace(Codec):
 
         Args:
             texts: strings, or the path of a file, folder, glob or URL: text with one a line, or
-                .jsonl, .csv, .parquet.
-            out: the folder: `codes.npy`, `texts.jsonl`, and what they were made from.
+                .jsonl, .csv, .parquet; or a pipe of lines.
+            out: the folder: `codes.npy`, `rows.npy`, `texts.jsonl`, and what they were made from.
             column: the field that holds the text, for formats that have fields.
 
         Returns:
-            The corpus; texts with too many tokens are left out and counted.
+            The corpus. Empty cells and lines of files, and texts with too many tokens, are left
+            out: `rows_N` says which rows of the source the codes are of, from 0, and `reasons` how
+            many there are not.
 
         Raises:
             UserError: no texts, none that fits, or no encoded corpus in `out` but something else.

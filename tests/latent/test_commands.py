@@ -90,15 +90,16 @@ def test_a_file_is_encoded_into_a_folder_that_other_commands_take(ok, document, 
     lines.write_text("\n".join([*tiny.LINES, LONG, tiny.LINES[3]]) + "\n")
     printed, err = ok("encode", run, "--file", lines, "--out", out)
     assert printed == f"121 codes: {out}\n"
-    assert "left out, with too many tokens: 1" in err
+    assert "left out: 1 (too many tokens)" in err
     found = document("encode", run, "--file", lines, "--out", out)
-    assert found == {"folder": str(out), "sequences": 121, "left_out": 1}
+    why = {"left_out": 1, "reasons": {"too many tokens": 1}}
+    assert found == {"folder": str(out), "sequences": 121, **why}
     near = document("nearest", run, tiny.LINES[7], "-n", 2, "--corpus", out)["texts"][0]["nearest"]
     assert near[0]["text"] == tiny.LINES[7]
     decoded = document("decode", run, out)["texts"]
     assert len(decoded) == 121
     repeats = document("dedupe", run, "--corpus", out, "--radius", 0)["repeats"]
-    assert {"text": tiny.LINES[3], "repeats": tiny.LINES[3]} in repeats
+    assert {"text": tiny.LINES[3], "row": 121, "repeats": tiny.LINES[3]} in repeats
 
 
 def test_reconstructions_show_what_changed(ok, document, run, space):
@@ -199,7 +200,7 @@ def test_outliers_come_first(document, ok, run, space):
     assert [line.split("  ", 1)[1] for line in out.splitlines()] == [
         row["text"] for row in found["texts"][:2]
     ]
-    assert "left out, with too many tokens: 1" in err
+    assert "left out: 1 (too many tokens)" in err
 
 
 def test_repeats_are_left_out(document, ok, run):
@@ -228,7 +229,7 @@ MISTAKES = {
     "a folder that is no corpus": (["decode", "RUN", "DIR"], "holds no codes"),
     "a corpus that is none": (["nearest", "RUN", "x", "--corpus", "DIR"], "is no encoded corpus"),
     "out of letters": (["encode", "RUN", "x", "--out", "DIR"], "is no encoded corpus"),
-    "no pairs": (["direction", "RUN", "x", "--pairs", "DIR/none.tsv"], "none.tsv cannot be read"),
+    "no pairs": (["direction", "RUN", "x", "--pairs", "DIR/none.tsv"], "none.tsv does not exist"),
     "empty pairs": (["direction", "RUN", "x", "--pairs", "DIR/empty.txt"], "at least one pair"),
     "pairs without tabs": (["direction", "RUN", "x", "--pairs", "LINES"], "line 1: a pair is two"),
     "a checker": (["sample", "RUN", "--check", "pyhton"], "unknown checker 'pyhton'"),

@@ -1,6 +1,8 @@
 """Encoded corpora: whole or not there, taken up after a halt, never mistaken for another."""
 
+import csv
 import gzip
+import io
 import json
 import os
 
@@ -45,6 +47,10 @@ def calls(codec, monkeypatch):
     return sizes
 
 
+def texts_of(source, begin: int = 0) -> list[str]:
+    return [text for _, texts in source.chunks(begin) for text in texts]
+
+
 def files_of(folder) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -59,7 +65,120 @@ def test_texts_and_codes_lie_side_by_side(codec, tmp_path):
     assert torch.equal(again.codes_ND, made.codes_ND)
     assert again.texts(np.array([3])) == [TEXTS[3]]
     assert np.load(tmp_path / "c" / "codes.npy").dtype == np.float32
+    assert (made.rows_N.dtype, made.rows_N.tolist()) == (
+        np.int64,
+        [*range(5), *range(6, len(TEXTS) + 1)],
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+GAPS = "smiles,y\nitem 1,1\n,2\nitem 2,3\n   ,4\nitem 3,5\n"
+LONG_CELLS = f'{GAPS}{LONG},6\n"a\nb",7\n,8\n'
+FILES = {
+    "cells": ({"a.csv": GAPS}, "smiles", [0, 2, 4], {"empty": 2}),
+    "cells with line breaks, and a long one": (
+        {"a.csv": LONG_CELLS},
+        "smiles",
+        [0, 2, 4, 6],
+        {"empty": 3, "too many tokens": 1},
+    ),
+    "lines": ({"a.txt": f"x\n\n{LONG}\n \ny\n"}, None, [0, 4], {"empty": 2, "too many tokens": 1}),
+    "no gaps": ({"a.txt": "x\ny"}, None, [0, 1], {}),
+    "files that count on": (
+        {"a.csv": GAPS, "b.csv": "smiles,y\n,1\nitem 4,2\n"},
+        "smiles",
+        [0, 2, 4, 6],
+        {"empty": 3},
+    ),
+}
+
+
+@pytest.mark.parametrize("files", FILES)
+def test_codes_know_their_rows_and_what_is_left_out_is_counted(codec, tmp_path, files, capsys):
+    contents, column, rows, reasons = FILES[files]
+    (tmp_path / "in").mkdir()
+    for name, content in contents.items():
+        (tmp_path / "in" / name).write_text(content)
+    source = FileTexts(str(tmp_path / "in"), column)
+    made = encode_corpus(codec, source, tmp_path / "c", SHA)
+    told = capsys.readouterr().err
+    assert made.rows_N.tolist() == rows
+    assert (made.reasons, made.left_out) == (reasons, sum(reasons.values()))
+    for why, count in reasons.items():
+        assert f"{count} ({why})" in told
+    assert ("left out: " in told) == bool(reasons)
+    kept = json.loads((tmp_path / "c" / "corpus.json").read_text())
+    assert (kept["format_version"], kept["left_out"], kept["reasons"]) == (
+        2,
+        made.left_out,
+        reasons,
+    )
+    if column:  # as another reader of tables numbers them
+        tables = [csv.DictReader(io.StringIO(content)) for content in contents.values()]
+        cells = [row[column] for table in tables for row in table]
+        assert made.texts(range(len(rows))) == [cells[row] for row in rows]
+    again = encode_corpus(codec, source, tmp_path / "c", SHA)
+    assert again.rows_N.tolist() == rows
+    assert ("left out: " in capsys.readouterr().err) == bool(reasons)
+
+
+def test_a_folder_of_version_1_opens_and_is_encoded_anew_with_its_rows(codec, tmp_path, calls):
+    source = GivenTexts([LONG, *LINES[:5]])
+    encode_corpus(codec, source, tmp_path / "c", SHA)
+    manifest = tmp_path / "c" / "corpus.json"
+    kept = json.loads(manifest.read_text())
+    del kept["reasons"]
+    manifest.write_text(json.dumps({**kept, "format_version": 1}))
+    (tmp_path / "c" / "rows.npy").unlink()
+    old = Corpus.open(tmp_path / "c", SHA)
+    assert old.rows_N is None
+    assert (old.left_out, old.reasons) == (1, {"too many tokens": 1})
+    assert old.texts(range(5)) == LINES[:5]
+    calls.clear()
+    encode_corpus(codec, source, tmp_path / "c", SHA)
+    assert sum(calls) == 5
+    assert Corpus.open(tmp_path / "c", SHA).rows_N.tolist() == [1, 2, 3, 4, 5]
+
+
+def test_a_pipe_is_copied_once_and_told_by_what_it_holds(codec, tmp_path, calls):
+    def piped(data: bytes) -> FileTexts:
+        reader, writer = os.pipe()
+        os.write(writer, data)
+        os.close(writer)
+        source = FileTexts(f"/dev/fd/{reader}")
+        os.close(reader)
+        return source
+
+    source = piped(b"\xef\xbb\xbfa\r\n\nb\xe2\x80\xa8\x0cc\n")
+    made = encode_corpus(codec, source, tmp_path / "c", SHA)
+    assert made.texts([0, 1]) == ["a", "b\u2028\x0cc"]
+    assert made.rows_N.tolist() == [0, 2]
+    calls.clear()
+    encode_corpus(codec, piped(b"\xef\xbb\xbfa\r\n\nb\xe2\x80\xa8\x0cc\n"), tmp_path / "c", SHA)
+    assert calls == []
+    encode_corpus(codec, piped(b"a\nb\n"), tmp_path / "c", SHA)
+    assert calls == [2]
+    copy = source.copy
+    assert copy.exists()
+    del source
+    assert not copy.parent.exists()
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"a\n\xff\n", "/dev/fd/[0-9]+ is not UTF-8 text"),
+        (b"a\n\x00\n", "/dev/fd/[0-9]+ is a binary file"),
+        (gzip.compress(b"a\n"), "/dev/fd/[0-9]+ is not UTF-8 text"),
+    ],
+)
+def test_a_pipe_that_is_no_text_is_named_as_given(data, message):
+    reader, writer = os.pipe()
+    os.write(writer, data)
+    os.close(writer)
+    with pytest.raises(UserError, match=f"^{message}"):
+        FileTexts(f"/dev/fd/{reader}")
+    os.close(reader)
 
 
 def test_what_is_encoded_is_opened_and_what_changed_is_encoded_anew(codec, tmp_path, calls):
@@ -103,7 +222,7 @@ def test_a_halted_encoding_goes_on_where_it_was(codec, tmp_path, calls, monkeypa
             encode_corpus(codec, source, out, SHA)
     assert not out.exists()
     # What a kill in the middle of a write leaves is cut off.
-    for name in ("codes.npy", "ends.npy", "texts.jsonl"):
+    for name in ("codes.npy", "ends.npy", "rows.npy", "texts.jsonl"):
         with open(tmp_path / ".c.build" / "corpus" / name, "ab") as file:
             file.write(b"torn")
     calls.clear()
@@ -157,7 +276,7 @@ def test_a_full_disk_keeps_what_is_done(codec, tmp_path, monkeypatch):
     assert len(encode_corpus(codec, GivenTexts(TEXTS), tmp_path / "c", SHA)) == len(TEXTS)
 
 
-@pytest.mark.parametrize("name", ["codes.npy", "ends.npy", "texts.jsonl"])
+@pytest.mark.parametrize("name", ["codes.npy", "ends.npy", "rows.npy", "texts.jsonl"])
 @pytest.mark.parametrize("damage", ["cut", "gone", "empty"])
 def test_a_damaged_corpus_says_what_to_do(codec, tmp_path, name, damage):
     encode_corpus(codec, GivenTexts(TEXTS), tmp_path / "c", SHA)
@@ -182,22 +301,23 @@ def test_other_folders_and_other_models_are_refused(codec, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "column", "content"),
+    ("name", "column", "content", "rows"),
     [
-        ("t.txt", None, "a\nb\n\nc"),
-        ("t.txt.gz", None, "a\nb\nc\n"),
-        ("t.jsonl", "s", "".join(json.dumps({"n": 1, "s": s}) + "\n" for s in "abc")),
-        ("t.csv", "s", "n,s\n1,a\n2,b\n3,c\n"),
+        ("t.txt", None, "a\nb\n\nc", [0, 1, 3]),
+        ("t.txt.gz", None, "a\nb\nc\n", [0, 1, 2]),
+        ("t.jsonl", "s", "".join(json.dumps({"n": 1, "s": s}) + "\n" for s in "abc"), [0, 1, 2]),
+        ("t.csv", "s", "n,s\n1,a\n2,b\n3,\n4,c\n", [0, 1, 3]),
     ],
 )
-def test_files_of_every_format_are_read(tmp_path, name, column, content):
+def test_files_of_every_format_are_read_and_their_rows_known(tmp_path, name, column, content, rows):
     path = tmp_path / name
     data = content.encode()
     path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
     source = FileTexts(str(path), column)
     assert source.total == 3
-    assert list(source.chunks(0)) == [["a", "b", "c"]]
-    assert list(source.chunks(2)) == [["c"]]
+    assert source.skipped == ({"empty": 1} if rows[-1] == 3 else {})
+    assert list(source.chunks(0)) == [(rows, ["a", "b", "c"])]
+    assert list(source.chunks(2)) == [(rows[2:], ["c"])]
 
 
 @pytest.mark.parametrize(
@@ -209,10 +329,14 @@ def test_files_of_every_format_are_read(tmp_path, name, column, content):
         ("t.txt", "s", b"a\n", "column"),
         ("t.txt", None, b"a\n\xff\xfe\n", "t.txt"),
         ("t.csv", "s", b"\x00\x01\x02", "t.csv"),
+        ("t.csv", "s", b"", "t.csv"),
+        ("-", "s", None, "leave --column out, or give a file"),
+        ("/dev/fd/77", "s", None, "leave --column out, or give a file"),
+        ("/dev/fd/77", None, None, "cannot read /dev/fd/77: No such file"),
     ],
 )
 def test_what_cannot_be_read_is_one_line(tmp_path, name, column, content, message):
-    path = tmp_path / name
+    path = name if content is None and name[0] in "-/" else tmp_path / name
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(UserError, match=message) as caught:
@@ -225,13 +349,15 @@ def test_a_split_or_a_share_of_it(tmp_path):
     shards.build(tmp_path / "lines.txt", tmp_path / "data", tokenizer="byte", max_length=40)
     dataset = shards.open_dataset(str(tmp_path / "data"))
     fitting = {text for text in LINES if len(text.encode()) < 40}
-    whole = [text for chunk in SplitTexts(dataset, "train").chunks(0) for text in chunk]
-    valid = [text for chunk in SplitTexts(dataset, "valid").chunks(0) for text in chunk]
+    whole = texts_of(SplitTexts(dataset, "train"))
+    valid = texts_of(SplitTexts(dataset, "valid"))
     assert len(whole) + len(valid) == len(fitting)
     assert {*whole, *valid} == fitting
     some = SplitTexts(dataset, "train", 20)
-    texts = [text for chunk in some.chunks(0) for text in chunk]
+    texts = texts_of(some)
     assert some.total == len(texts) == 20
     assert set(texts) < set(whole)
-    assert [text for chunk in some.chunks(7) for text in chunk] == texts[7:]
+    assert texts_of(some, 7) == texts[7:]
+    rows = [row for rows, _ in some.chunks(0) for row in rows]
+    assert dataset.texts("train", rows) == texts
     assert some.describe() != SplitTexts(dataset, "train", 19).describe()
