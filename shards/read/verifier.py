@@ -18,6 +18,7 @@ import numpy as np
 from shards.format.index import Index, Shard, open_index
 from shards.format.tokenizers import fingerprint
 from shards.storage.cache import Cache
+from shards.storage.store import refuse_replaced
 from t5vae.common.errors import DamageError, UserError
 from t5vae.common.progress import Advance, stage
 
@@ -74,6 +75,11 @@ def verify(path: str | Path, workers: int | None = None) -> Report:
 
         passes = [_Pass(index, *shard, count) for shard in zip(index.shards, tables, strict=True)]
         damages = list(chain.from_iterable(pool.map(_Pass.problems, passes)))
+    if damages:
+        try:
+            refuse_replaced(index.path, index.store.get, index.sha256)
+        except UserError as error:
+            damages = [str(error)]
     problems = [*_totals(index, tables), *damages, *tokenizer]
     if not damages:
         problems += _histograms(index, passes)

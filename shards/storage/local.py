@@ -6,16 +6,24 @@ from pathlib import Path
 from threading import Lock
 from typing import BinaryIO
 
+from shards.storage.store import refuse_replaced
+
 OPEN_FILES = 64
 
 
 class LocalStore:
-    """A dataset folder on this machine. At most 64 files are held open."""
+    """A dataset folder on this machine. At most 64 files are held open.
+
+    Args:
+        location: the folder.
+        version: the sha256 of its index.json; "" for any.
+    """
 
     readers = 1
 
-    def __init__(self, location: str | Path):
+    def __init__(self, location: str | Path, version: str = ""):
         self.location = str(location)
+        self._version = version
         self.path = Path(location)
         self._lock = Lock()
         self._files: dict[str, FileIO] = {}  # the one used last comes last
@@ -35,9 +43,11 @@ class LocalStore:
         return open(self.path / name, "rb")
 
     def folder(self, name: str) -> Path:
+        refuse_replaced(self.location, self.get, self._version)
         return self.path / name
 
     def forget(self, name: str) -> bool:
+        refuse_replaced(self.location, self.get, self._version)
         return False
 
     def close(self) -> None:

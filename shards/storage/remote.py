@@ -12,8 +12,8 @@ from typing import BinaryIO, cast
 from shards.storage.cache import Cache, CacheError, Copies
 from shards.storage.local import LocalStore
 from shards.storage.requests import MOST, Remote, RemoteFile
-from shards.storage.store import Manifest
-from t5vae.common.errors import DamageError
+from shards.storage.store import Manifest, refuse_replaced
+from t5vae.common.errors import DamageError, UserError
 from t5vae.common.progress import say
 
 BUSY = 0.1  # seconds until a file is tried again that another process copies
@@ -71,9 +71,10 @@ class RemoteStore:
         return cast(BinaryIO, io.BufferedReader(RemoteFile(self._remote, name), MOST))
 
     def folder(self, name: str) -> Path:
-        return self._copies.make_folder(name, partial(self._remote.folder, name))
+        return self._copies.make_folder(name, partial(self._contents, name))
 
     def forget(self, name: str) -> bool:
+        refuse_replaced(self.location, self._remote.get, self._manifest.version)
         self._local.close()
         return self._copies.remove(name)
 
@@ -82,6 +83,11 @@ class RemoteStore:
         self._local.close()
         with self._lock:
             self._asked, self._wanted = set(), None
+
+    def _contents(self, name: str) -> dict[str, bytes]:
+        contents = self._remote.folder(name)
+        refuse_replaced(self.location, self._remote.get, self._manifest.version)
+        return contents
 
     def _want(self, name: str) -> None:
         with self._lock:
@@ -126,6 +132,10 @@ def _copy(
             say(f"{error}; what it has no copy of is read from {remote.url}")
             return
         except DamageError as error:
+            try:
+                refuse_replaced(remote.url, remote.get, manifest.version)
+            except UserError:  # whoever reads it says so
+                return
             say(f"{error}; its blocks are read from there, one by one")
         except OSError:  # whoever reads the file will meet it too, and can name the block
             asked.discard(name)

@@ -1,13 +1,18 @@
 """What a store is: the files of one dataset, wherever they lie."""
 
+import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol
+
+from t5vae.common.errors import UserError
 
 
 class Store(Protocol):
     """The files of one dataset, by their names; any thread may use it.
 
     Every method raises OSError where a file cannot be read, FileNotFoundError where there is none.
+    `folder` and `forget` raise UserError where another dataset lies there by now.
     """
 
     location: str
@@ -29,7 +34,8 @@ class Store(Protocol):
         """A folder of small files as a folder of this machine."""
 
     def forget(self, name: str) -> bool:
-        """Remove this machine's copy of a remote file; whether there was one."""
+        """Of a file that is not what the manifest says, remove this machine's copy; whether there
+        was one."""
 
     def close(self) -> None:
         """Close what is open; a later read opens it again."""
@@ -45,3 +51,30 @@ class Manifest(NamedTuple):
 
     version: str
     sha256: dict[str, str]
+
+
+def refuse_replaced(location: str, get: Callable[[str], bytes], version: str) -> None:
+    """Refuse to go on with a dataset in whose place another was put.
+
+    Args:
+        location: for people.
+        get: reads a file there.
+        version: the sha256 of the index.json that was opened; "" where none was.
+
+    Raises:
+        UserError: another index.json lies there, or none.
+    """
+    if not version:
+        return
+    try:
+        content = get("index.json")
+    except FileNotFoundError:
+        content = b""
+    except OSError:  # whether it was replaced cannot be told
+        return
+    if hashlib.sha256(content).hexdigest() != version:
+        raise UserError(
+            f"{location} was replaced while it was read (its index.json is "
+            f"{'another' if content else 'gone'}): bring back what was there to go on, or start a "
+            "new run"
+        )

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from itertools import islice
 
 import fsspec
@@ -80,6 +81,124 @@ def test_a_damaged_block_of_a_url_is_named(site):
     with pytest.raises(DamageError, match=re.escape(block)):
         everything(index)
     assert shards.verify(site.url).problems[1:] == [block]
+
+
+@pytest.fixture(scope="module")
+def rebuilt(dataset, tmp_path_factory):
+    """Other lines, built with the options and the tokenizer of `dataset`."""
+    folder = tmp_path_factory.mktemp("rebuilt")
+    (folder / "lines.txt").write_text("\n".join(f"other_{i} = {i % 9} + f(x)" for i in range(1000)))
+    options = {"max_length": 24, "valid_fraction": 0.1, "block_size": 32, "shard_size": 8192}
+    tokenizer = dataset / "tokenizer"
+    shards.build(folder / "lines.txt", folder / "new", tokenizer=tokenizer, **options)
+    return folder / "new"
+
+
+def is_refused(call, location, index="another") -> None:
+    """One line that says so, and no damage, which could be skipped."""
+    with pytest.raises(UserError) as caught:
+        call()
+    assert type(caught.value) is UserError
+    assert f"{location} was replaced while it was read" in str(caught.value)
+    assert f"its index.json is {index}" in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("on_corrupt", ["error", "skip"])
+@pytest.mark.parametrize("where", ["url", "folder"])
+def test_a_dataset_that_is_replaced_while_it_streams_is_no_damage(
+    site, dataset, rebuilt, node, where, on_corrupt
+):
+    location = site.url if where == "url" else site.folder
+    options = {"seed": 0, "global_batch_size": 10}
+    opened = shards.open_dataset(location, Cache(node, limit_bytes=1))  # no copies
+    with (
+        ShardStream(dataset, **options) as expected,
+        ShardStream(opened, **options, on_corrupt=on_corrupt) as stream,
+    ):
+        for _ in range(3):
+            assert next(stream).ids.tolist() == next(expected).ids.tolist()
+        shutil.copytree(rebuilt, site.folder, dirs_exist_ok=True)
+
+        def go_on():
+            while True:
+                batch = next(stream)
+                assert batch.ids.tolist() == next(expected).ids.tolist()
+                assert batch.weights.all()
+
+        is_refused(go_on, location)
+        assert stream.quarantined == 0
+
+
+@pytest.mark.parametrize("where", ["url", "folder"])
+def test_a_dataset_that_is_replaced_once_it_is_open_is_refused(site, rebuilt, where):
+    location = site.url if where == "url" else str(site.folder)
+    opened = [shards.open_index(location) for _ in range(3)]
+    assert len(opened[0].blocks)
+    shutil.copytree(rebuilt, site.folder, dirs_exist_ok=True)
+    is_refused(lambda: everything(opened[0]), location)
+    is_refused(lambda: everything(opened[1]), location)  # its blocks.npy was never read
+    is_refused(lambda: opened[2].tokenizer(), location)
+    assert len(everything(shards.open_index(location))) > 800
+
+
+def test_a_dataset_that_was_removed_once_it_was_open_is_refused(site):
+    index = shards.open_index(site.folder)
+    assert len(index.blocks)
+    shutil.rmtree(site.folder)
+    is_refused(lambda: everything(index), site.folder, "gone")
+
+
+def test_what_was_copied_whole_is_read_on_whatever_lies_at_the_url(site, dataset, rebuilt, node):
+    index = shards.open_index(site.url)
+    whole = everything(index)
+    for name in (shard.name for shard in index.shards):
+        shutil.copy(dataset / name, node / index.sha256 / name)
+    shutil.copytree(rebuilt, site.folder, dirs_exist_ok=True)
+    assert everything(index) == whole
+
+
+def test_a_dataset_replaced_while_it_is_verified_is_no_damage(site, rebuilt, monkeypatch):
+    from shards.read import verifier
+
+    def replace(index):
+        shutil.copytree(rebuilt, site.folder, dirs_exist_ok=True)
+        return []
+
+    monkeypatch.setattr(verifier, "_tokenizer", replace)
+    (problem,) = shards.verify(site.folder).problems
+    assert "was replaced while it was read" in problem
+
+
+@pytest.mark.parametrize(
+    ("location", "told"),
+    [
+        ("https://host/data/train-{00000..00010}.tar", "give https://host/data, or"),
+        ("https://host/data/train-{00..10}.tar.gz", "give https://host/data, or"),
+        ("s3://bucket/a/{train,valid}-00000.tar", "give s3://bucket/a, or"),
+        ("data/python/train-*.tar", "give data/python, or"),
+        ("https://host/a-{0..1}.tar::https://host/b.tar", "give https://host, or"),
+        ("train-00000.tar", "give that, or"),
+        ("https://host/{code,prose}", "several as a list"),
+    ],
+)
+def test_tar_files_and_braces_in_place_of_a_folder_are_one_line(location, told):
+    for call in (
+        lambda: shards.open_index(location),
+        lambda: shards.open_dataset([location, "elsewhere"]),
+        lambda: ShardStream(location, seed=0, global_batch_size=1),
+    ):
+        with pytest.raises(UserError) as caught:
+            call()
+        assert str(caught.value).startswith(location)
+        assert told in str(caught.value)
+        assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_folder_with_braces_in_its_name_is_opened(dataset, tmp_path):
+    for name in ("{a,b}", "train-{0..1}.tar"):
+        (tmp_path / name).symlink_to(dataset)
+        assert shards.open_index(tmp_path / name).sequences("train") > 800
 
 
 @pytest.mark.parametrize("fault", [500, 503, "cut"])
