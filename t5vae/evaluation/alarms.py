@@ -5,12 +5,13 @@ from typing import Any
 LEAST_USE = 0.1  # nats a token that a wrong code costs at least, where codes are used
 
 
-def alarms(figures: dict[str, Any], intervals: dict[str, Any]) -> dict[str, str]:
-    """What is wrong with a space, beyond what chance explains.
+def alarms(figures: dict[str, Any], intervals: dict[str, Any], n: dict[str, int]) -> dict[str, str]:
+    """What is wrong with a space, beyond what chance explains, or with what it is measured on.
 
     Args:
         figures: metrics, and `controls` of the same names.
         intervals: of both, [low, high].
+        n: how many of everything.
 
     Returns:
         A sentence under each name that applies:
@@ -20,8 +21,14 @@ def alarms(figures: dict[str, Any], intervals: dict[str, Any]) -> dict[str, str]
         - novelty: a smaller share of the valid samples is new than of a trigram model's: the
           training set, repeated.
         - validity: no more samples pass than of a trigram model's.
+        - contamination: held-out sequences are in the training set too.
     """
     found = {}
+    if n["contaminated"]:
+        found["contamination"] = (
+            f"{n['contaminated']:,} of {n['held_out']:,} held-out sequences are in the training "
+            "set too, so no figure of held-out data holds: build the shards again and train anew"
+        )
     if intervals["shuffled_gap"][0] < LEAST_USE:
         found["latent_use"] = (
             f"posterior collapse: another sequence's code costs {figures['shuffled_gap']:.3f} nats "

@@ -58,7 +58,7 @@ def evaluate(
     Args:
         space: the trained model.
         valid_ids: N >= 4 held-out sequences, token ids, each ending in the end token; none of
-            them in the training set.
+            them should be in the training set.
         train_texts: the training set, against which novelty is judged.
         train_ids: training sequences as token ids, for the fitted prior, the probe and the trigram
             model.
@@ -88,6 +88,8 @@ def evaluate(
           active_dimensions, latent_size: of the held-out codes;
         - probe: `r2` on the held-out sequences of a linear regression of `measure` on training
           codes; None where all have the same value;
+        - contamination: the share of the held-out sequences that are training sequences too,
+          token by token;
         - alarms: what is wrong with the space, by name (see :func:`alarms`);
         - intervals: [low, high] of 95 % under the same names, controls included: of shares and
           means by bootstrap over sequences, samples or paths, of what describes a cloud of codes
@@ -146,6 +148,17 @@ def evaluate(
     figures = _union([part.figures for part in parts]) | {"controls": dict(controls)}
     found = intervals(figures, rng) | half_sampled(geometry, held_out.z_ND, rng)
     found["controls"]["prior"] = half_sampled(geometry, prior_ND, rng)
+    trained_on = set(map(tuple, train_ids))
+    n = {
+        "held_out": len(valid_ids),
+        "held_out_tokens": sum(map(len, valid_ids)),
+        "contaminated": sum(tuple(row) in trained_on for row in valid_ids),
+        "samples": samples,
+        "interpolations": interpolations,
+        "interpolation_steps": steps,
+        "fitted_on": len(fitted_on),
+        "train": len(train_ids),
+    }
     return {
         "schema_version": SCHEMA_VERSION,
         "check": check,
@@ -153,17 +166,10 @@ def evaluate(
         "seed": seed,
         "latent_size": space.latent_size,
         **figures,
-        "alarms": alarms(figures, found),
+        "contamination": n["contaminated"] / n["held_out"],
+        "alarms": alarms(figures, found, n),
         "intervals": found,
-        "n": {
-            "held_out": len(valid_ids),
-            "held_out_tokens": sum(map(len, valid_ids)),
-            "samples": samples,
-            "interpolations": interpolations,
-            "interpolation_steps": steps,
-            "fitted_on": len(fitted_on),
-            "train": len(train_ids),
-        },
+        "n": n,
         "pictures": _union([part.pictures for part in parts]),
         "examples": _union([part.examples for part in parts]),
     }

@@ -136,10 +136,11 @@ def _sequences(ids_NT: np.ndarray, lengths_N: np.ndarray) -> list[list[int]]:
 
 
 def _known(path: Path, made_from: dict[str, Any]) -> dict[str, Any] | None:
-    """The report that is there, if it is of this version and was made from just this."""
+    """The report that is there, if it was made from just this by a version that tells as much."""
     try:
         report = json.loads(path.read_text())
         mine = report["made_from"] == made_from and report["schema_version"] == SCHEMA_VERSION
+        mine = mine and "contamination" in report
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return report if mine else None

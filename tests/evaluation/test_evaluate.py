@@ -117,6 +117,27 @@ def test_a_collapsed_model_fails_the_latent_use_alarm():
     assert report["controls"]["shuffled"]["token_accuracy"] == report["token_accuracy"]
 
 
+@pytest.mark.parametrize("known", [0, 1, 30])
+def test_held_out_sequences_of_the_training_set_are_counted_and_told(known):
+    first = HELD_OUT[0]
+    others = [[*first[:-1], 5, 1], first[1:], first[:-1]]  # longer, shorter, without its end
+    report = report_of(Copy(), train_ids=[*TRAIN, *others, *HELD_OUT[:known]])
+    assert report["n"]["contaminated"] == known
+    assert report["contamination"] == known / len(HELD_OUT)
+    if known:
+        told = report["alarms"]["contamination"]
+        assert told.startswith(f"{known} of {len(HELD_OUT)} held-out sequences")
+        assert "build the shards again" in told
+    else:
+        assert "contamination" not in report["alarms"]
+
+
+def test_a_held_out_sequence_that_occurs_often_counts_as_often():
+    report = report_of(Copy(), valid_ids=HELD_OUT[:5] + TRAIN[:1] * 3)
+    assert report["n"]["contaminated"] == 3
+    assert report["contamination"] == 3 / 8
+
+
 def test_a_memoriser_has_no_novelty():
     report = report_of(Memoriser())
     assert "memorisation" in report["alarms"]["novelty"]

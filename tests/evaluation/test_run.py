@@ -1,5 +1,6 @@
 """A run's evaluation as files and commands: eval.json, eval.html, the comparison."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -7,6 +8,7 @@ from base64 import b64decode
 from html import unescape
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 
 import shards
@@ -108,6 +110,47 @@ def test_a_known_evaluation_is_not_repeated(run):
     assert report["measure"] == "names"
     (run / "eval.json").write_text("{")
     assert not evaluate_run(run, check="python", **FEW)[2]
+
+
+def test_an_evaluation_that_does_not_tell_of_contamination_is_repeated(run):
+    report = json.loads((run / "eval.json").read_text())
+    assert report["contamination"] == report["n"].pop("contaminated") == 0
+    (run / "eval.json").write_text(json.dumps({**report, "contamination": None}))
+    assert evaluate_run(run, check="python", **FEW)[2]
+    del report["contamination"]
+    (run / "eval.json").write_text(json.dumps(report))
+    assert read_report(run) == report
+    again, _, known = evaluate_run(run, check="python", **FEW)
+    assert not known
+    assert again["contamination"] == 0
+
+
+def hold_out_training_sequences(folder):
+    """Make a dataset's split valid a copy of its split train."""
+    index = json.loads((folder / "index.json").read_text())
+    train, valid = index["shards"]
+    shutil.copy(folder / train["name"], folder / valid["name"])
+    index["shards"][1] = {**train, "name": valid["name"], "split": "valid"}
+    index["splits"]["valid"] = index["splits"]["train"]
+    blocks = np.load(folder / "blocks.npy")
+    of_train = blocks[blocks["shard"] == 0]
+    of_valid = of_train.copy()
+    of_valid["shard"] = 1
+    np.save(folder / "blocks.npy", np.concatenate([of_train, of_valid]))
+    digest = hashlib.sha256((folder / "blocks.npy").read_bytes()).hexdigest()
+    (folder / "index.json").write_text(json.dumps({**index, "blocks_sha256": digest}))
+
+
+def test_shards_that_hold_out_training_sequences_are_told(made, tmp_path, t5vae):
+    alone = shutil.copytree(made / "export", tmp_path / "alone")
+    data = shutil.copytree(made.parent / "data", tmp_path / "data")
+    hold_out_training_sequences(data)
+    assert shards.verify(data).ok
+    code, out, _ = t5vae("eval", alone, "--shards", data, *OPTIONS)
+    assert code == 0
+    told = "8 of 8 held-out sequences are in the training set too"
+    assert f"alarm: {told}" in " ".join(out.split())
+    assert told in "".join(Page((alone / "eval.html").read_text()).words)
 
 
 def test_an_export_of_a_run_is_the_run(run):
