@@ -5,8 +5,6 @@ Shapes: N texts, D latent size.
 
 import hashlib
 import json
-import math
-import os
 import shutil
 import tempfile
 import warnings
@@ -27,17 +25,13 @@ from shards.write.corpora import Corpus as Source
 from shards.write.corpora import Reading
 from shards.write.streams import copy_pipe, is_pipe
 from t5vae.common.errors import UserError
-from t5vae.common.files import reading, write_whole
+from t5vae.common.files import reading
 from t5vae.common.progress import say, stage
 from t5vae.common.workfolder import work_folder
 from t5vae.latent.codec import Codec
+from t5vae.latent.writer import CODES, ENDS, FORMAT_VERSION, MANIFEST, ROWS, TEXTS, TOO_LONG, Writer
 
-FORMAT_VERSION = 2  # 1 did not know of rows, and counted those with too many tokens alone
 CHUNK = 16_384  # sequences between two notes of what is done
-
-MANIFEST, CODES, TEXTS, ENDS = "corpus.json", "codes.npy", "texts.jsonl", "ends.npy"
-ROWS = "rows.npy"
-TOO_LONG = "too many tokens"
 
 
 @dataclass(frozen=True)
@@ -160,7 +154,7 @@ def left_out(reasons: Mapping[str, int]) -> str:
 
 
 def _encode(codec: Codec, source: "Texts", out: Path, made_from: dict[str, Any]) -> None:
-    with work_folder(out) as work, _Writer(work, codec.latent_size, made_from) as writer:
+    with work_folder(out) as work, Writer(work, codec.latent_size, made_from) as writer:
         if writer.read:
             say(f"going on after {writer.read:,} texts")
         with stage(f"encoded {source.name}", source.total, done=writer.read) as advance:
@@ -318,91 +312,3 @@ class SplitTexts(Texts):
 
     def describe(self) -> dict[str, Any]:
         return {"shards_sha256": self.dataset.sha256, "split": self.split, "texts": self.total}
-
-
-class _Writer:
-    """The files of a corpus, while they grow, and how far they are."""
-
-    def __init__(self, work: Path, latent_size: int, made_from: dict[str, Any]):
-        self.folder, self.note = work / "corpus", work / "done.json"
-        self.latent_size, self.made_from = latent_size, made_from
-        self.read = self.rows = self.bytes = 0
-        self._take_up()
-        self.folder.mkdir(exist_ok=True)
-        self.texts = open(self.folder / TEXTS, "ab")  # noqa: SIM115
-        self.texts.truncate(self.bytes)
-        self.codes = _Array(self.folder / CODES, np.float32, (latent_size,), self.rows)
-        self.ends = _Array(self.folder / ENDS, np.int64, (), self.rows)
-        self.numbers = _Array(self.folder / ROWS, np.int64, (), self.rows)
-
-    def __enter__(self) -> "_Writer":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for file in (self.texts, self.codes.file, self.ends.file, self.numbers.file):
-            file.close()
-
-    def append(self, rows: list[int], texts: list[str], codes_ND: Tensor, read: int) -> None:
-        """Add texts, their rows and codes; `read` texts of the source are done with them."""
-        lines = [json.dumps(text, ensure_ascii=False).encode() + b"\n" for text in texts]
-        sizes = np.array([len(line) for line in lines], dtype=np.int64)
-        self.texts.write(b"".join(lines))
-        self.texts.flush()
-        self.ends.append(self.bytes + sizes.cumsum())
-        self.codes.append(codes_ND.numpy())
-        self.numbers.append(np.array(rows, dtype=np.int64))
-        self.read += read
-        self.rows += len(texts)
-        self.bytes += int(sizes.sum())
-        done = {"read": self.read, "rows": self.rows, "bytes": self.bytes}
-        write_whole(self.note, json.dumps({**done, "made_from": self.made_from}))
-
-    def finish(self, out: Path, skipped: Mapping[str, int]) -> None:
-        """Put the folder where it belongs, in place of an older one; what the source skipped."""
-        too_long = self.read - self.rows
-        reasons = {**skipped, **({TOO_LONG: too_long} if too_long else {})}
-        manifest = {
-            **self.made_from,
-            "sequences": self.rows,
-            "left_out": sum(reasons.values()),
-            "reasons": reasons,
-            "latent_size": self.latent_size,
-        }
-        write_whole(self.folder / MANIFEST, json.dumps(manifest, indent=1))
-        if out.exists():
-            shutil.rmtree(out)
-        os.replace(self.folder, out)
-
-    def _take_up(self) -> None:
-        """Go on with what a halted encoding of the same left, or remove it."""
-        try:
-            done = json.loads(self.note.read_text())
-            if done["made_from"] == self.made_from:
-                self.read, self.rows, self.bytes = done["read"], done["rows"], done["bytes"]
-                return
-        except (OSError, ValueError, KeyError):
-            pass
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-
-class _Array:
-    """An array in a .npy file to which rows are added: numpy leaves room for that in the header."""
-
-    def __init__(self, path: Path, dtype: type, shape: tuple[int, ...], rows: int):
-        self.dtype, self.shape, self.rows = np.dtype(dtype), shape, rows
-        self.file = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115
-        self._write_header()
-        self.file.truncate(self.file.tell() + rows * self.dtype.itemsize * math.prod(shape))
-
-    def append(self, rows: np.ndarray) -> None:
-        self.file.seek(0, os.SEEK_END)
-        self.file.write(rows.astype(self.dtype).tobytes())
-        self.rows += len(rows)
-        self._write_header()
-        self.file.flush()
-
-    def _write_header(self) -> None:
-        shape = (self.rows, *self.shape)
-        header = {"descr": self.dtype.str, "fortran_order": False, "shape": shape}
-        self.file.seek(0)
-        np.lib.format.write_array_header_1_0(self.file, header)

@@ -13,7 +13,7 @@ import torch
 import shards
 from shards.format.tokenizers import load_tokenizer
 from t5vae.common.errors import UserError
-from t5vae.latent import corpus
+from t5vae.latent import corpus, writer
 from t5vae.latent.codec import Codec
 from t5vae.latent.corpus import Corpus, FileTexts, GivenTexts, SplitTexts, encode_corpus
 from tests.latent.tiny import LINES, random_model
@@ -269,7 +269,7 @@ def test_a_full_disk_keeps_what_is_done(codec, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(corpus, "write_whole", full)
+        patch.setattr(writer, "write_whole", full)
         with pytest.raises(UserError, match=r"no space left for .*c: make room and run the same"):
             encode_corpus(codec, GivenTexts(TEXTS), tmp_path / "c", SHA)
     assert (tmp_path / ".c.build").is_dir()
