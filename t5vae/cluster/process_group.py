@@ -11,7 +11,11 @@ import torch.distributed as dist
 
 from t5vae.cluster.allocator import keep_freed_memory
 from t5vae.cluster.ranks import Ranks
+from t5vae.cluster.scheduler import host_name
+from t5vae.common.cpus import cpus
 from t5vae.common.errors import UserError
+
+RESOLVING = 10  # seconds in which a name server that fails is asked again
 
 
 def network_interface(ranks: Ranks) -> str | None:
@@ -28,6 +32,29 @@ def network_interface(ranks: Ranks) -> str | None:
         if address in (entry.address for entry in addresses) and not address.startswith("127."):
             return name
     return None
+
+
+def require_address(ranks: Ranks) -> None:
+    """Refuse a name of the first host that leads nowhere; ranks would wait for each other in vain.
+
+    Raises:
+        UserError: naming both hosts.
+    """
+    end = time.monotonic() + RESOLVING
+    while True:
+        try:
+            socket.getaddrinfo(ranks.master_addr, ranks.master_port)
+            return
+        except (OSError, UnicodeError) as error:
+            again = isinstance(error, OSError) and error.errno == socket.EAI_AGAIN
+            if again and time.monotonic() < end:
+                time.sleep(0.1)
+                continue
+            raise UserError(
+                f"{host_name()} finds no address for {ranks.master_addr}, where rank 0 is "
+                f"({error}): have the name put into DNS or every host's /etc/hosts, or "
+                "train on hosts that find each other"
+            ) from None
 
 
 def start_process_group(
@@ -55,8 +82,7 @@ def start_process_group(
             # DeepSpeed compiles Muon's kernels: on a CPU that takes longer than it saves.
             os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         if "OMP_NUM_THREADS" not in os.environ:
-            cores = len(os.sched_getaffinity(0))
-            torch.set_num_threads(max(1, cores // ranks.local_world_size))
+            torch.set_num_threads(max(1, cpus() // ranks.local_world_size))
     if interface:
         # "=" is NCCL's way to take the name as a whole, not as the beginning of one
         os.environ.update(GLOO_SOCKET_IFNAME=interface, NCCL_SOCKET_IFNAME=f"={interface}")

@@ -1,5 +1,6 @@
 """Which process of how many this is, as a launcher or the scheduler says."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from t5vae.cluster import scheduler
@@ -39,7 +40,7 @@ def find_ranks(env: dict[str, str]) -> Ranks:
     """
     launched = "RANK" in env or "WORLD_SIZE" in env
     if not launched and not scheduler.is_in_step(env):
-        return Ranks(0, 1, 0, 1, "127.0.0.1", 0)
+        return Ranks(0, 1, 0, 1, scheduler.LOOPBACK, 0)
     try:
         ranks = _from_launcher(env) if launched else Ranks(**scheduler.place_in_step(env))
         if not 0 <= ranks.rank < ranks.world_size:
@@ -53,13 +54,23 @@ def find_ranks(env: dict[str, str]) -> Ranks:
     return ranks
 
 
+def ends_together(env: Mapping[str, str]) -> bool:
+    """Whether what started this process ends it once another rank has ended badly."""
+    others = ("CROSS_RANK", "TORCHELASTIC_RUN_ID")  # DeepSpeed's launcher and torchrun set these
+    return scheduler.is_in_step(env) or any(name in env for name in others)
+
+
 def _from_launcher(env: dict[str, str]) -> Ranks:
-    world = int(env["WORLD_SIZE"])
+    world, address = int(env["WORLD_SIZE"]), env["MASTER_ADDR"]
+    local = env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE")
+    # torchrun's agents have the store that its ranks meet in, perhaps on a host without ranks.
+    if local and int(local) == world and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        address = scheduler.LOOPBACK
     return Ranks(
         rank=int(env["RANK"]),
         world_size=world,
         local_rank=int(env["LOCAL_RANK"]),
-        local_world_size=int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or world),
-        master_addr=env["MASTER_ADDR"],
+        local_world_size=int(local or world),
+        master_addr=address,
         master_port=int(env["MASTER_PORT"]),
     )

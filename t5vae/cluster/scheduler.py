@@ -15,6 +15,7 @@ from typing import Any
 
 AGAIN = 75  # EX_TEMPFAIL of sysexits.h: slurm/train.sh and the launcher's script then requeue
 RANK = "SLURM_PROCID"
+LOOPBACK = "127.0.0.1"  # ranks of one host need no name of it
 
 
 def is_in_step(env: Mapping[str, str]) -> bool:
@@ -38,7 +39,7 @@ def place_in_step(env: Mapping[str, str]) -> dict[str, Any]:
         "world_size": int(env["SLURM_STEP_NUM_TASKS"]),
         "local_rank": int(env["SLURM_LOCALID"]),
         "local_world_size": tasks[0],
-        "master_addr": hosts[0],
+        "master_addr": hosts[0] if len(hosts) > 1 else LOOPBACK,
         "master_port": 20_000 + int(env["SLURM_JOB_ID"]) % 20_000,
         "hosts": tuple(host for host, n in zip(hosts, tasks, strict=False) for _ in range(n)),
     }

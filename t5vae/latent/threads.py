@@ -13,6 +13,8 @@ from statistics import median
 
 import torch
 
+from t5vae.common.cpus import cpus
+
 Timings = dict[int, deque[float]]
 """Of each number of threads, what a unit of size took in the latest calls, in seconds."""
 KEPT = 3  # so that one outlier does not decide
@@ -30,7 +32,7 @@ class Threads:
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter):
-        self.clock = clock
+        self.clock, self.cpus = clock, cpus()
         self.timings: dict[tuple[str, int, int], Timings] = {}
         self.alone_is_faster = True  # as last compared; believed of calls that are not yet
         self.debt = 0.0  # seconds of work until the slower way is tried again
@@ -44,8 +46,9 @@ class Threads:
             size: how much of it.
             device: where; on an accelerator nothing is changed.
         """
-        most = torch.get_num_threads()
-        if device.type != "cpu" or most == 1:
+        given = torch.get_num_threads()
+        most = min(given, self.cpus)
+        if device.type != "cpu" or given == 1:
             yield
             return
         # Time is not proportional to size: similar ones are within a factor of two.
@@ -58,7 +61,7 @@ class Threads:
             yield
             seconds = self.clock() - began
         finally:
-            torch.set_num_threads(most)
+            torch.set_num_threads(given)
         timings[count].append(seconds / size)
         other = timings[most if count == 1 else 1]
         lost = max(0.0, seconds - median(other) * size) if other else 0.0

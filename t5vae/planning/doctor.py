@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 
 from t5vae.cluster.scheduler import about_cluster
+from t5vae.common.cpus import cpus
 from t5vae.common.errors import first_line
 from t5vae.common.files import SCRATCH
 from t5vae.common.versions import installed, versions
@@ -96,10 +97,9 @@ def _cpu() -> str:
     with suppress(OSError):
         found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
         name = found[1] if found else name
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = psutil.virtual_memory()
     return (
-        f"{name}, {cores} of {os.cpu_count()} cores for this process; "
+        f"{name}, {cpus()} of {os.cpu_count()} cores for this process; "
         f"{memory.total / GIB:.0f} GiB of memory, {memory.available / GIB:.0f} free"
     )
 

@@ -13,7 +13,7 @@ from t5vae.training.engine import backward, gradient_norm, schedule, set_learnin
 from t5vae.training.feed import open_feed
 from t5vae.training.job import resolve
 from t5vae.training.meter import Meter, peak_flops
-from t5vae.training.midrun import MidRunEvaluation
+from t5vae.training.midrun import GivenUpError, MidRunEvaluation
 from t5vae.training.profiling import Profiler
 from t5vae.training.start import started
 from t5vae.training.step import Loss
@@ -25,7 +25,7 @@ def run(config: Config, ranks: Ranks, stop: StopRequest) -> None:
     Args:
         config: the run's.
         ranks: which process this is.
-        stop: set by signals; looked at between steps.
+        stop: set by signals; looked at between steps, and between the batches of an evaluation.
 
     Raises:
         UserError: for anything a user can mend: no shards, a batch that does not divide, a run
@@ -50,7 +50,8 @@ def run(config: Config, ranks: Ranks, stop: StopRequest) -> None:
         checkpoints = Checkpoints(job.folder / "checkpoints", config.checkpoint, of_run, log)
         profiler = Profiler(config.train.profile, job.folder, ranks.rank, log.say)
         meter = Meter(device, job.split, peak_flops(device, half=config.train.half))
-        evaluate = meter.apart(MidRunEvaluation(engine, job.dataset, config.eval).look)
+        evaluation = MidRunEvaluation(engine, job.dataset, config.eval, lambda: stop.requested)
+        evaluate = meter.apart(evaluation.look)
         profile, save = meter.apart(profiler.before), meter.apart(checkpoints.save)
 
         step = start.done
@@ -69,17 +70,22 @@ def run(config: Config, ranks: Ranks, stop: StopRequest) -> None:
 
             figures = loss.figures() | gradient_norm(engine, optim)
             event = anomalies.look(figures, engine.was_step_applied(), loss.nonfinite_ranks)
-            findings = evaluate() if job.evaluates_after(step) and not agreed.stop else None
+            ends, findings = agreed.stop, None
+            if job.evaluates_after(step) and not ends:
+                try:
+                    findings = evaluate()
+                except GivenUpError:
+                    ends = True
             if event or findings or job.logs_after(step):
                 figures |= loss.latent_diagnostics() | {"lr": share * optim.lr} | anomalies.counts
                 log.step(step, figures | feed.figures() | meter.read(), findings, event)
             anomalies.stop_if_over(f"step {step:,}: {event}", job.replay(feed.position))
 
-            if agreed.stop or job.saves_after(step):
+            if ends or job.saves_after(step):
                 state = {"data": feed.state_dict(), "watch": anomalies.state_dict()}
                 held_out = {"held_out": findings and findings.held_out}
-                save(engine, step, state | held_out, last=agreed.stop or step == job.steps)
-            if agreed.stop:
+                save(engine, step, state | held_out, last=ends or step == job.steps)
+            if ends:
                 log.stopped(step, stop.reason)
                 break
 

@@ -2,17 +2,20 @@
 
 import os
 import sys
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from t5vae.cluster.errors import LostRankError
+from t5vae.cluster.ranks import ends_together, find_ranks
 from t5vae.cluster.scheduler import is_first_of_host, queue_again
 from t5vae.cluster.stopping import StopRequest, signals_come_too_late
 from t5vae.common.errors import DISK_FULL, UserError
 from t5vae.config import Config, load_config
 
 DEFAULT_CONFIG = "quickstart"
+PATIENCE = 60  # seconds in which a launcher ends the other ranks, once one has told what is wrong
 USAGE = """Train a T5-VAE: deepspeed train.py [CONFIG] [section.key=value ...] [--debug]
 
 CONFIG is a YAML file, or a name that `t5vae config ls` lists, by default quickstart.
@@ -30,18 +33,28 @@ def main(arguments: list[str]) -> int:
         print(USAGE)
         return 0
     debug = "--debug" in arguments
-    # The deepspeed launcher appends --local_rank=N; the environment says the same.
-    given = [a for a in arguments if a != "--debug" and not a.startswith("--local_rank")]
+    given = [each for each in _without_local_rank(arguments) if each != "--debug"]
     path = given.pop(0) if given and "=" not in given[0] else DEFAULT_CONFIG
     return exit_code_of(lambda: train(load_config(path, given)), debug=debug)
+
+
+def _without_local_rank(arguments: list[str]) -> Iterator[str]:
+    """Without what launchers add: --local_rank=N or --local-rank N. The environment says it too."""
+    left = iter(arguments)
+    for each in left:
+        name, _, number = each.partition("=")
+        if name not in ("--local_rank", "--local-rank"):
+            yield each
+        elif not number:
+            next(left, None)
 
 
 def exit_code_of(work: Callable[[], None], *, debug: bool = False) -> int:
     """Do some work of a rank; what goes wrong is told in one line, and by an exit code.
 
     0: done, or told to stop and saved. 1: a rank was lost, or a fault of the program. 2: something
-    for the user to mend, in one line from local rank 0. 75: saved, and the job's script is to queue
-    it again. 130: a second Ctrl-C.
+    for the user to mend, in one line from local rank 0, or from others where that says nothing.
+    75: saved, and the job's script is to queue it again. 130: a second Ctrl-C.
 
     Args:
         work: as `train`.
@@ -54,7 +67,7 @@ def exit_code_of(work: Callable[[], None], *, debug: bool = False) -> int:
             raise
         if debug:
             traceback.print_exc()
-        elif is_first_of_host(os.environ):
+        elif is_first_of_host(os.environ) or not _is_told_by_another():
             print(f"error: {error}", file=sys.stderr)
         return 2
     except LostRankError as error:
@@ -69,21 +82,36 @@ def exit_code_of(work: Callable[[], None], *, debug: bool = False) -> int:
     return 0
 
 
+def _is_told_by_another() -> bool:
+    """Wait for local rank 0 to tell what is wrong; whether it has, as far as can be known.
+
+    A rank that ends at once makes a launcher end the others, local rank 0 before it has spoken.
+    """
+    if not ends_together(os.environ):
+        return True
+    stop = StopRequest()
+    stop.install()
+    end = time.monotonic() + PATIENCE
+    while not stop.requested and time.monotonic() < end:
+        time.sleep(0.05)
+    return stop.requested
+
+
 def train(config: Config) -> None:
     """Train in this process, as the rank that its environment names.
 
     Raises:
-        UserError: see `t5vae.training.loop.run`.
+        UserError: see `t5vae.training.loop.run`; or where the first host cannot be found.
         LostRankError: where a collective failed for want of a rank.
     """
     stop = StopRequest()
     stop.install()
-    from t5vae.cluster.process_group import leave_process_group, lost_ranks
-    from t5vae.cluster.ranks import find_ranks
+    from t5vae.cluster.process_group import leave_process_group, lost_ranks, require_address
     from t5vae.common.quiet import quiet_start
     from t5vae.training.loop import run
 
     ranks = find_ranks(dict(os.environ))
+    require_address(ranks)
     try:
         run(config, ranks, stop)
     except UserError:

@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,16 +60,31 @@ class Findings:
         return ", ".join(shown[name].format(self.figures[f"eval/{name}"]) for name in names)
 
 
+class GivenUpError(Exception):
+    """A rank was told to stop while all of them evaluated."""
+
+
 class DealtSpace(LatentSpace):
     """The space of a model that all ranks train.
 
     Each rank works on its share of the rows, and all know all results. All ranks call each method
-    together, with the same rows.
+    together, with the same rows. Before each batch they agree to go on.
+
+    Args:
+        told: whether this rank is told to stop, at which all of them raise `GivenUpError`.
     """
 
-    def __init__(self, model: T5VAE, tokenizer: PreTrainedTokenizerBase, *, sharded: bool):
+    def __init__(
+        self,
+        model: T5VAE,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        sharded: bool,
+        told: Callable[[], bool],
+    ):
         super().__init__(model, tokenizer)
         self.synced_gpus = sharded and dist.get_world_size() > 1
+        self.told = told
 
     def encode_ids(self, ids: Ids) -> Tensor:
         return self._tensor(super().encode_ids(self._share(ids)), len(ids))
@@ -78,11 +93,25 @@ class DealtSpace(LatentSpace):
         self, z_ND: Tensor, n: int = 1, temperature: float = 0.0, seed: int = 0
     ) -> list[list[int]]:
         own_BD = z_ND[self._rows(len(z_ND))]
-        return self._gathered(super().decode_ids(own_BD, n, temperature, seed), len(z_ND))
+        found: list[list[int]] = []
+        # One seed is of one call's draws.
+        for part_BD in own_BD.split(self.batch_size if temperature == 0 else len(own_BD)):
+            self._go_on()
+            found += super().decode_ids(part_BD, n, temperature, seed)
+        return self._gathered(found, len(z_ND))
 
     def score_ids(self, ids: Ids, z_ND: Tensor) -> Tensor:
         own_BD = z_ND[self._rows(len(z_ND))]
         return self._tensor(super().score_ids(self._share(ids), own_BD), len(ids))
+
+    def _by_length(self, ids: Ids) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in super()._by_length(ids):
+            self._go_on()
+            yield batch
+
+    def _go_on(self) -> None:
+        if any(self._everyones(self.told())):
+            raise GivenUpError
 
     def _share(self, ids: Ids) -> Ids:
         return [ids[row] for row in self._rows(len(ids))]
@@ -97,9 +126,13 @@ class DealtSpace(LatentSpace):
 
     def _gathered(self, own: Any, count: int) -> list[Any]:
         """The rows of all ranks in their order, from an array or list of this rank's."""
-        shares: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(shares, own)
+        shares = self._everyones(own)
         return [shares[row % len(shares)][row // len(shares)] for row in range(count)]
+
+    def _everyones(self, own: Any) -> list[Any]:
+        found: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, own)
+        return found
 
 
 class MidRunEvaluation:
@@ -112,9 +145,16 @@ class MidRunEvaluation:
         engine: DeepSpeed's, around the model.
         dataset: whose split valid holds the held-out sequences.
         settings: how many of them, and what makes a text valid; nothing is read where `every` is 0.
+        told: whether this rank is told to stop.
     """
 
-    def __init__(self, engine: Any, dataset: Dataset, settings: Eval):
+    def __init__(
+        self,
+        engine: Any,
+        dataset: Dataset,
+        settings: Eval,
+        told: Callable[[], bool] = lambda: False,
+    ):
         self.engine = engine
         self.decoded = settings.decoded
         if not settings.every:
@@ -124,10 +164,14 @@ class MidRunEvaluation:
         self.ids = [row[:n].tolist() for row, n in zip(ids_NT, lengths_N, strict=True)]
         sharded = engine.zero_optimization_stage() == 3
         with self._evaluating():
-            self.space = DealtSpace(engine.module, dataset.tokenizer(), sharded=sharded)
+            self.space = DealtSpace(engine.module, dataset.tokenizer(), sharded=sharded, told=told)
 
     def look(self) -> Findings:
-        """Evaluate the model as it is; all ranks call it together, and find the same."""
+        """Evaluate the model as it is; all ranks call it together, and find the same.
+
+        Raises:
+            GivenUpError: on all ranks, between two batches, where one was told to stop.
+        """
         began = time.perf_counter()
         with undisturbed(), self._evaluating(), phase("evaluation"):
             figures, tables = self._measure()

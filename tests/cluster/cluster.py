@@ -2,8 +2,8 @@
 
 Each host is a network namespace with an address on a bridge, and a slurmd with a host name and an
 /etc/hosts of its own. As root, with Debian's slurm-wlm, munge and iproute2. All files lie in
-`ROOT`; of the machine's own, /etc/slurm/slurm.conf alone is set aside, so that sbatch in any shell
-reaches this cluster, and put back by `down`.
+`ROOT`; of the machine's own, slurm.conf and gres.conf in /etc/slurm are set aside, so that sbatch
+in any shell reaches this cluster, and put back by `down`. Each node's GPUs are files.
 """
 
 import argparse
@@ -22,11 +22,13 @@ from pathlib import Path
 ROOT = Path("/run/t5vae-cluster")
 STATE = ROOT / "state.json"
 CONF = Path("/etc/slurm/slurm.conf")
-ASIDE = CONF.with_name("slurm.conf.before-t5vae")
+GRES = CONF.with_name("gres.conf")
+ASIDE = ".before-t5vae"  # after the name of a file of the machine's own
 NAMESPACES = Path("/run/netns")
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "ip", "nsenter", "unshare")
 BRIDGE = "t5vae0"
 ADDRESS = "10.77.0.{}".format
+GPUS = 2
 MOST = 200  # nodes, which share the last byte of the address
 PATIENCE = 60  # seconds until all nodes must be idle, or a process must have ended
 
@@ -49,6 +51,7 @@ SlurmdLogFile={root}/%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 MpiDefault=none
+GresTypes=gpu
 SwitchType=switch/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
@@ -149,14 +152,24 @@ def _write_files(names: list[str]) -> None:
     hosts += [f"{_address(name)} {name}" for name in names]
     (ROOT / "hosts").write_text("\n".join(hosts) + "\n")
     lines = [
-        f"NodeName={name} NodeAddr={_address(name)} NodeHostname={name} CPUs=1 RealMemory=4000"
+        f"NodeName={name} NodeAddr={_address(name)} NodeHostname={name} CPUs=1 RealMemory=4000 "
+        f"Gres=gpu:{GPUS}"
         for name in names
     ]
+    for number in range(GPUS):
+        (ROOT / f"gpu{number}").touch()
     CONF.parent.mkdir(exist_ok=True)
-    if CONF.exists():
-        CONF.rename(ASIDE)
     text = SLURM_CONF.format(controller=ADDRESS(1), root=ROOT, nodes="\n".join(lines))
-    CONF.write_text(text)
+    gpus = f"Name=gpu File={ROOT}/gpu[0-{GPUS - 1}]\n"
+    for file, content in ((CONF, text), (GRES, gpus)):
+        if file.exists():
+            file.rename(aside(file))
+        file.write_text(content)
+
+
+def aside(file: Path) -> Path:
+    """Where a file of the machine's own lies meanwhile."""
+    return file.with_name(file.name + ASIDE)
 
 
 def _address(name: str) -> str:
@@ -314,10 +327,11 @@ def down() -> None:
             NAMESPACES.rmdir()
     if ROOT.exists():
         shutil.rmtree(ROOT)
-    if ASIDE.exists():
-        ASIDE.rename(CONF)
-    elif CONF.exists() and f"StateSaveLocation={ROOT}/ctl\n" in CONF.read_text():
-        CONF.unlink()
+    for file in (CONF, GRES):
+        if aside(file).exists():
+            aside(file).rename(file)
+        elif file.exists() and f"={ROOT}/" in file.read_text():
+            file.unlink()
 
 
 def main() -> int:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.cluster.conftest import TRAIN, read
+
 pytestmark = pytest.mark.cluster
 
 ROOT = Path(__file__).parents[2]
@@ -61,6 +63,50 @@ def test_a_printed_job_that_meets_its_time_limit_goes_on_until_it_is_done(slurm,
     assert len(slurm.attempts()) >= 2
     assert "told to stop: saved at step" in slurm.log(job)
     assert steps_printed(slurm.log(job)) == list(range(1, steps + 1))
+
+
+def test_a_job_takes_nothing_over_from_the_job_that_it_is_submitted_in(slurm):
+    """Of an allocation with two GPUs and memory a CPU, and of a step that left its own behind."""
+    left = "SLURM_GPUS_ON_NODE=2 SLURM_NTASKS_PER_GPU=2 SLURM_ARRAY_JOB_ID=1 SLURM_ARRAY_TASK_ID=3"
+    place = f"sbatch --parsable --chdir={ROOT} --output={slurm.folder}/slurm-%j.out"
+    train = f"{TRAIN} {slurm.config} train.steps=3 run.output_dir={slurm.folder}/runs"
+    submit = f"{BIN}/t5vae-launch submit {slurm.config} train.steps=3 launcher.nodes=1 --mem 200"
+    shell = f"""
+        export {left}
+        {place} --mem=200 --export=NONE {train}/plain
+        {place} --gpus-per-node=2 {train}/gpus
+        {place} --time=2 {train}/short
+        export SBATCH_EXPORT=NONE
+        {submit} run.output_dir=runs/submitted | awk '$1 == "job" {{ print $2 }}'
+    """
+    outer = ("salloc", "--nodes=1", "--mem-per-cpu=100", "--gpus-per-node=2", "--time=5")
+    plain, gpus, short, submitted = slurm(*outer, "bash", "-ec", shell).split()
+    for job, ranks, run in ((plain, 1, "plain"), (gpus, 2, "gpus"), (submitted, 1, "submitted")):
+        assert slurm.end(job) == "COMPLETED", slurm.log(job)
+        log = slurm.launch("logs", job) if run == "submitted" else slurm.log(job)
+        assert f" parameters, {ranks} ranks, " in log
+        (attempt,) = read(slurm.folder / "runs" / run / "attempts.jsonl")
+        assert attempt["job"] == job
+    assert slurm.end(short) == "FAILED"
+    (line,) = slurm.log(short).splitlines()
+    assert line.startswith("the time limit of 120 s is no longer than its warning")
+
+
+def test_hosts_whose_names_lead_nowhere_train_alone_and_are_named_together(slurm, cluster):
+    hosts = cluster.ROOT / "hosts"
+    known = hosts.read_text()
+    hosts.write_text("127.0.0.1 localhost\n")
+    try:
+        alone = slurm.sbatch("train.steps=3", options=("--nodes=1",))
+        both = slurm.sbatch(f"run.output_dir={slurm.folder}/runs/both")
+        assert slurm.end(alone) == "COMPLETED", slurm.log(alone)
+        assert slurm.end(both) == "FAILED"
+    finally:
+        hosts.write_text(known)
+    errors = re.findall(r"^error: .*", slurm.log(both), re.M)
+    assert 1 <= len(errors) == len(set(errors)) <= 2  # a host's, and the other's if in time
+    assert all(" finds no address for node" in line for line in errors)
+    assert "Traceback" not in slurm.log(both)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from t5vae.cluster.ranks import Ranks, find_ranks
 from t5vae.cluster.scheduler import expand_hosts
 from t5vae.common.errors import UserError
 from tests.launching import environment
+from tests.small_runs import refusal
 
 DEEPSPEED = {
     "RANK": "3",
@@ -61,6 +62,36 @@ def counts(ranks: Ranks) -> tuple[int, int, int, int]:
 @pytest.mark.parametrize("env", [DEEPSPEED, TORCHRUN], ids=["deepspeed", "torchrun"])
 def test_a_launchers_variables_are_taken(env):
     assert find_ranks(env) == Ranks(3, 4, 1, 2, "10.0.0.1", 29500)
+
+
+@pytest.mark.parametrize(
+    "env", [{"LOCAL_WORLD_SIZE": "4"}, {"LOCAL_SIZE": "4"}, {"LOCAL_SIZE": "4", "RANK": "0"}]
+)
+def test_ranks_of_one_host_need_no_name_of_it(env):
+    elsewhere = {"MASTER_ADDR": "node1.invalid"}
+    assert find_ranks({**DEEPSPEED, **elsewhere, **env}).master_addr == "127.0.0.1"
+    step = {"SLURM_STEP_NODELIST": "gpu03", "SLURM_STEP_TASKS_PER_NODE": "4"}
+    assert find_ranks({**SRUN, **step}).master_addr == "127.0.0.1"
+    assert find_ranks({**SRUN, **step}).hosts == ("gpu03",) * 4
+
+
+def test_ranks_that_may_be_on_several_hosts_keep_the_address(monkeypatch):
+    alone = {"LOCAL_WORLD_SIZE": "4", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for env in ({}, alone, {"LOCAL_WORLD_SIZE": ""}):
+        assert find_ranks({**TORCHRUN, **env}).master_addr == "10.0.0.1"
+
+
+@pytest.mark.parametrize("name", ["no.such.host.invalid", "gpu03.invalid", "a..b"])
+def test_a_name_that_leads_nowhere_is_refused(monkeypatch, name):
+    monkeypatch.setattr(process_group, "RESOLVING", 0.1)
+    monkeypatch.setenv("SLURMD_NODENAME", "gpu04")
+    told = refusal(process_group.require_address, replace(find_ranks(SRUN), master_addr=name))
+    assert told.startswith(f"gpu04 finds no address for {name}, where rank 0 is")
+
+
+@pytest.mark.parametrize("name", ["127.0.0.1", "localhost", "10.0.0.1", "::1"])
+def test_a_name_or_an_address_that_leads_somewhere_is_not(name):
+    process_group.require_address(replace(find_ranks(SRUN), master_addr=name))
 
 
 def test_a_launchers_variables_go_before_sruns():

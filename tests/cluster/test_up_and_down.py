@@ -42,7 +42,11 @@ def traces(cluster):
     names = ("t5v", "slurmd", "slurmctld", "munged")
     living = [line for line in "".join(said).splitlines() if "<defunct>" not in line]
     lines = [line for line in living if any(name in line for name in names)]
-    return lines + ["its folder"] * cluster.ROOT.exists() + ["aside"] * cluster.ASIDE.exists()
+    return (
+        lines
+        + ["its folder"] * cluster.ROOT.exists()
+        + ["aside"] * cluster.aside(cluster.CONF).exists()
+    )
 
 
 def test_sbatch_in_any_shell_reaches_it_and_down_puts_everything_back(taken_down, slurm, tmp_path):

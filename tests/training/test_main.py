@@ -11,8 +11,12 @@ from t5vae.cluster.ranks import Ranks
 from t5vae.cluster.run_folder import lock_run
 from t5vae.training import main as program
 from t5vae.training.job import resolve
+from tests.launching import TRAIN, deepspeed, environment, launcher, torchrun
 
-VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_STEP_ID", "SLURM_LOCALID")
+VARIABLES = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "CROSS_RANK", "TORCHELASTIC_RUN_ID"),
+    *("SLURM_PROCID", "SLURM_STEP_ID", "SLURM_LOCALID"),
+)
 
 RANKS = {
     "SLURM_JOB_ID": "7",
@@ -69,10 +73,20 @@ def test_without_a_file_the_quickstart_is_trained(config_file, trained, monkeypa
     assert trained[0].train.steps == (7 if arguments else 10)
 
 
-@pytest.mark.parametrize("added", ["--local_rank=1", "--local_rank=0"])
-def test_what_the_deepspeed_launcher_adds_is_no_setting(config_file, trained, added):
-    assert program.main([added, config_file, "train.steps=7"]) == 0
+@pytest.mark.parametrize(
+    "added", ["--local_rank=1", "--local_rank 0", "--local-rank=0", "--local-rank 3"]
+)
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_what_launchers_add_is_no_setting(config_file, trained, added, place):
+    arguments = [config_file, "train.steps=7"]
+    arguments[place:place] = added.split()
+    assert program.main(arguments) == 0
     assert trained[0].train.steps == 7
+
+
+@pytest.mark.parametrize("other", ["--local_ranks=1", "--local=1", "--locals-rank"])
+def test_what_no_launcher_adds_is_refused(capsys, config_file, trained, other):
+    assert other.partition("=")[0] in error_line(capsys, config_file, other)
 
 
 def test_a_missing_configuration_is_one_line(capsys):
@@ -105,6 +119,79 @@ def test_only_the_first_rank_of_a_host_says_what_is_wrong(capsys, monkeypatch, v
     monkeypatch.setenv(variable, "1")
     assert program.main(["none.yaml"]) == 2
     assert capsys.readouterr() == ("", "")
+
+
+LAUNCHERS = [
+    {"LOCAL_RANK": "1", "CROSS_RANK": "0"},
+    {"LOCAL_RANK": "1", "TORCHELASTIC_RUN_ID": "none"},
+    {"SLURM_LOCALID": "1", "SLURM_PROCID": "1", "SLURM_STEP_ID": "0"},
+]
+
+
+@pytest.mark.parametrize("launched", LAUNCHERS, ids=["deepspeed", "torchrun", "srun"])
+def test_another_rank_that_nobody_ends_says_it_too(capsys, monkeypatch, launched):
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(program, "PATIENCE", 0.1)
+    assert "none.yaml" in error_line(capsys, "none.yaml")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
+def test_another_rank_that_is_ended_is_silent(capsys, monkeypatch, number):
+    for name, value in LAUNCHERS[0].items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(program.time, "sleep", lambda seconds: os.kill(os.getpid(), number))
+    assert program.main(["none.yaml"]) == 2
+    assert capsys.readouterr() == ("", "")
+
+
+# Ranks of one host under what ends all of them once one has ended, as launchers do. The first is
+# the slowest.
+HOST = """
+import os, subprocess, sys, time
+if len(sys.argv) > 1:
+    from t5vae.common.errors import UserError
+    from t5vae.training.main import exit_code_of
+
+    def fail():
+        time.sleep(0 if os.environ["LOCAL_RANK"] != "0" else 1)
+        raise UserError("a mistake")
+
+    sys.exit(exit_code_of(fail))
+ranks = [
+    subprocess.Popen([sys.executable, __file__, "rank"], env=os.environ | {"LOCAL_RANK": str(rank)})
+    for rank in range(3)
+]
+while all(rank.poll() is None for rank in ranks):
+    time.sleep(0.01)
+for rank in ranks:
+    if rank.poll() is None:
+        rank.terminate()
+sys.exit(max(rank.wait() for rank in ranks))
+"""
+
+
+def test_a_first_rank_that_is_slow_is_left_to_speak(tmp_path):
+    (tmp_path / "host.py").write_text(HOST)
+    done = subprocess.run(
+        [sys.executable, tmp_path / "host.py"],
+        env=environment() | {"CROSS_RANK": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (2, "error: a mistake\n")
+
+
+@pytest.mark.distributed
+def test_a_mistake_is_told_once_by_real_launchers(tmp_path):
+    (tmp_path / "wrong.yaml").write_text("train: {step: 3}\n")
+    with launcher(tmp_path) as launch:
+        commands = [deepspeed, deepspeed, lambda *given: torchrun(TRAIN, *given)]
+        for launched in [launch(*command(tmp_path / "wrong.yaml")) for command in commands]:
+            assert launched.end() != 0
+            lines = [line for line in launched.output().splitlines() if line.startswith("error: ")]
+            assert len(lines) == 1, launched.output()
+            assert "did you mean train.steps" in lines[0]
 
 
 def test_debug_shows_where_it_went_wrong(capsys, config_file):
@@ -150,6 +237,15 @@ def test_a_run_folder_of_another_run_is_one_line_with_both_values(
     assert now == before
 
 
+def test_a_first_host_that_is_not_found_is_one_line_with_its_name(capsys, config_file, monkeypatch):
+    for name, value in {**RANKS, "SLURM_STEP_NODELIST": "gpu[3-4].invalid"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("t5vae.cluster.process_group.RESOLVING", 0.1)
+    line = error_line(capsys, config_file)
+    assert "gpu3.invalid" in line
+    assert "/etc/hosts" in line
+
+
 def test_training_takes_the_signals_over_before_it_loads_anything_heavy(monkeypatch, make_config):
     order = []
     monkeypatch.setattr(program.StopRequest, "install", lambda self: order.append("signals"))
@@ -169,6 +265,7 @@ def lose_ranks(monkeypatch, make_config, *, told=None):
     for name, value in RANKS.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("t5vae.training.loop.run", run)
+    monkeypatch.setattr("t5vae.cluster.process_group.require_address", lambda ranks: None)
     monkeypatch.setattr("t5vae.cluster.process_group.lost_ranks", lambda ranks: [1])
     with pytest.raises(LostRankError) as caught:
         program.train(make_config())

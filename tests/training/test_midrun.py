@@ -1,6 +1,8 @@
 """What a run finds out about its space; the ranks are threads of this process."""
 
 import random
+import signal
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,9 +11,11 @@ import torch
 
 from t5vae.evaluation import evaluate
 from t5vae.latent import LatentSpace
+from t5vae.metrics.reading import read_metrics
 from t5vae.training import midrun
 from t5vae.training.build import build_model, model_config
-from t5vae.training.midrun import STEPS, MidRunEvaluation
+from t5vae.training.midrun import STEPS, GivenUpError, MidRunEvaluation
+from tests.launching import lines_written, run_of, steps_saved
 
 
 @pytest.fixture
@@ -30,7 +34,7 @@ def model(make_config):
 def look(model, together, monkeypatch):
     """What so many ranks find."""
 
-    def find(world: int, **changes):
+    def find(world: int, told=lambda rank: False, **changes):
         ranks = together(world)
         monkeypatch.setattr(midrun, "dist", ranks)
         engine = SimpleNamespace(
@@ -40,7 +44,10 @@ def look(model, together, monkeypatch):
             zero_optimization_stage=lambda: 0,
         )
         settings = model.settings.model_copy(update=changes)
-        evaluation = MidRunEvaluation(engine, model.dataset, settings)
+        evaluation = MidRunEvaluation(
+            engine, model.dataset, settings, lambda: told(ranks.get_rank())
+        )
+        evaluation.space.batch_size = 8
         return [done.result() for done in ranks.run(lambda rank: evaluation.look())]
 
     return find
@@ -92,17 +99,66 @@ def test_the_texts_are_those_of_the_figures(model, look):
     assert steps[0]["text"] == pairs[0]["reconstruction"]
 
 
-def test_generators_and_the_models_mode_are_left_alone(look, model):
-    def states():
-        return random.random(), np.random.random(), torch.rand(1).item()
+def drawn(before=lambda: None):
+    """What the generators give after something."""
+    torch.manual_seed(1)
+    np.random.seed(1)
+    random.seed(1)
+    before()
+    return random.random(), np.random.random(), torch.rand(1).item()
 
-    torch.manual_seed(1)
-    np.random.seed(1)
-    random.seed(1)
-    expected = states()
-    torch.manual_seed(1)
-    np.random.seed(1)
-    random.seed(1)
-    look(1, check="regex:.*")
-    assert states() == expected
+
+def test_generators_and_the_models_mode_are_left_alone(look, model):
+    assert drawn(lambda: look(1, check="regex:.*")) == drawn()
     assert all(module.training for module in model.engine.modules())
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_all_ranks_give_up_at_the_batch_before_which_one_is_told_to_stop(look, model, world):
+    asked = [0] * world
+
+    def told(rank, after=10**9):
+        asked[rank] += 1
+        return rank == world - 1 and asked[rank] > after
+
+    look(world, told)
+    (batches,) = set(asked)
+    assert batches > 3 * 3  # of some calls more than one
+    for after in range(batches):
+        asked[:] = [0] * world
+
+        def give_up(after=after):
+            with pytest.raises(GivenUpError):
+                look(world, lambda rank: told(rank, after))
+
+        assert drawn(give_up) == drawn()
+        assert asked == [after + 1] * world
+        assert all(module.training for module in model.engine.modules())
+    asked[:] = [0] * world
+    look(world, lambda rank: told(rank, batches))
+
+
+@pytest.mark.distributed
+def test_a_run_that_is_told_to_stop_while_it_evaluates_saves_and_goes_on_as_ever(
+    start, write_config
+):
+    """The evaluation after step 3 would take minutes."""
+    settings = write_config(6, eval={"every": 3, "decoded": 4}, checkpoint={"every": 0})
+    long = write_config(6, eval={"every": 3, "decoded": 300_000}, checkpoint={"every": 0})
+    whole = start(2, settings)
+    told = start(2, long)
+    told.wait_until(lambda: lines_written(run_of(long)) == 2)
+    time.sleep(1)
+    told.send(signal.SIGTERM, 1)
+    assert told.end() == [0, 0], told.output()
+    assert steps_saved(run_of(long)) == [3]
+    last = read_metrics(run_of(long))[-1]
+    assert last["step"] == 3
+    assert not [name for name in last if name.startswith("eval/")]
+    again = start(2, long, "eval.decoded=4")
+    assert again.end() == whole.end() == [0, 0], again.output()
+    losses = [
+        [line["loss"] for line in read_metrics(run_of(config))] for config in (settings, long)
+    ]
+    assert losses[0] == losses[1]
+    assert "eval/nats_per_token" in read_metrics(run_of(long))[-1]
