@@ -110,6 +110,12 @@ def _shards(workspace: Workspace, shards: str | None) -> Dataset:
 
 
 def _check_together(space: LatentSpace, dataset: Dataset) -> None:
+    for index in dataset.indexes:
+        if "valid" not in index.splits:
+            raise UserError(
+                f"{index.path} holds out no sequences to evaluate on: build it with a "
+                "--valid-fraction above 0, or give other --shards"
+            )
     if fingerprint(space.tokenizer) != dataset.tokenizer_fingerprint:
         raise UserError("the shards have another tokenizer than the model: give the model's own")
     longest = space.model.config.sequence_length
