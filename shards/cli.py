@@ -1,13 +1,14 @@
 """`t5vae shards`: build, verify and inspect datasets."""
 
-import os
 import unicodedata
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from shards.write.formats import FORMATS
+from t5vae.common.cpus import cpus
 from t5vae.common.errors import UserError
+from t5vae.common.paths import expand
 
 if TYPE_CHECKING:
     from shards.format.index import Index
@@ -29,17 +30,21 @@ app = typer.Typer(
     help="Datasets: text in, shuffled and packed WebDataset shards out.",
     rich_markup_mode="markdown",
 )
-Folder = Annotated[str, typer.Argument(help="The dataset's folder or URL.", show_default=False)]
+Folder = Annotated[
+    str,
+    typer.Argument(help="The dataset's folder or URL.", show_default=False, callback=expand),
+]
 
 
 @app.command()
 def build(
-    out: Annotated[str, typer.Option(help="The dataset's folder, to be made.")],
+    out: Annotated[str, typer.Option(help="The dataset's folder, to be made.", callback=expand)],
     tokenizer: Annotated[
         str,
         typer.Option(
             help="A Hugging Face name or a folder; `byte` (one token a byte); or `train:N` to "
-            "train one of N pieces on the corpus."
+            "train one of N pieces on the corpus.",
+            callback=expand,
         ),
     ],
     max_length: Annotated[
@@ -51,12 +56,23 @@ def build(
             help="A file (also .gz, .zst), a folder, a quoted glob, a URL, or `-` for standard "
             f"input.{HELP_OF_DEFAULTS}",
             show_default=False,
+            callback=expand,
         ),
     ] = None,
-    format: Annotated[Format, typer.Option(help=HELP_OF_FORMATS)] = "text",
+    format: Annotated[
+        Format | None,
+        typer.Option(help=f"By default as the files' names say, else text. {HELP_OF_FORMATS}"),
+    ] = None,
     column: Annotated[
         str | None, typer.Option(help="The field, or WebDataset member, that holds the text.")
     ] = None,
+    bad_rows: Annotated[
+        Literal["error", "skip"],
+        typer.Option(
+            help="What a row does that is none, such as one with more cells than the header: "
+            "`skip` leaves it out, names and counts it."
+        ),
+    ] = "error",
     valid_fraction: Annotated[
         float, typer.Option(help="The share of texts held out as the split `valid`.")
     ] = 0.02,
@@ -89,11 +105,12 @@ def build(
         max_length=max_length,
         format=format,
         column=column,
+        bad_rows=bad_rows,
         valid_fraction=valid_fraction,
         overflow=overflow,
         dedupe=dedupe,
         seed=seed,
-        workers=workers or len(os.sched_getaffinity(0)),
+        workers=workers or cpus(),
     )
     _print_totals(index)
 
@@ -125,6 +142,7 @@ def inspect(
             help="The dataset's folder or URL; with `--position`, those of a mixture.",
             metavar="path",
             show_default=False,
+            callback=expand,
         ),
     ],
     examples: Annotated[int, typer.Option(help="How many sequences to show of each split.")] = 5,
@@ -184,7 +202,7 @@ def inspect(
         for split, totals in index.splits.items()
     }
     if json:
-        content = index.model_dump(mode="json")
+        content = index.model_dump(mode="json", exclude_none=True)
         content["share_within"] = {length: index.share_within(length) for length in LENGTHS}
         content["examples"] = texts
         typer.echo(dumps(content, ensure_ascii=False))
@@ -279,6 +297,10 @@ def _print_totals(index: "Index") -> None:
     table.add_row(f"over {index.max_length:,} tokens", overlong)
     for reason, count in index.dropped.items():
         table.add_row(f"dropped: {reason}", f"{count:,}")
+    if altered := index.altered:
+        lost = " ".join(map(_one_line, altered.characters)) or "none"
+        share = f"{altered.altered / altered.encoded:.1%} of {altered.encoded:,} texts"
+        table.add_row("not given back whole", f"{share}; characters lost: {lost}")
     table.add_row("tokens", f"{tokens:,} ({tokens / kept:.1f} a sequence)")
     table.add_row("vocabulary", f"{index.vocab_size:,} pieces")
     table.add_row("shards", f"{sum(s.bytes for s in index.shards):,} bytes, {len(index.shards)}")

@@ -55,13 +55,22 @@ class Split(_Frozen):
     length_histogram: list[int]  # [length] -> number of sequences
 
 
+class Altered(_Frozen):
+    """What a tokenizer does not give back: of texts, and of pieces of those that were cut."""
+
+    encoded: int  # texts
+    altered: int  # of them, those whose ids decode to another text
+    characters: dict[str, int]  # the commonest that are lost, and how often
+
+
 class Index(_Frozen):
     """What a dataset folder holds.
 
     `unique_lengths` counts the unique texts by length before any was dropped, truncated or split
     for it (the last entry: that length or more); `overlong` counts those beyond max_length.
     `dropped` counts by reason what was read and not kept. `recipe` is the build's input, by
-    content, and its options. `path` is the folder or URL as it was given.
+    content, and its options. `altered` is None where every text comes back from its ids. `path` is
+    the folder or URL as it was given.
     """
 
     format_version: int = FORMAT_VERSION
@@ -80,6 +89,7 @@ class Index(_Frozen):
     overlong: int
     unique_lengths: list[int]
     recipe: dict[str, Any]
+    altered: Altered | None = None
 
     path: str = Field(exclude=True)
     sha256: str = Field(exclude=True)
@@ -168,7 +178,14 @@ class Index(_Frozen):
     def texts(self, split: str, numbers: np.ndarray) -> list[str]:
         """The same sequences, decoded with the dataset's own tokenizer."""
         ids, _ = self.read(split, numbers)
-        return self.tokenizer().batch_decode(ids, skip_special_tokens=True)
+        return self.tokenizer().batch_decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+    def as_json(self) -> str:
+        """What index.json holds."""
+        unsaid = None if self.altered else {"altered"}
+        return self.model_dump_json(indent=1, exclude=unsaid) + "\n"
 
     def tokenizer(self) -> "PreTrainedTokenizerBase":
         """Load the dataset's own tokenizer.

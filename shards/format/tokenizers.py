@@ -3,9 +3,10 @@
 import hashlib
 import json
 import re
+import sys
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from pathlib import Path
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 PAD, EOS, UNK = "<pad>", "</s>", "<unk>"  # ids 0, 1, 2, as in T5
 WORD = re.compile(r"\w")
+LONG = 2**16  # characters: a single word of so many is still tokenized in some tenths of a second
 
 
 def load_tokenizer(name_or_folder: str | Path) -> "PreTrainedTokenizerBase":
@@ -107,6 +109,9 @@ class Encoder(Protocol):
     An item is a text or, where the kind is "tokens", the bytes of a little-endian int32 array.
     """
 
+    def most(self, max_length: int) -> int:
+        """The size (`len`) beyond which an item surely has more than max_length tokens."""
+
     def encode(self, items: list) -> tuple[np.ndarray, np.ndarray]:
         """Tokenize items, end tokens included.
 
@@ -122,31 +127,58 @@ class Encoder(Protocol):
         ids outside the vocabulary or with a pad or end token amid others.
         """
 
-    def cut(self, item: Any, max_length: int) -> list:
+    def cut(self, item: Any, max_length: int) -> Iterator:
         """Cut an item into items that have at most max_length tokens each, end token included.
 
         A text's pieces make up the text; only characters that do not fit by themselves are left
         out, which may leave no piece.
         """
 
+    def decode(self, tokens: np.ndarray, lengths: np.ndarray) -> list[str]:
+        """The texts of sequences, as `encode` returns them, special tokens left out."""
+
 
 def make_encoder(tokenizer: "PreTrainedTokenizerBase", kind: Literal["text", "tokens"]) -> Encoder:
     """The encoder of a tokenizer; its kind is a `Corpus`'s."""
+    if kind == "tokens":
+        return TokenEncoder.of(tokenizer)
+    return make_text_encoder(tokenizer)
+
+
+def make_text_encoder(tokenizer: "PreTrainedTokenizerBase") -> "TextEncoder":
+    """The encoder of texts of a tokenizer."""
     from tokenizers import Tokenizer
     from transformers import ByT5Tokenizer
 
-    if kind == "tokens":
-        return TokenEncoder.of(tokenizer)
-    names = {str(token) for token in tokenizer.added_tokens_decoder.values()}
-    special = re.compile("|".join(map(re.escape, sorted(names | {tokenizer.eos_token}))))
+    # Those that are added and not special are pieces as any other.
+    added = tokenizer.added_tokens_decoder.values()
+    names = {*tokenizer.all_special_tokens, *(str(token) for token in added if token.special)}
+    special = re.compile("|".join(map(re.escape, sorted(names))))
     if isinstance(tokenizer, ByT5Tokenizer):
-        return ByteEncoder(special)
+        return ByteEncoder(special, longest_piece=1, lossless=True)
+    longest = max(map(len, tokenizer.get_vocab()))
     if not tokenizer.is_fast:
-        return SlowEncoder(special, tokenizer)
+        return SlowEncoder(special, longest, lossless=False, tokenizer=tokenizer)
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_padding()
     backend.no_truncation()
-    return FastEncoder(special, backend)
+    return FastEncoder(special, longest, lossless=_is_lossless(backend), backend=backend)
+
+
+def _is_lossless(backend: "Tokenizer") -> bool:
+    """Whether every text is sure to come back from its ids: a byte-level BPE, as of GPT-2."""
+    from tokenizers import pre_tokenizers
+
+    parts = json.loads(backend.to_str())
+    before, after = parts["pre_tokenizer"] or {}, parts["decoder"] or {}
+    return (
+        parts["model"]["type"] == "BPE"
+        and parts["normalizer"] is None
+        and (before.get("type"), before.get("add_prefix_space")) == ("ByteLevel", False)
+        and after.get("type") == "ByteLevel"
+        and set(pre_tokenizers.ByteLevel.alphabet()) <= set(parts["model"]["vocab"])
+        and not any(t["lstrip"] or t["rstrip"] or t["normalized"] for t in parts["added_tokens"])
+    )
 
 
 @dataclass(frozen=True)
@@ -155,9 +187,13 @@ class TextEncoder(ABC):
 
     Attributes:
         special: finds the special tokens spelled out in a text.
+        longest_piece: characters of the longest piece of the vocabulary.
+        lossless: whether every text is sure to come back from its ids.
     """
 
     special: re.Pattern[str]
+    longest_piece: int
+    lossless: bool
 
     @abstractmethod
     def encode(self, items: list[str]) -> tuple[np.ndarray, np.ndarray]: ...
@@ -166,19 +202,38 @@ class TextEncoder(ABC):
     def ends(self, text: str) -> list[int]:
         """The offset in a text at which each of its tokens, special ones left out, ends."""
 
+    @abstractmethod
+    def decode_rows(self, rows: list[list[int]]) -> list[str]:
+        """The texts of token ids, special ones left out."""
+
+    def decode(self, tokens: np.ndarray, lengths: np.ndarray) -> list[str]:
+        ends = lengths.cumsum()
+        return self.decode_rows(
+            [tokens[end - n : end].tolist() for end, n in zip(ends, lengths, strict=True)]
+        )
+
+    def most(self, max_length: int) -> int:
+        # Up to LONG it costs little to see; much of it may be white space, which leaves no token.
+        return max(LONG, max_length * self.longest_piece)
+
     def usable(self, items: list[str]) -> np.ndarray:
         clean = np.ones(len(items), bool)
         if self.special.search("\n".join(items)):  # rarely
             clean[:] = [not self.special.search(text) for text in items]
-        odd = [i for i, text in enumerate(items) if not WORD.search(text)]  # may leave no token
+        # Such may leave no token.
+        odd = [i for i, text in enumerate(items) if len(text) <= LONG and not WORD.search(text)]
         if odd:
             nothing = self.encode([""])[1]
             clean[odd] &= self.encode([items[i] for i in odd])[1] > nothing
         return clean
 
-    def cut(self, item: str, max_length: int) -> list[str]:
+    def cut(self, item: str, max_length: int) -> Iterator[str]:
+        size = self.most(max_length)
+        for start in range(0, len(item), size):
+            yield from self._cut(item[start : start + size], max_length)
+
+    def _cut(self, item: str, max_length: int) -> Iterator[str]:
         ends = [0, *self.ends(item)]
-        pieces = []
         start = 0
         while start < len(item):
             last = bisect_right(ends, start) + max_length - 2
@@ -188,9 +243,8 @@ class TextEncoder(ABC):
                 whole = ends[bisect_right(ends, fitting) - 1]  # does not break a token
                 end = whole if whole > start else fitting
             if end > start:
-                pieces.append(item[start:end])
+                yield item[start:end]
             start = max(end, start + 1)
-        return pieces
 
     def _tokens(self, text: str) -> int:
         return int(self.encode([text])[1][0])
@@ -209,6 +263,9 @@ class FastEncoder(TextEncoder):
         offsets = self.backend.encode(text, add_special_tokens=False).offsets
         return list(accumulate((end for _, end in offsets), max))
 
+    def decode_rows(self, rows: list[list[int]]) -> list[str]:
+        return self.backend.decode_batch(rows, skip_special_tokens=True)
+
 
 @dataclass(frozen=True)
 class SlowEncoder(TextEncoder):
@@ -222,6 +279,11 @@ class SlowEncoder(TextEncoder):
     def ends(self, text: str) -> list[int]:
         tokens = len(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         return [len(text) * i // tokens for i in range(1, tokens + 1)]  # as if all were as long
+
+    def decode_rows(self, rows: list[list[int]]) -> list[str]:
+        return self.tokenizer.batch_decode(
+            rows, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
 
 
 @dataclass(frozen=True)
@@ -239,6 +301,10 @@ class ByteEncoder(TextEncoder):
         sizes = [len(character.encode()) for character in text]
         return np.repeat(np.arange(1, len(text) + 1), sizes).tolist()
 
+    def decode_rows(self, rows: list[list[int]]) -> list[str]:
+        contents = (bytes(token - 3 for token in row if 3 <= token < 259) for row in rows)
+        return [content.decode(errors="ignore") for content in contents]
+
 
 @dataclass(frozen=True)
 class TokenEncoder:
@@ -247,11 +313,19 @@ class TokenEncoder:
     vocabulary: int
     pad_id: int
     eos_id: int
+    texts: TextEncoder
 
     @classmethod
     def of(cls, tokenizer: "PreTrainedTokenizerBase") -> "TokenEncoder":
         """The encoder of ids of a tokenizer."""
-        return cls(len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id)
+        ids = tokenizer.pad_token_id, tokenizer.eos_token_id
+        return cls(len(tokenizer), *ids, make_text_encoder(tokenizer))
+
+    def most(self, max_length: int) -> int:
+        return sys.maxsize
+
+    def decode(self, tokens: np.ndarray, lengths: np.ndarray) -> list[str]:
+        return self.texts.decode(tokens, lengths)
 
     def plain(self, items: list[bytes]) -> list[bytes]:
         """Items without the end token and pads at their ends: equal sequences become equal."""
@@ -266,10 +340,11 @@ class TokenEncoder:
     def usable(self, items: list[bytes]) -> np.ndarray:
         return np.fromiter(map(self._is_usable, map(self._content, items)), bool, len(items))
 
-    def cut(self, item: bytes, max_length: int) -> list[bytes]:
+    def cut(self, item: bytes, max_length: int) -> Iterator[bytes]:
         ids = self._content(item)
         size = max_length - 1
-        return [ids[start : start + size].tobytes() for start in range(0, len(ids), size)]
+        for start in range(0, len(ids), size):
+            yield ids[start : start + size].tobytes()
 
     def _is_usable(self, ids: np.ndarray) -> bool:
         odd = (ids >= self.vocabulary) | (ids == self.pad_id) | (ids == self.eos_id)

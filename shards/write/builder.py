@@ -8,9 +8,8 @@ halted goes on. What comes out depends on the input and the options alone.
 import hashlib
 import os
 import shutil
-import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -19,8 +18,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from shards.format.index import Index, open_index
+from shards.format.index import Altered, Index, open_index
 from shards.format.tokenizers import (
+    LONG,
+    TextEncoder,
     TokenEncoder,
     fingerprint,
     load_tokenizer,
@@ -32,7 +33,18 @@ from shards.read.order import CHUNK
 from shards.write.corpora import Corpus, combine
 from shards.write.pack import write_splits
 from shards.write.spool import Spool, open_spool
-from shards.write.stages import EQUAL_PIECES, Cut, Read, Tokenize, group_files, in_valid
+from shards.write.stages import (
+    EQUAL,
+    EQUAL_IDS,
+    EQUAL_PIECES,
+    Cut,
+    Encode,
+    Read,
+    Tokenize,
+    group_files,
+    in_valid,
+)
+from shards.write.streams import copy_pipe, is_pipe
 from shards.write.workers import Counts, carry_out, take_up
 from t5vae.common.errors import UserError
 from t5vae.common.files import fsync
@@ -43,11 +55,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SAMPLE_BYTES = 128 * 2**20  # of text that a tokenizer is trained on
+LONGEST_PIECE = 16  # bytes, of most tokenizers' pieces
 LARGEST_BLOCK, BLOCK_TOKENS = 4096, 2**18
-WORK_VERSION = 1  # of what lies in a work folder
+SHOWN_BAD_ROWS, SHOWN_CHARACTERS = 100, 20
+WORK_VERSION = 2  # of what lies in a work folder
 
 Dtype = Literal["uint16", "uint32"]
 Overflow = Literal["drop", "truncate", "split"]
+BadRows = Literal["error", "skip"]
 
 
 def build(
@@ -56,8 +71,9 @@ def build(
     *,
     tokenizer: str | Path,
     max_length: int,
-    format: str = "text",
+    format: str | None = None,
     column: str | None = None,
+    bad_rows: BadRows = "error",
     valid_fraction: float = 0.02,
     overflow: Overflow = "drop",
     dedupe: bool = True,
@@ -68,13 +84,16 @@ def build(
 ) -> Index:
     """Build a dataset folder from a corpus; the same input and options give the same bytes.
 
-    A text's split depends on the text alone, so that a grown corpus moves none to the other split.
+    A sequence's split depends on the text that its ids decode to alone, so that a grown corpus
+    moves none to the other split, nor does a tokenizer that gives every text back.
     What is done is kept in a folder `.NAME.build` beside `out`: the same call goes on where one
     was halted. A folder already built from the same input with the same options is left as it is.
 
     Args:
         source, format, column: the corpus, see `shards.write.corpora.Corpus`; the source "-" is
-            standard input.
+            standard input, and any pipe is read once.
+        bad_rows: what a row does that is none, such as one with more cells than the header: "error"
+            ends the build, "skip" leaves it out, names and counts it.
         out: the dataset folder to make.
         tokenizer: a Hugging Face name, a folder, "byte", or "train:N" (byte-level BPE of N pieces,
             trained on up to 128 MiB of the train split).
@@ -82,7 +101,7 @@ def build(
         valid_fraction: share of texts held out as the split "valid".
         overflow: what becomes of longer sequences: "drop", "truncate" (keep the beginning) or
             "split" (into sequences that fit).
-        dedupe: keep one of equal texts.
+        dedupe: keep one of equal texts, and of texts that a tokenizer takes for equal.
         seed: of the shuffle.
         workers: processes to work in; 1 is this one. More are started anew, so a script that asks
             for them does so under `if __name__ == "__main__":`.
@@ -106,17 +125,23 @@ def build(
     options.check()
     pieces = pieces_to_train(str(tokenizer))
     given = load_tokenizer(tokenizer) if pieces is None else None
-    piped = str(source) == "-"
+    if bad_rows not in get_args(BadRows):
+        raise UserError(f"bad_rows {bad_rows!r}: choose error or skip")
+    piped = source is not None and is_pipe(source)
     corpus = None if piped else Corpus(source, format, column)
     with work_folder(out) as work:
         if corpus is None:
-            corpus = Corpus(copy_stdin(work), format, column, name="-")
+            assert source is not None
+            corpus = Corpus(copy_pipe(source, work), format, column, name="-")
+        if format is None and corpus.format_name != "text":
+            say(f"{corpus.name} is read as {corpus.format_name}, by its name")
         if pieces and corpus.kind == "tokens":
             raise UserError(f"{corpus.name} holds token ids: give --tokenizer what they are of")
         recipe = {
             **corpus.describe(),
             "tokenizer": str(tokenizer) if given is None else fingerprint(given),
             **asdict(options),
+            **({"bad_rows": bad_rows} if bad_rows != "error" else {}),
         }
         if out.exists() and not (out.is_dir() and not any(out.iterdir())):
             return _already_built(out, corpus, recipe)
@@ -159,11 +184,12 @@ def _already_built(out: Path, corpus: Corpus, recipe: dict[str, Any]) -> Index:
     if not (out / "index.json").is_file():
         raise UserError(f"{out} exists and is no dataset: choose another folder (--out)")
     index = open_index(out)
-    another = [name for name, value in recipe.items() if index.recipe.get(name) != value]
+    names = [*recipe, *({"bad_rows"} - recipe.keys())]
+    another = [name for name in names if index.recipe.get(name) != recipe.get(name)]
     if not another and index.recipe["sha256"] != corpus.sha256():
         another = ["bytes"]
     for name in another:
-        there = f"{name} {index.recipe.get(name)}, not {recipe[name]}"
+        there = f"{name} {index.recipe.get(name)}, not {recipe.get(name)}"
         what = "another input" if name in ("files", "bytes") else there
         raise UserError(f"{out} was built with {what}: choose another --out or remove it")
     say(f"already built: {out}")
@@ -184,8 +210,12 @@ def _build(
     kind, seed, dedupe = corpus.kind, options.seed, options.dedupe
     groups = group_files(corpus.files)
     of_tokens = TokenEncoder.of(given) if given and kind == "tokens" else None
-    reading = Read(parts / "read", groups, corpus.format, corpus.column, seed, dedupe, of_tokens)
+    bad_rows = recipe.get("bad_rows", "error")
+    reading = Read(
+        parts / "read", groups, corpus.format, corpus.column, bad_rows, seed, dedupe, of_tokens
+    )
     read = carry_out(reading, workers)
+    _say_bad_rows([line for done in read for line in done["bad_rows"]])
     spool = open_spool(reading.folder, [done["spool"] for done in read], kind, dedupe)
     tokenizer = _tokenizer(parts / "tokenizer", given, pieces, spool, options)
     encoder = make_encoder(tokenizer, kind)
@@ -198,6 +228,14 @@ def _build(
         spool.remove()
         spool = open_spool(cutting.folder, [done["spool"] for done in cut], kind, dedupe)
 
+    encoded: list[Counts] = []
+    if isinstance(encoder, TextEncoder) and not encoder.lossless:
+        encoding = Encode(parts / "encoded", spool, encoder, options.max_length, seed)
+        encoded = carry_out(encoding, workers)
+        spool.remove()
+        spool = open_spool(encoding.folder, [done["spool"] for done in encoded], "tokens", dedupe)
+        encoder = TokenEncoder.of(tokenizer)
+
     dtype: Dtype = "uint16" if len(tokenizer) <= 2**16 - 1 else "uint32"
     tokenizing = Tokenize(
         parts / "tokens",
@@ -206,14 +244,17 @@ def _build(
         options.max_length,
         options.valid_fraction,
         dtype,
-        equal=EQUAL_PIECES if cut else "duplicate",
+        equal=EQUAL_IDS if encoded else EQUAL_PIECES if cut else EQUAL,
     )
     tokenized = carry_out(tokenizing, workers)
     spool.remove()
 
-    tally = _tally(read, cut, tokenized)
-    if not any(done["sequences"].get("train") for done in tokenized):
+    tally = _tally(read, cut, encoded, tokenized)
+    sequences = _sum(done["sequences"] for done in tokenized)
+    if not sequences["train"]:
         why = ", ".join(f"{count} {reason}" for reason, count in tally["dropped"].items())
+        if held_out := sequences["valid"]:
+            why = f"{held_out} held out: lower --valid-fraction, to 0 for none"
         raise UserError(
             f"{corpus.name} has no text to train on: {tally['texts_read']} read ({why or 'empty'})"
         )
@@ -244,7 +285,7 @@ def _build(
         path=str(folder),
         sha256="",
     )
-    (folder / "index.json").write_text(index.model_dump_json(indent=1) + "\n")
+    (folder / "index.json").write_text(index.as_json())
     for path in [*folder.rglob("*"), folder]:
         fsync(path)
 
@@ -257,17 +298,44 @@ def _block_size(tokenized: list[Counts]) -> int:
     return min(LARGEST_BLOCK, max(CHUNK, 2 ** (fitting.bit_length() - 1)))
 
 
-def _tally(read: list[Counts], cut: list[Counts], tokenized: list[Counts]) -> dict[str, Any]:
+def _say_bad_rows(lines: list[str]) -> None:
+    for line in lines[:SHOWN_BAD_ROWS]:
+        say(f"left out: {line}")
+    if len(lines) > SHOWN_BAD_ROWS:
+        say(f"left out: {len(lines) - SHOWN_BAD_ROWS:,} bad rows more")
+
+
+def _sum(counts: Iterable[dict[str, int]]) -> Counter[str]:
+    return sum(map(Counter, counts), Counter())
+
+
+def _tally(
+    read: list[Counts], cut: list[Counts], encoded: list[Counts], tokenized: list[Counts]
+) -> dict[str, Any]:
     """The fields of the index that the stages counted."""
-    dropped = sum((Counter(done["dropped"]) for done in (*read, *cut, *tokenized)), Counter())
-    whole = cut or tokenized  # whichever saw the texts before they were cut
+    stages = (*read, *cut, *encoded, *tokenized)
+    dropped = _sum(done["dropped"] for done in stages)
+    whole = cut or encoded or tokenized  # whichever saw the texts before they were cut
     lengths = np.sum([done["lengths"] for done in whole], axis=0)
     return {
         "texts_read": sum(done["texts"] for done in read),
         "dropped": dict(sorted(dropped.items())),
         "overlong": sum(done["overlong"] for done in whole),
         "unique_lengths": np.trim_zeros(lengths, "b").tolist(),
+        "altered": _altered(encoded),
     }
+
+
+def _altered(encoded: list[Counts]) -> Altered | None:
+    altered = sum(done["altered"] for done in encoded)
+    if not altered:
+        return None
+    lost = _sum(done["lost"] for done in encoded)
+    return Altered(
+        encoded=sum(done["encoded"] for done in encoded),
+        altered=altered,
+        characters=dict(lost.most_common(SHOWN_CHARACTERS)),
+    )
 
 
 def _tokenizer(
@@ -282,7 +350,7 @@ def _tokenizer(
         return load_tokenizer(folder) if given is None else given
     if pieces is not None:
         with stage(f"trained a tokenizer of {pieces:,} pieces"):
-            given = train_tokenizer(_sample(spool, options.valid_fraction), pieces)
+            given = train_tokenizer(_sample(spool, options), pieces)
     assert given is not None
     saved = folder.with_name("tokenizer.part")
     given.save_pretrained(saved)
@@ -290,22 +358,19 @@ def _tokenizer(
     return given
 
 
-def _sample(spool: Spool, valid_fraction: float) -> Iterator[str]:
+def _sample(spool: Spool, options: _Options) -> Iterator[str]:
     """The texts of the train split that have the lowest keys: a random sample."""
     left = SAMPLE_BYTES
+    longest = max(LONG, LONGEST_PIECE * options.max_length)
     for number in range(spool.buckets):
         items, hashes, _ = spool.bucket(number)
-        items = items.filter(pa.array(~in_valid(hashes, valid_fraction)))
+        items = items.filter(pa.array(~in_valid(hashes, options.valid_fraction)))
+        if options.overflow == "drop":
+            items = items.filter(pc.less_equal(pc.binary_length(items), longest))
         ends = np.cumsum(pc.binary_length(items))
         fitting = int(np.searchsorted(ends, left, side="right"))
-        yield from items[:fitting].to_pylist()
+        for text in items[:fitting].to_pylist():
+            yield from (text[start : start + LONG] for start in range(0, len(text), LONG))
         if fitting < len(items):
             return
         left -= int(ends[-1]) if len(ends) else 0
-
-
-def copy_stdin(folder: Path) -> Path:
-    """Copy standard input into a file, to be read as often as need be."""
-    with open(folder / "stdin", "wb") as file:
-        shutil.copyfileobj(sys.stdin.buffer, file)
-    return folder / "stdin"

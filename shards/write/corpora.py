@@ -83,24 +83,24 @@ class Corpus:
             raise UserError(f"no {format or 'text'} files in {source}")
         self.format_name = format or self._format_by_names(source)
         self.format = FORMATS[self.format_name]
-        self.column = self._find_column(column, "read as" if format is None else "format")
+        self.column = self._find_column(column, ", by its name" if format is None else "")
         self.kind = self.format.kind(self.column)
 
     def _format_by_names(self, source: str | Path) -> str:
         found = sorted({format_of(file.path) for file in self.files})
         if len(found) > 1:
-            raise UserError(f"{source} holds {' and '.join(found)} files: choose one (--format)")
+            raise UserError(
+                f"{source} holds {' and '.join(found)} files: choose those of one format"
+            )
         return found[0]
 
     def _find_column(self, column: str | None, how: str) -> str | None:
         """The column, as given or found by the format; `how` the format is known, for people."""
         path, format = self.files[0].path, self.format
-        is_what = f"{self.name} is {how} {self.format_name}"
+        is_what = f"{self.name} is read as {self.format_name}{how}"
         if not format.has_columns:
             if column is not None:
-                raise UserError(
-                    f"{is_what}, which has no columns: leave --column out, or give another --format"
-                )
+                raise UserError(f"{is_what}: that has no columns, so leave --column out")
         elif column is None:
             with reading(path), Tap(open_raw(path)) as raw:
                 stream = decompressed(raw, path)

@@ -1,6 +1,6 @@
 """The spool: a corpus on disk as sorted runs, read back by ranges of keys.
 
-An item (a text, or the bytes of its token ids) has a hash, xxh3_64 of its content, and a key, a
+An item (a text, or the bytes of its token ids) has a hash, xxh3_64 of its text, and a key, a
 bijection of the hash that the seed chooses. Sorted by key, equal items meet, all are shuffled, and
 a range of keys, a bucket, can be worked on apart from the others.
 
@@ -61,9 +61,9 @@ class SpoolWriter:
         self._hashes = [np.empty(0, np.uint64)]
         self._bytes = 0
 
-    def add(self, items: Sequence[Any]) -> None:
-        """Take items: str, or bytes of kind "tokens"."""
-        contents = map(str.encode, items) if self.kind == "text" else items
+    def add(self, items: Sequence[Any], texts: Sequence[str] | None = None) -> None:
+        """Take items: str or, of kind "tokens", bytes, and the texts that they decode to."""
+        contents = map(str.encode, items if texts is None else texts)
         digests = map(xxhash.xxh3_64_intdigest, contents)
         self._hashes.append(np.fromiter(digests, np.uint64, len(items)))
         self._items.append(pa.array(items, TYPES[self.kind]))

@@ -1,27 +1,34 @@
-"""The stages of a build that are cut into tasks: read, cut what is too long, tokenize."""
+"""The stages of a build that are cut into tasks: read, cut what is too long, tokenize.
+
+Where a tokenizer may take texts for equal, they are encoded before, and meet by their ids.
+"""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import compress, groupby, pairwise
+from itertools import chain, compress, groupby, islice, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from shards.write.corpora import File, Reading
+from shards.write.corpora import BadRowError, File, Reading
 from shards.write.formats.format import Format
 from shards.write.spool import FEWEST_BUCKETS, Spool, SpoolWriter
 from shards.write.workers import Counts, Job
+from t5vae.common.errors import UserError
 from t5vae.common.files import written
 from t5vae.common.progress import Advance
 
 if TYPE_CHECKING:
-    from shards.format.tokenizers import Encoder, TokenEncoder
+    from shards.format.tokenizers import Encoder, TextEncoder, TokenEncoder
 
 BATCH_BYTES = 2**19  # of items encoded at once
-EQUAL_PIECES = "duplicate once cut"  # a reason to drop
+# Reasons to drop.
+EQUAL, EQUAL_PIECES, EQUAL_IDS = "duplicate", "duplicate once cut", "duplicate once tokenized"
+TOO_LONG = "too long"
+BAD_ROWS, LOST = 1000, 100  # rows and characters that a task names
 LONGEST_COUNTED = 1024  # the last entry of Index.unique_lengths: this length or more
 LEAST_GROUP, MOST_GROUP = 2**20, 256 * 2**20  # bytes of files that one task reads
 GROUPS = 64  # of a corpus between the two
@@ -38,6 +45,7 @@ class Read(Job):
     groups: list[list[File]]
     format: Format
     column: str | None
+    bad_rows: str
     seed: int
     dedupe: bool
     token_encoder: "TokenEncoder | None"
@@ -52,23 +60,35 @@ class Read(Job):
         return sum(file.bytes for group in self.groups for file in group)
 
     def __call__(self, task: int, advance: Advance) -> Counts:
-        reading = Reading(self.groups[task], self.format, self.column)
+        reading = Reading(self.groups[task], self.format, self.column, self.bad_rows)
         kind = self.format.kind(self.column)
         writer = SpoolWriter(self.folder, task, kind, self.seed, self.dedupe)
         before = 0
-        for items in reading:
-            writer.add(self.token_encoder.plain(items) if self.token_encoder else items)
-            advance(reading.bytes_read - before)
-            before = reading.bytes_read
+        try:
+            for items in reading:
+                self._add(writer, items)
+                advance(reading.bytes_read - before)
+                before = reading.bytes_read
+        except BadRowError as error:
+            raise UserError(f"{error}; --bad-rows skip leaves such rows out") from None
         writer.flush()
         advance(reading.bytes_read - before)
-        dropped = reading.skipped + Counter(duplicate=writer.counts["duplicates"])
+        dropped = reading.skipped + Counter({EQUAL: writer.counts["duplicates"]})
         return {
             "spool": writer.counts,
-            "texts": writer.counts["items"] + dropped["duplicate"] + dropped["empty"],
+            "texts": writer.counts["items"]
+            + sum(dropped[reason] for reason in (EQUAL, "empty", "bad row")),
             "dropped": dropped,
+            "bad_rows": reading.bad_rows[:BAD_ROWS],
             "digests": reading.digests,
         }
+
+    def _add(self, writer: SpoolWriter, items: list[Any]) -> None:
+        if self.token_encoder is None:
+            writer.add(items)
+        else:
+            items = self.token_encoder.plain(items)
+            writer.add(items, self.token_encoder.decode(*self.token_encoder.encode(items)))
 
 
 @dataclass(frozen=True)
@@ -98,16 +118,74 @@ class Cut(Job):
     def __call__(self, task: int, advance: Advance) -> Counts:
         encoding = _Encoding(self.spool, self.encoder, self.max_length, advance)
         writer = SpoolWriter(self.folder, task, self.spool.kind, self.seed, self.spool.dedupe)
-        first, end = (self.spool.buckets * part // self.tasks for part in (task, task + 1))
-        for bucket in range(first, end):
-            for items, _, _, lengths in encoding.batches(bucket):
+        for bucket in _share(self.spool.buckets, task, self.tasks):
+            for items, _, _, lengths, longer in encoding.batches(bucket):
                 fits = lengths <= self.max_length
-                cuts = (self.encoder.cut(item, self.max_length) for item in compress(items, ~fits))
-                pieces = [piece for cut in cuts for piece in cut[: self.keep]]
-                writer.add([*compress(items, fits), *pieces])
+                cuts = (
+                    islice(self.encoder.cut(item, self.max_length), self.keep)
+                    for item in (*compress(items, ~fits), *longer)
+                )
+                self._add(writer, [*compress(items, fits), *chain.from_iterable(cuts)])
         writer.flush()
         encoding.dropped[EQUAL_PIECES] = writer.counts["duplicates"]
         return encoding.counts() | {"spool": writer.counts}
+
+    def _add(self, writer: SpoolWriter, items: list[Any]) -> None:
+        is_text = self.spool.kind == "text"
+        writer.add(items, None if is_text else self.encoder.decode(*self.encoder.encode(items)))
+
+
+@dataclass(frozen=True)
+class Encode(Job):
+    """Spool the corpus again as token ids; a task is a few buckets.
+
+    Keys come from the texts that the ids decode to: what a tokenizer takes for equal meets, and
+    falls to one split.
+    """
+
+    title = "encoded the corpus"
+
+    spool: Spool
+    encoder: "TextEncoder"
+    max_length: int
+    seed: int
+
+    @property
+    def tasks(self) -> int:
+        return max(FEWEST_BUCKETS, self.spool.buckets // BUCKETS_AT_ONCE)
+
+    @property
+    def total(self) -> int:
+        return self.spool.items
+
+    def __call__(self, task: int, advance: Advance) -> Counts:
+        encoding = _Encoding(self.spool, self.encoder, self.max_length, advance)
+        writer = SpoolWriter(self.folder, task, "tokens", self.seed, self.spool.dedupe)
+        encoded = altered = 0
+        lost: Counter[str] = Counter()
+        for bucket in _share(self.spool.buckets, task, self.tasks):
+            for texts, _, tokens, lengths, _ in encoding.batches(bucket):
+                back = self.encoder.decode(tokens, lengths)
+                others = [(text, it) for text, it in zip(texts, back, strict=True) if text != it]
+                encoded, altered = encoded + len(texts), altered + len(others)
+                for text, it in others:
+                    lost += Counter(text) - Counter(it)
+                ends = lengths.cumsum()
+                rows = [
+                    tokens[end - n : end - 1].tobytes()
+                    for end, n in zip(ends, lengths, strict=True)
+                ]
+                fits = lengths <= self.max_length
+                writer.add(list(compress(rows, fits)), list(compress(back, fits)))
+        writer.flush()
+        encoding.dropped[EQUAL_IDS] = writer.counts["duplicates"]
+        encoding.dropped[TOO_LONG] = encoding.overlong
+        return encoding.counts() | {
+            "spool": writer.counts,
+            "encoded": encoded,
+            "altered": altered,
+            "lost": dict(lost.most_common(LOST)),
+        }
 
 
 @dataclass(frozen=True)
@@ -141,7 +219,7 @@ class Tokenize(Job):
         sequences: Counter[str] = Counter()
         kept_tokens = 0
         arrays: dict[str, list[np.ndarray]] = defaultdict(list)
-        for _, hashes, tokens, lengths in encoding.batches(task):
+        for _, hashes, tokens, lengths, _ in encoding.batches(task):
             valid = in_valid(hashes, self.valid_fraction)
             fits = lengths <= self.max_length
             kept_tokens += int(lengths[fits].sum())
@@ -154,8 +232,14 @@ class Tokenize(Job):
         joined = {name: np.concatenate(parts) for name, parts in arrays.items()}
         with written(self.folder / f"{task:05}.npz") as path, open(path, "wb") as file:
             np.savez(file, **joined)  # type: ignore[arg-type]
-        encoding.dropped["too long"] = encoding.overlong
+        encoding.dropped[TOO_LONG] = encoding.overlong
         return encoding.counts() | {"sequences": sequences, "tokens": kept_tokens}
+
+
+def _share(buckets: int, task: int, tasks: int) -> range:
+    """The buckets of a task."""
+    first, end = (buckets * part // tasks for part in (task, task + 1))
+    return range(first, end)
 
 
 def group_files(files: Sequence[File]) -> list[list[File]]:
@@ -176,6 +260,7 @@ class _Batch(NamedTuple):
     hashes: np.ndarray  # uint64 [items]
     tokens: np.ndarray  # int32 [sum of lengths]
     lengths: np.ndarray  # int64 [items]
+    longer: list[Any]  # items so long that they were not encoded
 
 
 class _Encoding:
@@ -187,7 +272,7 @@ class _Encoding:
         encoder: "Encoder",
         max_length: int,
         advance: Advance,
-        equal: str = "duplicate",
+        equal: str = EQUAL,
     ):
         self.spool, self.encoder, self.max_length = spool, encoder, max_length
         self.advance, self.equal = advance, equal
@@ -200,16 +285,20 @@ class _Encoding:
         items, hashes, duplicates = self.spool.bucket(bucket)
         self.dropped[self.equal] += duplicates
         self.advance(duplicates)
+        most = self.encoder.most(self.max_length)
         for start, stop in pairwise(_batch_bounds(items)):
             batch = items[start:stop].to_pylist()
             usable = self.encoder.usable(batch)
             self.dropped["special token"] += int(np.count_nonzero(~usable))
-            chosen = list(compress(batch, usable))
-            tokens, lengths = self.encoder.encode(chosen)
+            longer = [item for item in compress(batch, usable) if len(item) > most]
+            chosen = usable & np.fromiter((len(item) <= most for item in batch), bool, len(batch))
+            kept = list(compress(batch, chosen))
+            tokens, lengths = self.encoder.encode(kept)
             clipped = np.minimum(lengths, LONGEST_COUNTED)
             self.lengths += np.bincount(clipped, minlength=LONGEST_COUNTED + 1)
-            self.overlong += int(np.count_nonzero(lengths > self.max_length))
-            yield _Batch(chosen, hashes[start:stop][usable], tokens, lengths)
+            self.lengths[LONGEST_COUNTED] += len(longer)
+            self.overlong += int(np.count_nonzero(lengths > self.max_length)) + len(longer)
+            yield _Batch(kept, hashes[start:stop][chosen], tokens, lengths, longer)
             self.advance(len(batch))
 
     def counts(self) -> Counts:

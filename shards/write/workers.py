@@ -161,7 +161,12 @@ def take_up(parts: Path, recipe: dict[str, Any]) -> None:
     """Keep in the folder `parts` what a halted build of the same recipe left, and nothing else."""
     file, content = parts / "recipe.json", json.dumps(recipe, indent=1)
     if file.is_file() and file.read_text() == content:
-        stages = {"read": "reading", "cut": "cutting", "tokens": "tokenizing"}
+        stages = {
+            "read": "reading",
+            "cut": "cutting",
+            "encoded": "encoding",
+            "tokens": "tokenizing",
+        }
         counts = {what: len(finished(parts / name)) for name, what in stages.items()}
         done = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
         say(f"going on with a halted build (tasks done: {done or 'none'})")

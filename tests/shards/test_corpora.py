@@ -195,9 +195,9 @@ def test_bad_sources(tmp_path):
         Corpus(None, "text")
     with pytest.raises(UserError, match="unknown format"):
         Corpus(tmp_path, "xml")
+    (tmp_path / "a.txt").write_text("a")
     with pytest.raises(UserError, match="no columns"):
         Corpus(tmp_path, "text", "t")
-    (tmp_path / "a.txt").write_text("a")
     corpus = Corpus(tmp_path)
     (tmp_path / "a.txt").unlink()
     for use in (corpus.sha256, lambda: list(reading(corpus))):

@@ -37,11 +37,11 @@ def read_rows(stream: IO[bytes], name: str, columns: Sequence[str | None]) -> It
         held: list[Any] = []
         size = 0
         for row in _rows(lines, name):
-            if len(row) > len(header):
+            if isinstance(row, BadRow):
+                held.append(row)
+            elif len(row) > len(header):
                 more = f"{len(row)} cells, the header has {len(header)}: quote cells with commas"
                 held.append(BadRow(f"{name}, line {lines.begin}", more))
-            elif isinstance(row, BadRow):
-                held.append(row)
             elif row:
                 cells = tuple(row[place] if place < len(row) else "" for place in places)
                 held.append(cells)
