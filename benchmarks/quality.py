@@ -93,7 +93,7 @@ def flat(tree: dict[str, Any], above: str = "") -> Iterator[str]:
         if isinstance(value, dict):
             yield from flat(value, f"{above}{name}.")
         elif name not in SIZES:
-            yield f"{above}{name}={json.dumps(value)}"
+            yield f"{above}{name}={value if isinstance(value, str) else json.dumps(value)}"
 
 
 class Place(NamedTuple):

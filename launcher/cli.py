@@ -14,8 +14,8 @@ from launcher.sbatch import job_script
 from launcher.submission import check, sweep
 from launcher.submission import submit as submit_jobs
 from launcher.table import table
-from t5vae.common.errors import UserError
-from t5vae.common.paths import expanded
+from t5vae.common.errors import UserError, check_arguments
+from t5vae.common.paths import expand
 from t5vae.config import Config, Launcher, load_config
 
 app = typer.Typer(
@@ -47,7 +47,10 @@ Force = Annotated[
 ]
 RunOrJob = Annotated[
     str,
-    typer.Argument(help="A run's folder (its newest job), a sweep's, or the id of a job in runs/."),
+    typer.Argument(
+        help="A run's folder (its newest job), a sweep's, or the id of a job in runs/.",
+        callback=expand,
+    ),
 ]
 Text = str | None
 
@@ -114,7 +117,7 @@ def submit(
 
 @app.command()
 def resume(
-    run: Annotated[Path, typer.Argument(help="The run's folder.")],
+    run: Annotated[Path, typer.Argument(help="The run's folder.", callback=expand)],
     overrides: Overrides = None,
     cluster: On = "slurm",
     dry_run: DryRun = False,
@@ -124,7 +127,6 @@ def resume(
 
     Example: `t5vae-launch resume runs/large train.steps=200000 launcher.nodes=4`
     """
-    run = Path(expanded(str(run)))
     here = {"run.output_dir": str(run), "checkpoint.resume": "auto"}
     config = load_config(run / "config.yaml", overrides or [], here)
     _submit([config], cluster, config.run_dir / "jobs", dry_run, force)
@@ -158,7 +160,10 @@ def script(config: ConfigFile, overrides: Overrides = None) -> None:
 def status(
     run_or_job: Annotated[
         str | None,
-        typer.Argument(help="A run's or a sweep's folder or a job's id; without, all of runs/."),
+        typer.Argument(
+            help="A run's or a sweep's folder or a job's id; without, all of runs/.",
+            callback=expand,
+        ),
     ] = None,
 ) -> None:
     """List jobs, the newest last: state, and how far their runs are.
@@ -212,6 +217,7 @@ def _me() -> str:
 def main() -> None:
     """Run the command line; a user's mistake is one line and exit code 2."""
     try:
+        check_arguments(sys.argv)
         app()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -4,14 +4,13 @@ import json
 import os
 import sys
 import traceback
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from shards.cli import app as shards_app
 from t5vae.common.errors import DISK_FULL, UserError, check_arguments
-from t5vae.common.paths import expanded
+from t5vae.common.paths import expand
 from t5vae.common.versions import versions
 
 if TYPE_CHECKING:
@@ -29,15 +28,6 @@ config_app = typer.Typer(
 )
 app.add_typer(shards_app, name="shards")
 app.add_typer(config_app, name="config")
-
-
-def expand(paths: Any) -> Any:
-    """`~` and `$NAME` in what an option or argument says of paths: one, several, or none."""
-    if isinstance(paths, list | tuple):
-        return [expand(each) for each in paths]
-    if isinstance(paths, Path):
-        return Path(expanded(str(paths)))
-    return None if paths is None else expanded(paths)
 
 
 def _one_form(context: typer.Context, wanted: bool) -> bool:

@@ -11,12 +11,12 @@ from t5vae.cli.app import (
     Overrides,
     app,
     config_app,
-    expand,
     print_json,
     quiet_transformers,
 )
 from t5vae.common.errors import UserError
 from t5vae.common.files import write_whole
+from t5vae.common.paths import expand
 
 
 @config_app.command()

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from t5vae.cli.app import expand, quiet_transformers
+from t5vae.cli.app import quiet_transformers
 from t5vae.common.errors import UserError
 from t5vae.common.files import reading
+from t5vae.common.paths import expand
 
 if TYPE_CHECKING:
     from t5vae.latent import LatentSpace

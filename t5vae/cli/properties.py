@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from t5vae.cli.app import Json, Jsonl, app, console, expand, print_json
+from t5vae.cli.app import Json, Jsonl, app, console, print_json
 from t5vae.cli.given import (
     PANEL,
     Check,
@@ -24,6 +24,7 @@ from t5vae.cli.given import (
 )
 from t5vae.cli.shown import left_out, print_as_json
 from t5vae.common.errors import UserError
+from t5vae.common.paths import expand
 
 if TYPE_CHECKING:
     from t5vae.latent.optimize import Candidate, Optimized

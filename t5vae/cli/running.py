@@ -10,12 +10,12 @@ from t5vae.cli.app import (
     Run,
     app,
     console,
-    expand,
     print_json,
     quiet_transformers,
 )
 from t5vae.cli.given import Space
 from t5vae.common.errors import UserError
+from t5vae.common.paths import expand
 
 
 @app.command()

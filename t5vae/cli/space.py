@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from t5vae.cli.app import Json, Jsonl, app, console, expand, print_json
+from t5vae.cli.app import Json, Jsonl, app, console, print_json
 from t5vae.cli.given import (
     PANEL,
     STDIN,
@@ -27,6 +27,7 @@ from t5vae.cli.given import (
 from t5vae.cli.shown import print_as_json, print_table
 from t5vae.common.errors import UserError
 from t5vae.common.kinds import PRIORS
+from t5vae.common.paths import expand
 
 if TYPE_CHECKING:
     import numpy as np

@@ -8,8 +8,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from t5vae.cli.app import Json, Run, app, console, expand, print_json
+from t5vae.cli.app import Json, Run, app, console, print_json
 from t5vae.common.errors import UserError
+from t5vae.common.paths import expand
 
 
 @app.command()

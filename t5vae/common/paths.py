@@ -2,6 +2,8 @@
 
 import os
 import re
+from pathlib import Path
+from typing import Any
 
 from t5vae.common.errors import UserError
 
@@ -25,3 +27,12 @@ def expanded(path: str) -> str:
     if whole == "~" or whole.startswith("~/"):
         raise UserError(f"{path!r} needs your home folder, which is not known: set HOME")
     return whole
+
+
+def expand(paths: Any) -> Any:
+    """The same in what an option or argument says of paths: one, several, or none."""
+    if isinstance(paths, list | tuple):
+        return [expand(each) for each in paths]
+    if isinstance(paths, Path):
+        return Path(expanded(str(paths)))
+    return None if paths is None else expanded(paths)

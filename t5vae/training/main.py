@@ -11,7 +11,7 @@ from t5vae.cluster.errors import LostRankError
 from t5vae.cluster.ranks import ends_together, find_ranks
 from t5vae.cluster.scheduler import is_first_of_host, queue_again
 from t5vae.cluster.stopping import StopRequest, signals_come_too_late
-from t5vae.common.errors import DISK_FULL, UserError
+from t5vae.common.errors import DISK_FULL, UserError, check_arguments
 from t5vae.config import Config, load_config
 
 DEFAULT_CONFIG = "quickstart"
@@ -35,7 +35,12 @@ def main(arguments: list[str]) -> int:
     debug = "--debug" in arguments
     given = [each for each in _without_local_rank(arguments) if each != "--debug"]
     path = given.pop(0) if given and "=" not in given[0] else DEFAULT_CONFIG
-    return exit_code_of(lambda: train(load_config(path, given)), debug=debug)
+
+    def work() -> None:
+        check_arguments(arguments)
+        train(load_config(path, given))
+
+    return exit_code_of(work, debug=debug)
 
 
 def _without_local_rank(arguments: list[str]) -> Iterator[str]:

@@ -63,7 +63,10 @@ class Folder(NamedTuple):
                 **SHARD_SMALL_ONES_TOO,
                 **settings.get("deepspeed.config", {}),
             }
-        given = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+        given = [
+            f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+            for key, value in settings.items()
+        ]
         return {"name": name, "settings": given, **options}
 
     def start(self, dataset: Path, launches: list[tuple[int, list[dict[str, Any]]]]) -> None:
