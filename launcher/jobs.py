@@ -52,12 +52,12 @@ class Job:
         files are in it, or for a sweep in the folder above. Plain sbatch writes into the folder in
         which it was typed, which is this one or one above the run.
         """
-        log, run = BACKENDS[self.cluster].log, self.run.absolute()
+        log = BACKENDS[self.cluster].log
         if not self.logs:
             name = log("", self.id, rank)
-            paths = (folder / name for folder in (Path(), *run.parents))
+            paths = (folder / name for folder in (Path(), *self.run.absolute().parents))
             return next((path for path in paths if path.exists()), name)
-        beside = filter(self._wrote_to, (run / "jobs", run.parent / "jobs"))
+        beside = filter(self._wrote_to, (self.run / "jobs", self.run.parent / "jobs"))
         return log(str(next(beside, self.logs)), self.id, rank)
 
     def _wrote_to(self, folder: Path) -> bool:

@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import os
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ from shards.format.index import Index, Shard, open_index
 from shards.format.tokenizers import fingerprint
 from shards.storage.cache import Cache
 from shards.storage.store import refuse_replaced
+from t5vae.common.cpus import cpus
 from t5vae.common.errors import DamageError, UserError
 from t5vae.common.progress import Advance, stage
 
@@ -66,7 +66,7 @@ def verify(path: str | Path, workers: int | None = None) -> Report:
     lock = Lock()
     with (
         stage("verified", sum(shard.bytes for shard in index.shards), unit="bytes") as advance,
-        ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool,
+        ThreadPoolExecutor(workers or cpus()) as pool,
     ):
 
         def count(read: int) -> None:

@@ -184,12 +184,12 @@ def _already_built(out: Path, corpus: Corpus, recipe: dict[str, Any]) -> Index:
     if not (out / "index.json").is_file():
         raise UserError(f"{out} exists and is no dataset: choose another folder (--out)")
     index = open_index(out)
-    names = [*recipe, *({"bad_rows"} - recipe.keys())]
-    another = [name for name in names if index.recipe.get(name) != recipe.get(name)]
+    here, before = ({"bad_rows": "error"} | each for each in (recipe, index.recipe))
+    another = [name for name, value in here.items() if before.get(name) != value]
     if not another and index.recipe["sha256"] != corpus.sha256():
         another = ["bytes"]
     for name in another:
-        there = f"{name} {index.recipe.get(name)}, not {recipe.get(name)}"
+        there = f"{name} {before.get(name)}, not {here[name]}"
         what = "another input" if name in ("files", "bytes") else there
         raise UserError(f"{out} was built with {what}: choose another --out or remove it")
     say(f"already built: {out}")
@@ -370,7 +370,8 @@ def _sample(spool: Spool, options: _Options) -> Iterator[str]:
         ends = np.cumsum(pc.binary_length(items))
         fitting = int(np.searchsorted(ends, left, side="right"))
         for text in items[:fitting].to_pylist():
-            yield from (text[start : start + LONG] for start in range(0, len(text), LONG))
+            end = longest if options.overflow == "truncate" else len(text)
+            yield from (text[start : start + LONG] for start in range(0, min(end, len(text)), LONG))
         if fitting < len(items):
             return
         left -= int(ends[-1]) if len(ends) else 0

@@ -6,7 +6,6 @@ a manifest of their sizes and hashes. A folder without a manifest that verifies 
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from t5vae.checkpoint.fragments import WEIGHT, Fragments
+from t5vae.common.cpus import cpus
 from t5vae.common.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -31,7 +31,7 @@ def verify(checkpoint: Path, *, hashes: bool = True) -> str | None:
         files = read_manifest(checkpoint)["files"]
     except (OSError, ValueError) as error:
         return f"{MANIFEST}: {error}"
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+    with ThreadPoolExecutor(min(8, cpus())) as threads:
         problems = threads.map(lambda name: _problem(checkpoint / name, files[name], hashes), files)
         return next((problem for problem in problems if problem), None)
 

@@ -31,6 +31,7 @@ class Machine:
     def __init__(self, costs: dict[int, float]):
         self.costs, self.now = costs, 0.0
         self.threads = Threads(clock=lambda: self.now)
+        self.threads.cpus = ALL
 
     def call(self, size: int = LARGE, job: str = "encode") -> int:
         """How many threads a call had."""

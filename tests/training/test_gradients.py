@@ -105,7 +105,12 @@ CASES = {
 
 def make_config(case: Case, stage: int = 0, world: int = 1) -> Config:
     model = MODELS[case.model]
-    zero = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}  # shard small ones too
+    zero = {
+        "zero_optimization": {
+            "stage3_param_persistence_threshold": 0,
+            "stage3_prefetch_bucket_size": "auto",
+        }
+    }  # shard small ones too
     return Config(
         run={"seed": SEED},
         data={
