@@ -15,7 +15,7 @@ from pathlib import Path
 from launcher.backend import ENDED, Backend, State, Task
 from launcher.backends import BACKENDS
 from t5vae.cluster.attempts import ATTEMPTS
-from t5vae.cluster.run_folder import LOCK
+from t5vae.cluster.run_folder import FOLDER, LOCK, is_copied
 from t5vae.common.errors import UserError
 from t5vae.common.files import read_records, write_records
 
@@ -68,7 +68,8 @@ class Job:
         """Write the job down in its run's folder."""
         folder = self.run / "jobs"
         folder.mkdir(exist_ok=True)
-        record = {key: value for key, value in asdict(self).items() if key != "run"}
+        record = asdict(self) | {FOLDER: str(self.run.absolute())}
+        del record["run"]
         write_records(folder / f"{self.id}.json", [record])
 
 
@@ -118,11 +119,16 @@ def _jobs_below(folder: Path) -> list[Job]:
 
 
 def _jobs_of(run: Path) -> list[Job]:
+    """The jobs of a run; not those of the one that it is a copy of."""
     files = (run / "jobs").glob("*.json")
     records = [record for file in files for record in read_records(file)]
-    jobs = {record["id"]: Job(run=run, **record) for record in records}
+    own = [record for record in records if not is_copied(record, run)]
+    jobs = {
+        record["id"]: Job(run=run, **{key: record[key] for key in record.keys() - {FOLDER}})
+        for record in own
+    }
     for attempt in read_records(run / ATTEMPTS):
-        if attempt["job"] and attempt["job"] not in jobs:
+        if attempt["job"] and attempt["job"] not in jobs and not is_copied(attempt, run):
             jobs[attempt["job"]] = Job(attempt["job"], run, PLAIN, "", attempt["time"])
     return sorted(jobs.values(), key=lambda job: job.order)
 
@@ -183,7 +189,8 @@ def holder(run: Path) -> Job | None:
     jobs = _jobs_of(run)
     lock = run / LOCK
     trains = read_records(lock)
-    if trains and trains[0]["job"] not in (None, *(job.id for job in jobs)):
+    known_jobs = (None, *(job.id for job in jobs))
+    if trains and trains[0]["job"] not in known_jobs and not is_copied(trains[0], run):
         jobs.append(Job(trains[0]["job"], run, PLAIN, "", now()))
     known = states(jobs)
     live = [job for job in jobs if known[job.id].is_live]

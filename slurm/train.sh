@@ -32,6 +32,7 @@ command=(python -u -P -m t5vae train)
 warning=120
 
 environment=${T5VAE_ENV:-$PWD/.venv}
+environment=${environment/#\~\//$HOME/}
 [[ -f $environment/bin/activate ]] && environment=$environment/bin/activate
 if [[ -f $environment ]]; then
     # shellcheck source=/dev/null

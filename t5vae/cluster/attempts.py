@@ -3,6 +3,7 @@
 from datetime import datetime
 from pathlib import Path
 
+from t5vae.cluster.run_folder import FOLDER
 from t5vae.cluster.scheduler import job_id
 from t5vae.common.errors import UserError
 from t5vae.common.files import read_records, write_records
@@ -43,6 +44,7 @@ def begin(folder: Path, step: int, hosts: tuple[str, ...], *, max_restarts: int)
         "attempt": len(before) + 1,
         "job": job,
         "step": step,
+        FOLDER: str(folder.absolute()),
         "hosts": sorted(set(hosts)),
         "time": datetime.now().astimezone().isoformat(timespec="seconds"),
     }

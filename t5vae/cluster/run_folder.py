@@ -12,6 +12,7 @@ from t5vae.cluster.scheduler import host_name, is_running, job_id
 from t5vae.common.errors import UserError
 
 LOCK = ".lock"
+FOLDER = "folder"  # what a file of a run calls the folder that it was written in
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
@@ -46,10 +47,16 @@ def lock_run(folder: Path, *, anew: bool = False) -> IO[str]:
         lock = open(folder / LOCK, "a+")  # noqa: SIM115 (held until the run ends)
         lock.seek(0)
         before = _holder(lock.read())
+        before = {} if is_copied(before, folder) else before
         other = before.get("job") not in (None, job)
         held = _is_locked(lock) or (other and is_running(before["job"]))
         if not held:
-            holder = {"job": job, "host": host_name(), "token": secrets.token_hex(16)}
+            holder = {
+                "job": job,
+                "host": host_name(),
+                "token": secrets.token_hex(16),
+                FOLDER: str(folder.absolute()),
+            }
             lock.truncate(0)
             lock.write(json.dumps(holder) + "\n")
             lock.flush()
@@ -69,6 +76,15 @@ def lock_run(folder: Path, *, anew: bool = False) -> IO[str]:
             "set it to auto, or choose another run.output_dir"
         )
     return lock
+
+
+def is_copied(written: dict[str, Any], folder: Path) -> bool:
+    """Whether what was written in a run's folder speaks of another, which still has its own.
+
+    A folder that was moved is the run's own; so is one that an older version wrote in.
+    """
+    original = Path(written.get(FOLDER) or folder)
+    return original.is_dir() and not original.samefile(folder)
 
 
 def _holder(text: str) -> dict[str, Any]:

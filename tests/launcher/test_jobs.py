@@ -1,8 +1,12 @@
 import fcntl
 import json
 import re
+import shutil
 
 import pytest
+
+from t5vae.cluster.attempts import begin
+from t5vae.cluster.run_folder import lock_run
 
 
 def test_status_logs_and_cancel_find_a_job_by_run_or_id(config_file, slurm, launch):
@@ -54,6 +58,36 @@ def test_a_run_that_a_live_job_holds_is_refused_unless_it_is_to_wait(config_file
     slurm("sbatch", "cat $1 > script; echo Submitted batch job 78")
     assert launch("submit", config_file, "--force")[0] == 0
     assert "#SBATCH --dependency=afterany:77\n" in (config_file.parent / "script").read_text()
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["submit", "sbatch"])
+def test_a_copy_has_none_of_its_originals_jobs_and_a_run_that_moved_has_them(
+    config_file, slurm, launch, plain, monkeypatch
+):
+    run = config_file.parent / "runs/tiny"
+    if plain:
+        monkeypatch.setenv("SLURM_JOB_ID", "77")
+        run.mkdir(parents=True)
+        shutil.copy(config_file, run / "config.yaml")
+        lock_run(run).close()
+        begin(run, 0, ("node1",), max_restarts=3)
+        monkeypatch.delenv("SLURM_JOB_ID")
+    else:
+        launch("submit", config_file)
+    slurm("squeue", "echo '77|RUNNING|node1|1|59:00|None'")
+    slurm("scancel", "echo $@ > cancelled")
+    slurm("sbatch", "echo Submitted batch job 78")
+    copy = shutil.copytree(run, run.with_name("copy"))
+    code, _, err = launch("cancel", "runs/copy")
+    assert code == 2
+    assert "no job in runs/copy" in err
+    assert launch("submit", config_file)[0] == 2
+    assert launch("submit", config_file, "run.output_dir=runs/copy")[0] == 0
+    assert launch("status", "runs/copy")[1].splitlines()[1].startswith("78 ")
+    shutil.rmtree(copy)
+    run.rename(run.with_name("moved"))
+    assert launch("cancel", "runs/moved")[0] == 0
+    assert (config_file.parent / "cancelled").read_text() == "77\n"
 
 
 def test_a_run_that_plain_sbatch_trains_is_held_and_shown_too(config_file, slurm, launch):
