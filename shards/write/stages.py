@@ -92,20 +92,13 @@ class Read(Job):
 
 
 @dataclass(frozen=True)
-class Cut(Job):
-    """Spool the corpus again with pieces in place of what is too long; a task is a few buckets.
-
-    A piece has a key of its own, so that equal ones meet.
-    """
-
-    title = "cut what is too long"
+class _SpoolAgain(Job):
+    """A stage that makes another spool of one; a task is a few buckets."""
 
     spool: Spool
-    encoder: "Encoder"
+    encoder: Any
     max_length: int
     seed: int
-    keep: int | None
-    """How many pieces of an item are kept: 1, or None for all."""
 
     @property
     def tasks(self) -> int:
@@ -115,10 +108,28 @@ class Cut(Job):
     def total(self) -> int:
         return self.spool.items
 
+    def _buckets(self, task: int) -> range:
+        first, end = (self.spool.buckets * part // self.tasks for part in (task, task + 1))
+        return range(first, end)
+
+
+@dataclass(frozen=True)
+class Cut(_SpoolAgain):
+    """Spool the corpus again with pieces in place of what is too long.
+
+    A piece has a key of its own, so that equal ones meet.
+    """
+
+    title = "cut what is too long"
+
+    encoder: "Encoder"
+    keep: int | None
+    """How many pieces of an item are kept: 1, or None for all."""
+
     def __call__(self, task: int, advance: Advance) -> Counts:
         encoding = _Encoding(self.spool, self.encoder, self.max_length, advance)
         writer = SpoolWriter(self.folder, task, self.spool.kind, self.seed, self.spool.dedupe)
-        for bucket in _share(self.spool.buckets, task, self.tasks):
+        for bucket in self._buckets(task):
             for items, _, _, lengths, longer in encoding.batches(bucket):
                 fits = lengths <= self.max_length
                 cuts = (
@@ -136,8 +147,8 @@ class Cut(Job):
 
 
 @dataclass(frozen=True)
-class Encode(Job):
-    """Spool the corpus again as token ids; a task is a few buckets.
+class Encode(_SpoolAgain):
+    """Spool the corpus again as token ids.
 
     Keys come from the texts that the ids decode to: what a tokenizer takes for equal meets, and
     falls to one split.
@@ -145,31 +156,20 @@ class Encode(Job):
 
     title = "encoded the corpus"
 
-    spool: Spool
     encoder: "TextEncoder"
-    max_length: int
-    seed: int
-
-    @property
-    def tasks(self) -> int:
-        return max(FEWEST_BUCKETS, self.spool.buckets // BUCKETS_AT_ONCE)
-
-    @property
-    def total(self) -> int:
-        return self.spool.items
 
     def __call__(self, task: int, advance: Advance) -> Counts:
         encoding = _Encoding(self.spool, self.encoder, self.max_length, advance)
         writer = SpoolWriter(self.folder, task, "tokens", self.seed, self.spool.dedupe)
         encoded = altered = 0
         lost: Counter[str] = Counter()
-        for bucket in _share(self.spool.buckets, task, self.tasks):
+        for bucket in self._buckets(task):
             for texts, _, tokens, lengths, _ in encoding.batches(bucket):
                 back = self.encoder.decode(tokens, lengths)
-                others = [(text, it) for text, it in zip(texts, back, strict=True) if text != it]
-                encoded, altered = encoded + len(texts), altered + len(others)
-                for text, it in others:
-                    lost += Counter(text) - Counter(it)
+                differ = [text != it for text, it in zip(texts, back, strict=True)]
+                encoded, altered = encoded + len(texts), altered + sum(differ)
+                given, returned = ("".join(compress(side, differ)) for side in (texts, back))
+                lost += Counter(given) - Counter(returned)
                 ends = lengths.cumsum()
                 rows = [
                     tokens[end - n : end - 1].tobytes()
@@ -234,12 +234,6 @@ class Tokenize(Job):
             np.savez(file, **joined)  # type: ignore[arg-type]
         encoding.dropped[TOO_LONG] = encoding.overlong
         return encoding.counts() | {"sequences": sequences, "tokens": kept_tokens}
-
-
-def _share(buckets: int, task: int, tasks: int) -> range:
-    """The buckets of a task."""
-    first, end = (buckets * part // tasks for part in (task, task + 1))
-    return range(first, end)
 
 
 def group_files(files: Sequence[File]) -> list[list[File]]:
