@@ -128,6 +128,8 @@ def build(
     if bad_rows not in get_args(BadRows):
         raise UserError(f"bad_rows {bad_rows!r}: choose error or skip")
     piped = source is not None and is_pipe(source)
+    if piped and column is not None and format is None:
+        raise UserError("a pipe has no name that tells its format: give --format with --column")
     corpus = None if piped else Corpus(source, format, column)
     with work_folder(out) as work:
         if corpus is None:

@@ -1,6 +1,7 @@
 import io
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -201,9 +202,31 @@ def test_standard_input_is_a_corpus(corpus, tmp_path, monkeypatch, capsys):
     pipe(corpus.read_bytes())
     shards.build("-", tmp_path / "piped", **OPTIONS)
     assert "already built" in capsys.readouterr().err
+    with pytest.raises(UserError, match="no name that tells its format: give --format"):
+        shards.build("-", tmp_path / "other", column="t", **OPTIONS)
     pipe(b"another = 1\n")
     with pytest.raises(UserError, match="another input"):
         shards.build("-", tmp_path / "piped", **OPTIONS)
+
+
+def _write_and_close(descriptor, content):
+    with open(descriptor, "wb") as file:
+        file.write(content)
+
+
+def test_a_pipe_is_a_corpus(corpus, tmp_path):
+    named = shards.build(corpus, tmp_path / "named", **OPTIONS)
+    os.mkfifo(tmp_path / "fifo")
+    with ThreadPoolExecutor() as writer:
+        writer.submit((tmp_path / "fifo").write_bytes, corpus.read_bytes())
+        assert shards.build(tmp_path / "fifo", tmp_path / "a", **OPTIONS).shards == named.shards
+    ours, theirs = os.pipe()
+    with ThreadPoolExecutor() as writer:
+        writer.submit(_write_and_close, theirs, corpus.read_bytes())
+        index = shards.build(f"/dev/fd/{ours}", tmp_path / "b", workers=2, **OPTIONS)
+    os.close(ours)
+    assert index.shards == named.shards
+    assert index.recipe == named.recipe | {"source": "-"}
 
 
 def test_webdataset_texts_are_a_corpus_like_any(corpus, tmp_path):

@@ -1,10 +1,12 @@
 """Tables that are not as they should be: what is wrong is named, and nothing goes in silence."""
 
+import gzip
 import json
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+import zstandard
 
 import shards
 from shards.write.corpora import Corpus, Reading
@@ -156,6 +158,13 @@ def test_the_name_tells_the_format(tmp_path, name):
     column = "t" if NAMES[name] in ("csv", "jsonl", "parquet") else None
     assert Corpus(tmp_path / name, column=column).format_name == NAMES[name]
     assert Corpus(tmp_path, column=column).format_name == NAMES[name]
+
+
+def test_names_in_upper_case_are_decompressed(tmp_path):
+    (tmp_path / "A.TXT.GZ").write_bytes(gzip.compress(b"a\nb\n"))
+    (tmp_path / "B.Csv.ZST").write_bytes(zstandard.compress(b"n,t\n1,c\n"))
+    assert list(Reading(*parts_of(Corpus(tmp_path / "A.TXT.GZ")))) == [["a", "b"]]
+    assert list(Reading(*parts_of(Corpus(tmp_path / "B.Csv.ZST", column="t")))) == [["c"]]
 
 
 def test_what_the_name_tells_is_said_where_it_does_not_fit(tmp_path):
