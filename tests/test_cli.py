@@ -257,6 +257,9 @@ PATHS = {
     "outliers": ["PATH", "--file", "PATH"],
     "dedupe": ["PATH", "--file", "PATH", "--corpus", "PATH"],
     "config copy": ["vae", "PATH"],
+    "shards build": ["PATH", "--out", "PATH", "--tokenizer", "PATH", "--max-length", "9"],
+    "shards verify": ["PATH"],
+    "shards inspect": ["PATH", "PATH", "--position", "0"],
 }
 
 

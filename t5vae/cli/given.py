@@ -39,6 +39,10 @@ Check = Annotated[
     typer.Option(help="Keep only valid ones: python, json, smiles, regex:..., pkg.func."),
 ]
 Seed = Annotated[int, typer.Option(help="Of what is random.")]
+Temperature = Annotated[
+    float,
+    typer.Option(help="0 decodes the likeliest token at each step, above 0 draws.", min=0),
+]
 Device = Annotated[
     str | None,
     typer.Option(help="cpu, cuda, cuda:1, ...; default the accelerator, if there is one."),
