@@ -177,7 +177,7 @@ def inspect(
 
     Example: `t5vae shards inspect data/tweets --position 51200 --batch 512 --seed 0`
     """
-    from json import dumps
+    from json import dumps, loads
 
     import numpy as np
 
@@ -202,7 +202,7 @@ def inspect(
         for split, totals in index.splits.items()
     }
     if json:
-        content = index.model_dump(mode="json", exclude_none=True)
+        content = loads(index.as_json())
         content["share_within"] = {length: index.share_within(length) for length in LENGTHS}
         content["examples"] = texts
         typer.echo(dumps(content, ensure_ascii=False))
