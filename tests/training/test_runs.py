@@ -279,7 +279,7 @@ def t5vae_command(monkeypatch, capsys):
 
     def run(*arguments: Any, stdin: str = "", code: int = 0) -> tuple[str, str]:
         monkeypatch.setattr(sys, "argv", ["t5vae", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
         capsys.readouterr()
         with pytest.raises(SystemExit) as caught:
             cli.main()
