@@ -31,6 +31,7 @@ class Job:
         cluster: its backend's name in `BACKENDS`.
         logs: folder of its logs as it was submitted; empty for a job of plain sbatch.
         time: when it was submitted, or first trained if by plain sbatch; of ISO 8601 with a zone.
+        copied: it is of the run that this folder is a copy of.
     """
 
     id: str
@@ -38,6 +39,7 @@ class Job:
     cluster: str
     logs: str
     time: str
+    copied: bool = False
 
     @property
     def order(self) -> tuple[datetime, list[str | int]]:
@@ -69,7 +71,7 @@ class Job:
         folder = self.run / "jobs"
         folder.mkdir(exist_ok=True)
         record = asdict(self) | {FOLDER: str(self.run.absolute())}
-        del record["run"]
+        del record["run"], record["copied"]
         write_records(folder / f"{self.id}.json", [record])
 
 
@@ -119,17 +121,17 @@ def _jobs_below(folder: Path) -> list[Job]:
 
 
 def _jobs_of(run: Path) -> list[Job]:
-    """The jobs of a run; not those of the one that it is a copy of."""
     files = (run / "jobs").glob("*.json")
     records = [record for file in files for record in read_records(file)]
-    own = [record for record in records if not is_copied(record, run)]
-    jobs = {
-        record["id"]: Job(run=run, **{key: record[key] for key in record.keys() - {FOLDER}})
-        for record in own
-    }
+    jobs = {}
+    for record in records:
+        copied = is_copied(record, run)
+        said = {key: value for key, value in record.items() if key != FOLDER}
+        jobs[record["id"]] = Job(run=run, copied=copied, **said)
     for attempt in read_records(run / ATTEMPTS):
-        if attempt["job"] and attempt["job"] not in jobs and not is_copied(attempt, run):
-            jobs[attempt["job"]] = Job(attempt["job"], run, PLAIN, "", attempt["time"])
+        if attempt["job"] and attempt["job"] not in jobs:
+            copied = is_copied(attempt, run)
+            jobs[attempt["job"]] = Job(attempt["job"], run, PLAIN, "", attempt["time"], copied)
     return sorted(jobs.values(), key=lambda job: job.order)
 
 
@@ -186,7 +188,7 @@ def holder(run: Path) -> Job | None:
     Raises:
         UserError: a process that is no job of this folder trains there, or a backend is silent.
     """
-    jobs = _jobs_of(run)
+    jobs = [job for job in _jobs_of(run) if not job.copied]
     lock = run / LOCK
     trains = read_records(lock)
     known_jobs = (None, *(job.id for job in jobs))
@@ -217,8 +219,11 @@ def cancel(jobs: list[Job]) -> list[Job]:
         Those that were still live.
 
     Raises:
-        UserError: all have ended, or a backend refuses.
+        UserError: all have ended, or are those of a run that this is a copy of; or a backend
+            refuses.
     """
+    if copied := [job for job in jobs if job.copied]:
+        raise UserError(f"{copied[0].run} is a copy, and job {copied[0].id} its original's")
     known = states(jobs)
     live = [job for job in jobs if known[job.id].is_live]
     if not live:

@@ -61,7 +61,7 @@ def test_a_run_that_a_live_job_holds_is_refused_unless_it_is_to_wait(config_file
 
 
 @pytest.mark.parametrize("plain", [False, True], ids=["submit", "sbatch"])
-def test_a_copy_has_none_of_its_originals_jobs_and_a_run_that_moved_has_them(
+def test_a_copy_is_not_held_by_its_originals_jobs_nor_ends_them_and_a_run_that_moved_does(
     config_file, slurm, launch, plain, monkeypatch
 ):
     run = config_file.parent / "runs/tiny"
@@ -80,10 +80,10 @@ def test_a_copy_has_none_of_its_originals_jobs_and_a_run_that_moved_has_them(
     copy = shutil.copytree(run, run.with_name("copy"))
     code, _, err = launch("cancel", "runs/copy")
     assert code == 2
-    assert "no job in runs/copy" in err
+    assert "runs/copy is a copy, and job 77 its original's" in err
     assert launch("submit", config_file)[0] == 2
     assert launch("submit", config_file, "run.output_dir=runs/copy")[0] == 0
-    assert launch("status", "runs/copy")[1].splitlines()[1].startswith("78 ")
+    assert launch("status", "runs/copy")[1].splitlines()[-1].startswith("78 ")
     shutil.rmtree(copy)
     run.rename(run.with_name("moved"))
     assert launch("cancel", "runs/moved")[0] == 0
