@@ -110,7 +110,7 @@ class Encoder(Protocol):
     """
 
     def most(self, max_length: int) -> int:
-        """The size (`len`) beyond which an item surely has more than max_length tokens."""
+        """The size (`len`) beyond which an item is taken to have more than max_length tokens."""
 
     def encode(self, items: list) -> tuple[np.ndarray, np.ndarray]:
         """Tokenize items, end tokens included.

@@ -30,6 +30,11 @@ BAD = {
         {3: "line 5: text follows a closing quote", 20: "line 22: a quote is opened"},
     ),
     "text after a quote": (table(_8='8,"5" pipe'), {8: "line 10: text follows a closing quote"}),
+    "the first row": (table(_0='0,"5" pipe'), {0: "line 2: text follows a closing quote"}),
+    "the first rows": (
+        table(_0="0,a,b", _1='1,"5" pipe'),
+        {0: "line 2: 3 cells", 1: "line 3: text follows a closing quote"},
+    ),
     "a comma not quoted": (table(_5="5,one, two"), {5: "line 7: 3 cells, the header has 2"}),
     "cells that go on": (
         table(_2='2,"one\ntwo"', _5="5,one, two"),

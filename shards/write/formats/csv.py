@@ -31,12 +31,13 @@ def read_rows(stream: IO[bytes], name: str, columns: Sequence[str | None]) -> It
     csv.field_size_limit(LONGEST_CELL)
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
     lines = _Lines(text, name)
+    rows = _rows(lines, name)
     try:
-        header = _header(lines, name)
+        header = _header(rows)
         places = [place_of(name, column, header) for column in columns]
         held: list[Any] = []
         size = 0
-        for row in _rows(lines, name):
+        for row in rows:
             if isinstance(row, BadRow):
                 held.append(row)
             elif len(row) > len(header):
@@ -57,13 +58,13 @@ def read_rows(stream: IO[bytes], name: str, columns: Sequence[str | None]) -> It
 def list_columns(stream: IO[bytes], name: str) -> list[str]:
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
     try:
-        return _header(_Lines(text, name), name)
+        return _header(_rows(_Lines(text, name), name))
     finally:
         text.detach()
 
 
-def _header(lines: "_Lines", name: str) -> list[str]:
-    header: Any = next(_rows(lines, name), [])
+def _header(rows: Iterator[Any]) -> list[str]:
+    header = next(rows, [])
     if isinstance(header, BadRow):
         raise UserError(str(header))
     return header

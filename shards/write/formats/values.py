@@ -48,7 +48,8 @@ def place_of(name: str, column: str | None, columns: list[str]) -> int:
     """
     count = columns.count(column or "")
     if not count:
-        raise UserError(f"{name} has no column {column!r}; it has: {', '.join(columns)}")
+        there = ", ".join(columns) or "none"
+        raise UserError(f"{name} has no column {column!r}; it has: {there}")
     if count > 1:
         raise UserError(f"{name} has {count} columns {column!r}: give each a name of its own")
     return columns.index(column or "")
