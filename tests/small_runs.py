@@ -14,20 +14,11 @@ from torch import nn
 import shards
 from t5vae.checkpoint import fragments, resuming, saving
 from t5vae.cluster import agreement
-from t5vae.common.errors import UserError
 from t5vae.config import Config
 from t5vae.training.anomalies import Anomalies
 
 T5 = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
 MODEL = {"t5": T5, "latent_size": 8, "token_size": 4}
-
-
-def refusal(call: Callable[..., Any], *args: Any, **options: Any) -> str:
-    """The one line in which a call is refused."""
-    with pytest.raises(UserError) as caught:
-        call(*args, **options)
-    assert len(str(caught.value).splitlines()) == 1
-    return str(caught.value)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,5 @@
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,9 @@ from pydantic import ValidationError
 
 from t5vae.common.errors import UserError
 from t5vae.config import Config, Source, keys, load_config
+from tests import refused
+
+refusal = partial(refused.refusal, load_config)
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 MINIMAL = "data: {shards: data/lines}\n"
@@ -24,16 +28,6 @@ def write(tmp_path):
         return path
 
     return write_config
-
-
-def refusal(path, overrides=()) -> str:
-    """The one line with which a configuration is refused."""
-    with pytest.raises(UserError) as caught:
-        load_config(path, overrides)
-    message = str(caught.value)
-    assert len(message.splitlines()) == 1
-    assert message == message.strip()
-    return message
 
 
 def test_the_shards_folder_is_all_that_must_be_given(write):

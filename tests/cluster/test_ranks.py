@@ -13,7 +13,7 @@ from t5vae.cluster.ranks import Ranks, find_ranks
 from t5vae.cluster.scheduler import expand_hosts
 from t5vae.common.errors import UserError
 from tests.launching import environment
-from tests.small_runs import refusal
+from tests.refused import refusal
 
 DEEPSPEED = {
     "RANK": "3",

@@ -10,7 +10,7 @@ import pytest
 
 from t5vae.cluster import run_folder
 from t5vae.cluster.run_folder import LOCK, lock_run, make_folder
-from tests.small_runs import refusal
+from tests.refused import refusal
 
 
 @pytest.fixture

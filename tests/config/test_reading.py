@@ -1,5 +1,7 @@
 """What is typed, or stands in YAML, at keys that hold text; and keys that are given twice."""
 
+from functools import partial
+
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -7,20 +9,15 @@ from hypothesis import strategies as st
 from t5vae.common.errors import UserError
 from t5vae.config import load_config, read_values
 from t5vae.training.engine import deepspeed_config
+from tests import refused
+
+refusal = partial(refused.refusal, load_config)
 
 
 def value(config, key):
     for part in key.split("."):
         config = config[part] if isinstance(config, dict) else getattr(config, part)
     return config
-
-
-def refusal(path, overrides=()) -> str:
-    with pytest.raises(UserError) as caught:
-        load_config(path, overrides)
-    message = str(caught.value)
-    assert len(message.splitlines()) == 1
-    return message
 
 
 TEXTS = [

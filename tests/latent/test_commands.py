@@ -32,28 +32,6 @@ def lines(tmp_path):
     return path
 
 
-@pytest.fixture
-def ok(t5vae):
-    """Runs `t5vae ...` that must succeed; returns standard output and error."""
-
-    def run(*arguments, **how) -> tuple[str, str]:
-        code, out, err = t5vae(*arguments, "--device", "cpu", **how)
-        assert code == 0, out + err
-        return out, err
-
-    return run
-
-
-@pytest.fixture
-def document(ok):
-    """Runs `t5vae ... --json`; returns the document."""
-
-    def run(*arguments, **how):
-        return json.loads(ok(*arguments, "--json", **how)[0])
-
-    return run
-
-
 def test_texts_come_from_arguments_a_file_or_standard_input(ok, run, lines, tmp_path):
     full = [text for text in TEXTS if text]
     expected, _ = ok("encode", run, *full)

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSeq2SeqLM, BartConfig, ByT5Tokenizer, T5EncoderModel
 
 from shards.format.tokenizers import train_tokenizer
-from t5vae.common.errors import UserError
 from t5vae.model import T5VAE, T5VAEConfig, check_tokenizer, read_base, t5_settings
+from tests.refused import refusal
 
 LINES = [f"value_{i} = function_{i % 7}(a, {i})" for i in range(200)]
 COMMON = {
@@ -156,14 +156,6 @@ def test_the_settings_of_a_t5_are_whole_and_say_the_same_again():
     settings = t5_settings({"d_model": 32})
     assert settings["num_decoder_layers"] == settings["num_layers"] == 6
     assert t5_settings(settings) == settings
-
-
-def refusal(call, *arguments) -> str:
-    with pytest.raises(UserError) as caught:
-        call(*arguments)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 def test_the_tokenizer_of_the_shards_may_only_add_to_that_of_the_base(publish, tokenizer, tmp_path):

@@ -20,7 +20,7 @@ from t5vae.model import T5VAE, T5VAEConfig
 from t5vae.planning.describe import describe, open_if_there
 from t5vae.training import build
 from t5vae.training.job import resolve
-from tests.small_runs import refusal
+from tests.refused import refusal
 
 TRAIN = Path(__file__).parents[2] / "train.py"
 CPU = torch.device("cpu")

@@ -2,6 +2,7 @@ import copy
 import itertools
 import json
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +20,7 @@ from t5vae.training.engine import (
     gradient_norm,
     schedule,
 )
+from tests import refused
 
 
 def made(world_size: int = 1, user: object = None, **sections: dict) -> dict:
@@ -31,11 +33,7 @@ def made(world_size: int = 1, user: object = None, **sections: dict) -> dict:
     return deepspeed_config(config.deepspeed, config.optim, config.train.precision, split)
 
 
-def refusal(*args: object, **sections: dict) -> str:
-    with pytest.raises(UserError) as caught:
-        made(*args, **sections)
-    assert len(str(caught.value).splitlines()) == 1
-    return str(caught.value)
+refusal = partial(refused.refusal, made)
 
 
 def test_the_accumulation_follows_from_batch_micro_batch_and_ranks():

@@ -13,7 +13,7 @@ from t5vae.checkpoint.retention import list_checkpoints
 from t5vae.cluster.ranks import Ranks
 from t5vae.config import Config, load_config
 from t5vae.training.job import Job, manifest_before, resolve
-from tests.small_runs import refusal
+from tests.refused import refusal
 
 
 def job_of(config: Config, world_size: int = 1) -> Job:

@@ -64,7 +64,7 @@ def list_columns(stream: IO[bytes], name: str) -> list[str]:
 
 
 def _header(rows: Iterator[Any]) -> list[str]:
-    header = next(rows, [])
+    header: Any = next(rows, [])
     if isinstance(header, BadRow):
         raise UserError(str(header))
     return header
