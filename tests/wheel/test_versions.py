@@ -19,7 +19,7 @@ LEAN_ON = {
     "deepspeed": ["training", "cluster"],
     "webdataset": ["shards"],
     "submitit": ["launcher"],
-    "pydantic": ["test_config.py", "test_reference.py", "kinds", "launcher", "planning"],
+    "pydantic": ["config", "test_config.py", "test_reference.py", "kinds", "launcher", "planning"],
 }
 TIED = {"transformers": "|tokenizers|huggingface_hub", "pydantic": "|pydantic_core"}
 
