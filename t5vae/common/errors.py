@@ -17,6 +17,10 @@ class UserError(Exception):
     """A user's mistake: one line that says what is wrong, where, and how to mend it."""
 
 
+class StorageError(Exception):
+    """Storage that did not answer for minutes: no damage, no user's mistake, and worth a retry."""
+
+
 def check_arguments(arguments: Iterable[str]) -> None:
     """Refuse arguments that are no text: bytes that are not UTF-8 come as halves of pairs.
 
