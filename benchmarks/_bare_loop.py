@@ -96,8 +96,8 @@ def parts(job: Job, batch: Batch, device: torch.device) -> dict[str, Callable[[]
     z_BD.requires_grad_()
 
     def sums() -> None:
-        _step.sums(batch, device)
-        _step.sums_of_loss(z_BD, device)
+        _step.sums(batch)
+        _step.sums_of_loss(z_BD)
 
     return {
         "mmd": lambda: _objective.statistic(_objective.gather(z_BD), config).backward(),

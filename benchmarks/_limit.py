@@ -129,7 +129,7 @@ def main(*arguments: str) -> None:
     for part, products in parts.items():
         own = sum(count * seconds(p, dtypes[part]) for p, count in sorted(products.items()))
         flops = sum(2 * m * k * n * count for (m, k, n), count in products.items())
-        (slowest,) = all_max(own, device=device)
+        (slowest,) = all_max(own)
         limit[part] = {"seconds": slowest, "flops": flops}
     if job.ranks.is_first:
         precision = config.train.precision

@@ -46,20 +46,20 @@ def whole_loss(loss: Loss, engine: Any, batch: Batch, tokens: float) -> Tensor:
     return loss(engine, batch, 0)
 
 
-def sums(batch: Batch, device: torch.device) -> float:
+def sums(batch: Batch) -> float:
     """What ranks tell each other before a step; the real tokens of all."""
-    tokens, *_ = all_sum(real_tokens(batch), False, False, 0, False, device=device)
+    tokens, *_ = all_sum(real_tokens(batch), False, False, 0, False)
     return tokens
 
 
-def sums_of_loss(z_BD: Tensor, device: torch.device) -> None:
+def sums_of_loss(z_BD: Tensor) -> None:
     """What they tell each other of a loss."""
-    all_sum(0.0, not z_BD.sum().isfinite(), device=device)
+    all_sum(0.0, not z_BD.sum().isfinite())
 
 
 def take_step(loss: Loss, engine: Any, batch: Batch) -> None:
     """A run's step with its sums over ranks, but for data, schedule and log."""
-    backward(engine, whole_loss(loss, engine, batch, sums(batch, loss.device)))
+    backward(engine, whole_loss(loss, engine, batch, sums(batch)))
     engine.step()
 
 

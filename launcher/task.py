@@ -48,6 +48,7 @@ class Training(Checkpointable):
             if self.config.launcher.exclude_unhealthy and error.is_first_healthy:
                 job = self._queue_without(error.hosts)
                 print(f"job {job.id} takes over, without {', '.join(error.hosts)}", flush=True)
+                error.weather = False  # this job need not come back
             raise
 
     def _queue_without(self, hosts: list[str]) -> Job:

@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from torch.profiler import record_function as phase
-
 from t5vae.checkpoint import retention
-from t5vae.checkpoint.saving import Saver
-from t5vae.common.errors import UserError
+from t5vae.checkpoint.saving import FAILURES, Saver
+from t5vae.cluster.errors import SharedError, SharedStorageError
+from t5vae.cluster.phases import phase
+from t5vae.common.errors import DISK_FULL, StorageError, first_line
 from t5vae.config import Checkpoint
 from t5vae.metrics.runlog import RunLog
 
@@ -41,7 +41,8 @@ class Checkpoints:
             last: none will follow, so this one must succeed.
 
         Raises:
-            UserError: if it cannot be saved, and that ends the run.
+            SharedError: if it cannot be saved, and that ends the run.
+            SharedStorageError: likewise, where the storage failed for minutes.
         """
         with phase("save"):
             self.commit(True)
@@ -56,26 +57,23 @@ class Checkpoints:
             last: none will follow.
 
         Raises:
-            UserError: if it could not be saved, and that ends the run.
+            SharedError, SharedStorageError: as `save`.
         """
         saver = self.saver
         if not (written and saver.pending):
             return
         try:
             saved = saver.finish()
-        except OSError as error:
+        except FAILURES as error:
+            failed = f"{saver.target.name} could not be saved ({first_line(error)})"
             if last or self.settings.on_error == "stop":
-                raise UserError(
-                    f"{saver.tmp.stem} could not be saved ({error}); the checkpoints before it are "
-                    "untouched: free some space and run the same command again"
-                ) from None
-            self.log.say(
-                f"{saver.tmp.stem} could not be saved ({error}); training goes on without it"
-            )
+                raise self._end(error, failed) from None
+            self.log.say(f"{failed}; training goes on without it")
             return
         if self.log.enabled:
             retention.retain(
                 saver.folder,
+                self.log.say,
                 last=self.settings.keep_last,
                 every=self.settings.keep_every,
                 best=self.settings.keep_best,
@@ -86,6 +84,17 @@ class Checkpoints:
             step=retention.step_of(saved.path),
             seconds=saved.seconds,
             stall=saved.stall,
+        )
+
+    def _end(self, error: Exception, failed: str) -> Exception:
+        """What ends the run where a save failed."""
+        if isinstance(error, StorageError):
+            return SharedStorageError(f"{failed}; the checkpoints before it are untouched")
+        full = isinstance(error, OSError) and error.errno in DISK_FULL
+        mend = "free some space" if full else f"make {self.saver.folder} writable"
+        return SharedError(
+            f"{failed}; the checkpoints before it are untouched: {mend} and run the same command "
+            "again"
         )
 
     def close(self) -> None:

@@ -1,27 +1,34 @@
-"""What all ranks of a process group find, sum or refuse together."""
+"""What all ranks of a process group find, sum or refuse together, over gloo on the CPU."""
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from t5vae.cluster.errors import SharedError, SharedStorageError
 from t5vae.cluster.scheduler import host_name
-from t5vae.common.errors import UserError
+from t5vae.common.errors import StorageError, UserError
 
 
-def raise_together(problem: UserError | None) -> None:
+def raise_together(problem: UserError | StorageError | None) -> None:
     """Raise on all ranks what any rank has to complain of; all ranks call it.
 
     Raises:
-        UserError: the first rank's that has one, with its host where others have none.
+        SharedError, SharedStorageError: the first rank's that has one, with its host where others
+            have none.
     """
-    found: list[tuple[str, str | None]] = [("", None)] * dist.get_world_size()
-    dist.all_gather_object(found, (host_name(), None if problem is None else str(problem)))
-    broken = {host: text for host, text in reversed(found) if text is not None}
+    own = None if problem is None else str(problem)
+    found: list[tuple[str, str | None, bool]] = [("", None, False)] * dist.get_world_size()
+    dist.all_gather_object(found, (host_name(), own, isinstance(problem, StorageError)))
+    broken = {host: (text, kind) for host, text, kind in reversed(found) if text is not None}
     if broken:
-        host, text = next(reversed(broken.items()))
-        raise UserError(text if {host for host, _ in found} == set(broken) else f"{host}: {text}")
+        host, (text, weather) = next(reversed(broken.items()))
+        if {host for host, _, _ in found} != set(broken):
+            text = f"{host}: {text}"
+        raise (SharedStorageError if weather else SharedError)(text)
 
 
 def check_shared(file: Path) -> None:
@@ -31,7 +38,7 @@ def check_shared(file: Path) -> None:
         file: that rank 0 has just written, with content like no other.
 
     Raises:
-        UserError: on all ranks, naming those that do not find it.
+        SharedError: naming those that do not find it.
     """
     try:
         found = file.read_text()
@@ -41,24 +48,50 @@ def check_shared(file: Path) -> None:
     dist.all_gather_object(everyone, found)
     elsewhere = [str(rank) for rank, own in enumerate(everyone) if own != everyone[0]]
     if elsewhere:
-        raise UserError(
+        raise SharedError(
             f"rank {', '.join(elsewhere)} of {len(everyone)} does not find what rank 0 wrote in "
             f"{file.parent}: set run.output_dir to a folder that all hosts share"
         )
 
 
-def all_sum(*values: float, device: torch.device) -> list[float]:
+def check_same(facts: dict[str, Any]) -> None:
+    """Refuse ranks that do not train the same, as with copies of a dataset that differ.
+
+    Args:
+        facts: what all ranks must agree in, fit for JSON.
+
+    Raises:
+        SharedError: naming the first fact that differs, and those who have it otherwise.
+    """
+    own = {name: _digest(value) for name, value in facts.items()}
+    everyone: list[tuple[str, dict[str, str]]] = [("", {})] * dist.get_world_size()
+    dist.all_gather_object(everyone, (host_name(), own))
+    for name, digest in everyone[0][1].items():
+        others = [rank for rank, (_, theirs) in enumerate(everyone) if theirs[name] != digest]
+        if others:
+            hosts = ", ".join({everyone[rank][0]: 0 for rank in others})
+            raise SharedError(
+                f"rank {', '.join(map(str, others))} of {len(everyone)} on {hosts} has another "
+                f"{name.replace('_', ' ')} than rank 0 on {everyone[0][0]}: give all hosts the same"
+            )
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def all_sum(*values: float) -> list[float]:
     """Sum each value over the ranks, in fp64."""
-    total = torch.tensor(values, dtype=torch.float64, device=device)
+    total = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(total)
     return total.tolist()
 
 
-def all_max(*values: float, device: torch.device) -> list[float]:
+def all_max(*values: float) -> list[float]:
     """The largest of each value over the ranks, in fp64; a process without a group has its own."""
     if not dist.is_initialized():
         return list(values)
-    largest = torch.tensor(values, dtype=torch.float64, device=device)
+    largest = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return largest.tolist()
 

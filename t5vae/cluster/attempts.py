@@ -7,6 +7,7 @@ from t5vae.cluster.run_folder import FOLDER
 from t5vae.cluster.scheduler import job_id
 from t5vae.common.errors import UserError
 from t5vae.common.files import read_records, write_records
+from t5vae.common.storage import patiently
 
 ATTEMPTS = "attempts.jsonl"
 
@@ -26,6 +27,7 @@ def begin(folder: Path, step: int, hosts: tuple[str, ...], *, max_restarts: int)
     Raises:
         UserError: if this job was started that often already since its newest checkpoint; or if
             the attempts cannot be read or written.
+        StorageError: if the storage failed for minutes.
     """
     path = folder / ATTEMPTS
     before = read_records(path)
@@ -49,7 +51,7 @@ def begin(folder: Path, step: int, hosts: tuple[str, ...], *, max_restarts: int)
         "time": datetime.now().astimezone().isoformat(timespec="seconds"),
     }
     try:
-        write_records(path, [*before, attempt])
+        patiently(lambda: write_records(path, [*before, attempt]), str(path))
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
     return len(before) + 1

@@ -20,38 +20,36 @@ import torch
 import torch.distributed as dist
 
 from t5vae.cluster.agreement import all_sum
-from t5vae.cluster.errors import UnhealthyError
+from t5vae.cluster.errors import SharedError, SharedStorageError, UnhealthyError
 from t5vae.cluster.process_group import device_index
 from t5vae.cluster.ranks import Ranks
 from t5vae.cluster.scheduler import host_name
-from t5vae.common.errors import UserError
+from t5vae.common.errors import StorageError, UserError
 from t5vae.common.files import SCRATCH, write_whole
-from t5vae.common.quiet import quiet_start
 
 HEALTH = "health.json"
 PAYLOAD = 4 * 2**20  # fp32 numbers in the timed all-reduce: 16 MiB
-LEAVE = 10  # seconds that rank 0 stays so that all can read its verdict
+LATER = 10  # seconds that the first rank's verdict may come after its patience
 
 
 class Preflight:
-    """Runs the checks inside on all ranks of several hosts, and raises on all what any has found.
-
-    On a single host nothing needs to be told, and nothing is done.
+    """Runs the checks inside on all ranks, and raises on all what any has found.
 
     Args:
         ranks: which process this is.
         folder: the run's.
         patience: seconds that ranks wait for each other.
+        store: that they met in; None for a process alone, which tells nobody.
 
     Attributes:
         rows: what each rank told, on rank 0: rank, host, device, free bytes of the run's and of the
-            temporary folder, seconds that the checks took, and the problem if there is one.
+            temporary folder, seconds that the checks took, and the problem if there is one, and
+            whether that is its storage's.
     """
 
-    def __init__(self, ranks: Ranks, folder: Path, patience: float):
-        self.ranks = ranks
-        self.folder = folder
-        self.patience = patience
+    def __init__(self, ranks: Ranks, folder: Path, patience: float, store: dist.Store | None):
+        self.ranks, self.folder, self.patience = ranks, folder, patience
+        self.store = store and dist.PrefixStore("preflight", store)
         self.rows: list[dict[str, Any]] = []
 
     def __enter__(self) -> "Preflight":
@@ -64,30 +62,25 @@ class Preflight:
         """Meet the others.
 
         Raises:
-            UserError: what all ranks have to complain of.
-            UnhealthyError: on all ranks, where a part has, or has not come.
+            SharedError, SharedStorageError: what all hosts have to complain of.
+            UnhealthyError: on all ranks, where some hosts have, or have not come.
         """
-        fault = error is not None and not isinstance(error, UserError)
-        if fault or not self.ranks.spans_hosts:
+        fault = error is not None and not isinstance(error, UserError | StorageError)
+        if fault or self.store is None:
             return
-        row = self._row(str(error) if error else None)
-        try:
-            with quiet_start(Path(os.devnull)):  # the store wants names for addresses
-                verdict = self._tell(row)
-        except dist.DistError as lost:
-            name = self.ranks.hosts[0] if self.ranks.hosts else self.ranks.master_addr
-            raise self._unhealthy(f"rank 0 on {name} does not answer", [name]) from lost
-        if verdict["hosts"]:
-            raise self._unhealthy(verdict["problem"], verdict["hosts"]) from None
-        if verdict["problem"] and error is None:
-            raise UserError(verdict["problem"])
+        verdict = self._tell(self.store, self._row(error))
+        problem, hosts, weather = verdict["problem"], verdict["hosts"], verdict["weather"]
+        if hosts:
+            healthy = (rank for rank, host in enumerate(self.ranks.hosts) if host not in hosts)
+            is_first = next(healthy, None) == self.ranks.rank
+            raise UnhealthyError(
+                problem, hosts, is_first_healthy=is_first, weather=weather
+            ) from None
+        if problem:
+            raise (SharedStorageError if weather else SharedError)(problem) from None
 
-    def _unhealthy(self, text: str, hosts: list[str]) -> UnhealthyError:
-        healthy = (rank for rank, host in enumerate(self.ranks.hosts) if host not in hosts)
-        is_first = next(healthy, None) == self.ranks.rank
-        return UnhealthyError(text, hosts, is_first_healthy=is_first)
-
-    def _row(self, problem: str | None) -> dict[str, Any]:
+    def _row(self, error: BaseException | None) -> dict[str, Any]:
+        problem = None if error is None else str(error)
         scratch = shutil.disk_usage(temporary := tempfile.gettempdir()).free
         if scratch < SCRATCH:
             problem = problem or f"{temporary} has {scratch / 2**20:.0f} MiB free"
@@ -98,60 +91,57 @@ class Preflight:
             "rank": self.ranks.rank,
             "host": self.ranks.hosts[self.ranks.rank] if self.ranks.hosts else host_name(),
             "device": device_name(self.ranks.local_rank),
+            "device_id": device_id(self.ranks.local_rank),
             "free": shutil.disk_usage(nearest).free,
             "free_scratch": scratch,
             "seconds": round(time.perf_counter() - self.began, 3),
             "problem": problem,
+            "weather": isinstance(error, StorageError),
         }
 
-    def _tell(self, row: dict[str, Any]) -> dict[str, Any]:
-        ranks, patience = self.ranks, self.patience
-        # torchrun's agent holds the store of its ranks; otherwise rank 0 does, and the process
-        # group will meet in the same one.
-        held = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        self.store = dist.TCPStore(
-            ranks.master_addr,
-            ranks.master_port,
-            ranks.world_size,
-            is_master=ranks.is_first and not held,
-            timeout=timedelta(seconds=patience + LEAVE),
-            wait_for_workers=False,
-            multi_tenant=True,
-        )
-        turn = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = dist.PrefixStore(f"meeting/{turn}", self.store)
-        store.set(str(ranks.rank), json.dumps(row))
-        if ranks.is_first:
-            verdict = self._judge(store, patience)
-            store.set("verdict", json.dumps(verdict))
-        store.wait(["verdict"])
-        verdict = json.loads(store.get("verdict"))
-        read = store.add("read", 1)
-        end = time.monotonic() + LEAVE
-        while ranks.is_first and read < len(self.rows) and time.monotonic() < end:
-            time.sleep(0.02)
-            read = store.add("read", 0)
-        return verdict
+    def _tell(self, store: dist.Store, row: dict[str, Any]) -> dict[str, Any]:
+        store.set(str(self.ranks.rank), json.dumps(row))
+        if self.ranks.is_first:
+            store.set("verdict", json.dumps(self._judge(store)))
+        store.wait(["verdict"], timedelta(seconds=self.patience + LATER))
+        return json.loads(store.get("verdict"))
 
-    def _judge(self, store: dist.Store, patience: float) -> dict[str, Any]:
+    def _judge(self, store: dist.Store) -> dict[str, Any]:
         """Wait for all ranks; then what is wrong, and the hosts where it is if not everywhere."""
         everyone = [str(rank) for rank in range(self.ranks.world_size)]
         with contextlib.suppress(dist.DistStoreError):
-            store.wait(everyone, timedelta(seconds=patience))
+            store.wait(everyone, timedelta(seconds=self.patience))
         here = [rank for rank in everyone if store.check([rank])]
         missing = [int(rank) for rank in everyone if rank not in here]
         self.rows = [json.loads(row) for row in store.multi_get(here)]
         if missing:
             hosts = [self.ranks.hosts[r] if self.ranks.hosts else f"of rank {r}" for r in missing]
-            return _verdict({host: f"did not come within {patience:g} s" for host in hosts})
+            return _verdict({host: f"did not come within {self.patience:g} s" for host in hosts})
         devices = {row["device"] for row in self.rows}
-        problems = {row["host"]: row["problem"] for row in self.rows if row["problem"]}
+        found = [row for row in reversed(self.rows) if row["problem"]]
+        problems = {row["host"]: row["problem"] for row in found}
         if devices != {"cpu"}:
             without = "has no accelerator, which others have"
             problems |= {row["host"]: without for row in self.rows if row["device"] == "cpu"}
+        problems = problems or self._shared_devices()
+        weather = bool(found) and all(row["weather"] for row in found)
         if {row["host"] for row in self.rows} <= set(problems):
-            return {"problem": self.rows[0]["problem"], "hosts": []}
-        return _verdict(problems)
+            first = problems[self.rows[0]["host"]]
+            return {"problem": first, "hosts": [], "weather": weather}
+        return _verdict(problems, weather=weather)
+
+    def _shared_devices(self) -> dict[str, str]:
+        """Hosts where several ranks have the same accelerator."""
+        owners: dict[tuple[str, str], list[int]] = {}
+        for row in self.rows:
+            if row["device_id"]:
+                owners.setdefault((row["host"], row["device_id"]), []).append(row["rank"])
+        return {
+            host: f"ranks {', '.join(map(str, ranks))} have the same accelerator: start as many "
+            "ranks on a host as it has, or show each its own"
+            for (host, _), ranks in owners.items()
+            if len(ranks) > 1
+        }
 
     def report(self, device: torch.device) -> str | None:
         """Time an all-reduce, and write health.json; all ranks call it, in the process group.
@@ -169,7 +159,7 @@ class Preflight:
             numbers.view(-1)[0].item()  # waits for an accelerator
             times.append(time.perf_counter() - begin)
         own = statistics.median(times[1:])
-        seconds = all_sum(own, device=device)[0] / self.ranks.world_size
+        seconds = all_sum(own)[0] / self.ranks.world_size
         if self.ranks.is_first:
             told = json.dumps({"all_reduce": seconds, "ranks": self.rows}, indent=1)
             write_whole(self.folder / HEALTH, told + "\n")
@@ -180,9 +170,9 @@ class Preflight:
         )
 
 
-def _verdict(problems: dict[str, str]) -> dict[str, Any]:
+def _verdict(problems: dict[str, str], *, weather: bool = False) -> dict[str, Any]:
     text = "; ".join(f"{host}: {problem}" for host, problem in sorted(problems.items()))
-    return {"problem": text, "hosts": sorted(problems)}
+    return {"problem": text, "hosts": sorted(problems), "weather": weather}
 
 
 def device_name(local_rank: int) -> str:
@@ -192,3 +182,10 @@ def device_name(local_rank: int) -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name(device_index(local_rank))
     return str(torch.accelerator.current_accelerator())
+
+
+def device_id(local_rank: int) -> str | None:
+    """What tells this rank's accelerator from all others of its host; None where nothing does."""
+    if device_name(local_rank) == "cpu" or not torch.cuda.is_available():
+        return None
+    return str(torch.cuda.get_device_properties(device_index(local_rank)).uuid)

@@ -1,4 +1,4 @@
-"""The process group: joined through DeepSpeed, left, and asked who is lost."""
+"""The process group: joined through DeepSpeed, limited in its patience, and left."""
 
 import os
 import socket
@@ -16,6 +16,7 @@ from t5vae.common.cpus import cpus
 from t5vae.common.errors import UserError
 
 RESOLVING = 10  # seconds in which a name server that fails is asked again
+LONGER = 60  # seconds that tensors of an accelerator are waited for beyond those of the CPU
 
 
 def network_interface(ranks: Ranks) -> str | None:
@@ -69,10 +70,8 @@ def start_process_group(
         interface: network interface to talk over; by default the one to the other hosts.
 
     Returns:
-        The accelerator of this local rank, or the CPU (over gloo) where there is none.
-
-    Raises:
-        UserError: on rank 0, where the port to meet at is taken.
+        The accelerator of this local rank, or the CPU where there is none. Tensors of the CPU go
+        over gloo always, those of an accelerator over its own library.
     """
     accelerated = torch.accelerator.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     if not accelerated:
@@ -100,26 +99,19 @@ def start_process_group(
 
     # DeepSpeed would compile this when it starts on a CPU; it serves inference alone.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    device, backend = torch.device("cpu"), "gloo"
     if accelerated:
-        torch.accelerator.set_device_index(device_index(ranks.local_rank))
-    try:
-        deepspeed.init_distributed(
-            dist_backend=None if accelerated else "gloo",
-            auto_mpi_discovery=False,
-            timeout=timedelta(seconds=timeout),
-            verbose=False,
-        )
-    except dist.DistNetworkError as error:
-        if "EADDRINUSE" not in str(error):
-            raise
-        raise UserError(
-            f"port {os.environ['MASTER_PORT']} of this host is taken, perhaps by another run: "
-            "choose another, as with `deepspeed --master_port 29501`"
-        ) from None
-    if not accelerated:
-        return torch.device("cpu")
-    kind = torch.accelerator.current_accelerator()
-    return torch.device(kind.type, device_index(ranks.local_rank))
+        kind = torch.accelerator.current_accelerator().type
+        device = torch.device(kind, device_index(ranks.local_rank))
+        torch.accelerator.set_device_index(device.index)
+        backend = f"cpu:gloo,{kind}:{dist.get_default_backend_for_device(kind)}"
+    deepspeed.init_distributed(
+        dist_backend=backend,
+        auto_mpi_discovery=False,
+        timeout=timedelta(seconds=timeout),
+        verbose=False,
+    )
+    return device
 
 
 def device_index(local_rank: int) -> int:
@@ -128,46 +120,25 @@ def device_index(local_rank: int) -> int:
 
 
 def limit_waiting(timeout: float) -> None:
-    """Give every process group this timeout in seconds; DeepSpeed makes some of 30 minutes."""
-    for group in _groups():
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout), group)
+    """Limit how long collectives wait; some of DeepSpeed's would wait for half an hour.
 
+    Those of an accelerator wait longer than those of the CPU, whose end can be told: that of NCCL's
+    is its watchdog's, which aborts the process.
 
-def _groups() -> list[dist.ProcessGroup]:
-    return list(dist.distributed_c10d._world.pg_map)
+    Args:
+        timeout: seconds.
+    """
+    for group in list(dist.distributed_c10d._world.pg_map):
+        for device in group._device_types:
+            more = 0 if device.type == "cpu" else LONGER
+            limit = timedelta(seconds=timeout + more)
+            group._get_backend(device)._set_default_timeout(limit)
 
 
 def leave_process_group() -> None:
     """End the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def lost_ranks(ranks: Ranks, patience: float = 10) -> list[int]:
-    """After a collective failed: which ranks do not answer any more.
-
-    Every rank that is alive says so in the store that the group met in, and leaves the group, at
-    which the others' collectives fail too.
-
-    Args:
-        patience: seconds to wait for an answer.
-    """
-    store = dist.distributed_c10d._get_default_store()
-    everyone = set(range(ranks.world_size))
-    alive = {ranks.rank}
-    try:
-        store.set(f"alive/{ranks.rank}", "")
-        for group in _groups():
-            group.abort()
-        end = time.monotonic() + patience
-        while alive < everyone and time.monotonic() < end:
-            alive |= {rank for rank in everyone - alive if store.check([f"alive/{rank}"])}
-            time.sleep(0.1)
-        if ranks.is_first:
-            time.sleep(1)  # the store is in this process: let the others look
-    except RuntimeError:
-        return [0]  # whose process has the store
-    return sorted(everyone - alive)
 
 
 def free_port() -> int:

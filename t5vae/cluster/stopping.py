@@ -52,6 +52,10 @@ class StopRequest:
         """Whether to stop at the next step boundary; asking takes a microsecond."""
         return self.told or bool(self.runner.poll(0))
 
+    def lets_requeue(self) -> bool:
+        """Whether a job that failed may be run again: not where its end was asked for."""
+        return self.requeue or not self.requested
+
     @property
     def reason(self) -> str:
         """Why, for people; where another rank asked, this one knows no more than that."""

@@ -82,13 +82,17 @@ def anonymous(text: str) -> str:
 
 def start_alone() -> None:
     """Load what training loads, and meet in a process group of one."""
+    import torch
+    import torch.distributed as dist
+
     from t5vae.cluster.agreement import all_sum
     from t5vae.cluster.process_group import leave_process_group, start_process_group
     from t5vae.cluster.ranks import find_ranks
     from t5vae.training import loop  # noqa: F401  and so all that it needs
 
     device = start_process_group(find_ranks({}), PATIENCE)
-    all_sum(1, device=device)
+    all_sum(1)
+    dist.all_reduce(torch.ones(1, device=device))
     leave_process_group()
 
 

@@ -5,7 +5,7 @@ from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from t5vae.common.errors import UserError
+from t5vae.cluster.errors import SharedError
 
 SETTLED = 20  # steps until a running mean is trusted
 DECAY = 0.98
@@ -76,10 +76,10 @@ class Anomalies:
             replay: the command that shows its batch.
 
         Raises:
-            UserError: that it is over.
+            SharedError: that it is over.
         """
         if 0 < self.limit <= self.in_a_row:
-            raise UserError(
+            raise SharedError(
                 f"{self.in_a_row} steps in a row went wrong; {event}; the checkpoints before them "
                 f"are untouched: look at the batch ({replay}), lower optim.lr, or use another "
                 "train.precision"

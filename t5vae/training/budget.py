@@ -82,7 +82,7 @@ def fix_steps(
     """
     job = replace(job, config=from_first(job.config))
     config, minutes = job.config, job.config.train.minutes
-    if minutes is None or from_first(train_before(config) is not None):
+    if minutes is None or from_first(job.ranks.is_first and train_before(config) is not None):
         return job, []
     pace = _trial(job, device, build)
     _forget(device, compiled=config.model.compile)
@@ -113,7 +113,7 @@ def _trial(job: Job, device: torch.device, build: Callable[[Job, torch.device], 
     finally:
         feed.close()
         take_apart(engine)
-    return Pace(*all_max(start, step, evaluated, save, device=device))
+    return Pace(*all_max(start, step, evaluated, save))
 
 
 def _step_seconds(engine: Any, feed: Feed, loss: Loss, most: float = math.inf) -> float:
@@ -127,7 +127,7 @@ def _step_seconds(engine: Any, feed: Feed, loss: Loss, most: float = math.inf) -
             backward(engine, loss(engine, batch, micro))
             update(engine)
         steps += 1
-        (passed,) = all_max(time.perf_counter() - began, device=feed.device)
+        (passed,) = all_max(time.perf_counter() - began)
     return passed / steps
 
 

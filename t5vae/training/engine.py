@@ -11,9 +11,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.profiler import record_function as phase
 from transformers import PreTrainedModel
 
+from t5vae.cluster.phases import phase
 from t5vae.common.errors import UserError
 from t5vae.common.kinds import OPTIMISERS, find
 from t5vae.config import BatchSplit, DeepSpeed, Optim

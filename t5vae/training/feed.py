@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.profiler import record_function as phase
 
 from shards import Batch, ShardStream
 from t5vae.cluster.agreement import all_sum, raise_together
-from t5vae.common.errors import UserError
+from t5vae.cluster.phases import phase
+from t5vae.common.errors import StorageError, UserError
 from t5vae.config import BatchSplit
 from t5vae.training.job import Job
 from t5vae.training.meter import work_of
@@ -64,6 +64,7 @@ class Feed:
     Attributes:
         position: of the stream before the batches that were read last.
         waited: seconds for them.
+        quarantined: rows that stood in for damaged ones, of all ranks, in the steps agreed on.
     """
 
     def __init__(
@@ -75,8 +76,8 @@ class Feed:
     ):
         self.stream, self.split, self.work, self.device = stream, split, work, device
         self.position, self.waited = stream.consumed, 0.0
-        self.problem: UserError | None = None
-        self.quarantined = 0.0
+        self.problem: UserError | StorageError | None = None
+        self.quarantined = 0
 
     def read(self) -> list[Batch]:
         """The next step's; none where they cannot be read, which `agree` raises on all ranks."""
@@ -85,7 +86,7 @@ class Feed:
         with phase("data"):
             try:
                 batches = [next(self.stream) for _ in range(self.split.accumulation)]
-            except UserError as error:
+            except (UserError, StorageError) as error:
                 self.problem = error
         self.waited = time.perf_counter() - began
         return batches
@@ -101,17 +102,17 @@ class Feed:
         Raises:
             UserError: where any rank could not read.
         """
-        tokens, flops, stops, unread, self.quarantined, written_by = all_sum(
+        tokens, flops, stops, unread, quarantined, written_by = all_sum(
             sum(map(real_tokens, batches)),
             sum(map(self.work, batches)),
             stop,
             self.problem is not None,
-            self.stream.quarantined,
+            sum(int((batch.weights == 0).sum()) for batch in batches),
             written,
-            device=self.device,
         )
         if unread:
             raise_together(self.problem)
+        self.quarantined += int(quarantined)
         return Agreed(tokens, flops, stops > 0, written_by == self.split.ranks)
 
     def figures(self) -> dict[str, float]:
@@ -124,12 +125,12 @@ class Feed:
             "position": self.position,
             "consumed": stream.consumed,
             **passes,
-            "quarantined": int(self.quarantined),
+            "quarantined": self.quarantined,
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Where it is."""
-        return self.stream.state_dict()
+        """Where it is, and what was quarantined so far."""
+        return self.stream.state_dict() | {"quarantined": self.quarantined}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to where it was.
@@ -138,6 +139,7 @@ class Feed:
             UserError: the state belongs to another order: another dataset or seed.
         """
         self.stream.load_state_dict(state)
+        self.quarantined = self.stream.quarantined
 
     def close(self) -> None:
         self.stream.close()

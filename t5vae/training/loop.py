@@ -3,10 +3,12 @@
 from t5vae.checkpoint.checkpoints import Checkpoints
 from t5vae.checkpoint.resuming import resume
 from t5vae.cluster.agreement import all_sum
+from t5vae.cluster.phases import begin_step, phase
 from t5vae.cluster.preflight import Preflight
 from t5vae.cluster.ranks import Ranks
 from t5vae.cluster.scheduler import queue_again
 from t5vae.cluster.stopping import StopRequest
+from t5vae.cluster.together import Together
 from t5vae.config import Config
 from t5vae.training.anomalies import Anomalies
 from t5vae.training.engine import backward, gradient_norm, schedule, set_learning_rate, update
@@ -19,27 +21,30 @@ from t5vae.training.start import started
 from t5vae.training.step import Loss
 
 
-def run(config: Config, ranks: Ranks, stop: StopRequest) -> None:
+def run(config: Config, ranks: Ranks, stop: StopRequest, together: Together) -> None:
     """Train a T5-VAE; called once in each process of the run.
 
     Args:
         config: the run's.
         ranks: which process this is.
         stop: set by signals; looked at between steps, and between the batches of an evaluation.
+        together: the ranks, once they have met.
 
     Raises:
         UserError: for anything a user can mend: no shards, a batch that does not divide, a run
             that cannot be resumed, no disk space, losses that stay not finite.
+        StorageError: where shards or the run's folder could not be read or written for minutes.
     """
-    with Preflight(ranks, config.run_dir, config.train.timeout) as preflight:
+    with Preflight(ranks, config.run_dir, config.train.timeout, together.store) as preflight:
         job = resolve(config, ranks)
-    if job.is_finished():
+    if together.from_first(job.is_finished):
         return job.tell_finished()
     with started(job, preflight) as (job, device, engine, log):
         config, objective, optim = job.config, job.config.objective, job.config.optim
         feed, loss = open_feed(job, device), Loss(objective, config.run.seed, job.split, device)
         anomalies = Anomalies(config.train.max_bad_steps, config.train.spike)
-        start = resume(job.folder, config.checkpoint, job.identity, job.layout, engine, log)
+        with phase("resume"):
+            start = resume(job.folder, config.checkpoint, job.identity, job.layout, engine, log)
         if start.done:
             feed.load_state_dict(start.data)
             anomalies.load_state_dict(start.anomalies)
@@ -56,6 +61,7 @@ def run(config: Config, ranks: Ranks, stop: StopRequest) -> None:
 
         step = start.done
         for step in log.steps(start.done):
+            begin_step(step)
             profile(step)
             batches = feed.read()
             agreed = feed.agree(batches, stop=stop.requested, written=checkpoints.written)
@@ -91,6 +97,6 @@ def run(config: Config, ranks: Ranks, stop: StopRequest) -> None:
 
         for part in (profiler, feed, checkpoints):
             part.close()
-        (again,) = all_sum(stop.requeue and step < job.steps, device=device)
+        (again,) = all_sum(stop.requeue and step < job.steps)
     if again and ranks.is_first:
         queue_again()

@@ -5,13 +5,13 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
-from t5vae.cluster.errors import LostRankError
+from t5vae.cluster.errors import FailedTogetherError, asks_again, judge
 from t5vae.cluster.ranks import ends_together, find_ranks
 from t5vae.cluster.scheduler import is_first_of_host, queue_again
 from t5vae.cluster.stopping import StopRequest, signals_come_too_late
-from t5vae.common.errors import DISK_FULL, UserError, check_arguments
+from t5vae.common.errors import StorageError, UserError, check_arguments
+from t5vae.common.storage import limit_patience
 from t5vae.config import Config, load_config
 
 DEFAULT_CONFIG = "quickstart"
@@ -57,31 +57,35 @@ def _without_local_rank(arguments: list[str]) -> Iterator[str]:
 def exit_code_of(work: Callable[[], None], *, debug: bool = False) -> int:
     """Do some work of a rank; what goes wrong is told in one line, and by an exit code.
 
-    0: done, or told to stop and saved. 1: a rank was lost, or a fault of the program. 2: something
-    for the user to mend, in one line from local rank 0, or from others where that says nothing.
-    75: saved, and the job's script is to queue it again. 130: a second Ctrl-C.
+    Once ranks have met, rank 0 tells it for all of them; before that local rank 0, or others where
+    that says nothing.
 
     Args:
         work: as `train`.
-        debug: show a traceback in place of the line.
+        debug: show a traceback too.
+
+    Returns:
+        0: done, or told to stop and saved. 1: a rank was lost, storage failed for minutes, or a
+        fault of the program. 2: something for the user to mend. 75: the job's script is to queue
+        it again. 130: a second Ctrl-C.
     """
     try:
         work()
-    except (UserError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in DISK_FULL:
+    except FailedTogetherError as error:
+        if debug:
+            traceback.print_exc()
+        return error.code
+    except (UserError, StorageError, OSError) as error:
+        verdict = judge(error)
+        if verdict.fault:
             raise
         if debug:
             traceback.print_exc()
-        elif is_first_of_host(os.environ) or not _is_told_by_another():
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    except LostRankError as error:
-        if debug:
-            traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
-        if error.requeue:
+        if is_first_of_host(os.environ) or not _is_told_by_another():
+            print(f"error: {verdict.text}", file=sys.stderr)
+        if verdict.requeue and asks_again(error):
             queue_again()
-        return 1
+        return verdict.code
     finally:
         signals_come_too_late()
     return 0
@@ -106,33 +110,23 @@ def train(config: Config) -> None:
     """Train in this process, as the rank that its environment names.
 
     Raises:
-        UserError: see `t5vae.training.loop.run`; or where the first host cannot be found.
-        LostRankError: where a collective failed for want of a rank.
+        UserError: before the ranks have met, or in a process alone: see `t5vae.training.loop.run`.
+        StorageError: the same.
+        FailedTogetherError: on every rank, whatever went wrong on any.
     """
     stop = StopRequest()
     stop.install()
-    from t5vae.cluster.process_group import leave_process_group, lost_ranks, require_address
-    from t5vae.common.quiet import quiet_start
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its store warns of every end
+    from t5vae.cluster.process_group import leave_process_group, require_address
+    from t5vae.cluster.together import Together
     from t5vae.training.loop import run
 
-    ranks = find_ranks(dict(os.environ))
+    ranks, timeout = find_ranks(dict(os.environ)), config.train.timeout
     require_address(ranks)
+    limit_patience(timeout / 2)  # so that the other ranks outwait it
     try:
-        run(config, ranks, stop)
-    except UserError:
+        with Together(ranks, config.run_dir, timeout, stop.lets_requeue) as together:
+            run(config, ranks, stop, together)
+    except (UserError, StorageError):
         leave_process_group()  # gloo's threads abort a process that ends without it
         raise
-    except RuntimeError as error:
-        with quiet_start(Path(os.devnull)):  # torch prints a stack for a store that is gone
-            lost = lost_ranks(ranks) if ranks.world_size > 1 else []
-        if not lost:
-            raise
-        names = ", ".join(map(str, lost))
-        hosts = " on " + ", ".join({ranks.hosts[rank]: 0 for rank in lost}) if ranks.hosts else ""
-        raise LostRankError(
-            f"rank {names} of {ranks.world_size}{hosts} is lost: it ended, or did not answer in "
-            "time; the same command goes on from the newest checkpoint",
-            # Where only a process ended, the scheduler tells this one to end too. A first host that
-            # is lost takes the job's script with it, which the scheduler sees itself.
-            requeue=ranks.is_first and (stop.requeue or not stop.requested),
-        ) from error

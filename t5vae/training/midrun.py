@@ -11,11 +11,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Generator, Tensor
-from torch.profiler import record_function as phase
 from transformers import PreTrainedTokenizerBase
 
 from shards import Dataset
 from t5vae.checkpoint.randomness import undisturbed
+from t5vae.cluster.phases import phase
 from t5vae.config import Eval
 from t5vae.evaluation import metrics
 from t5vae.evaluation.geometry import geometry

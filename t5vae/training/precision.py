@@ -86,9 +86,9 @@ def faster(products: list[Product], device: torch.device) -> tuple[Precision, st
     """The precision in which the slowest rank multiplies faster, and why, in a line."""
     seconds = []
     for dtype in (torch.float32, torch.bfloat16):
-        all_max(0, device=device)  # so that all ranks multiply at once
+        all_max(0)  # so that all ranks multiply at once
         seconds.append(product_seconds(products, dtype, device))
-    fp32, bf16 = all_max(*seconds, device=device)
+    fp32, bf16 = all_max(*seconds)
     precision: Precision = "bf16" if fp32 >= WORTH * bf16 else "fp32"
     times = {"fp32": fp32, "bf16": bf16}
     other = "fp32" if precision == "bf16" else "bf16"

@@ -11,11 +11,11 @@ import torch.distributed as dist
 from t5vae.checkpoint.randomness import be_deterministic
 from t5vae.checkpoint.retention import newest_manifest
 from t5vae.cluster import attempts
-from t5vae.cluster.agreement import check_shared, from_first, raise_together
+from t5vae.cluster.agreement import check_same, check_shared, from_first, raise_together
 from t5vae.cluster.preflight import Preflight
 from t5vae.cluster.process_group import limit_waiting, start_process_group
 from t5vae.cluster.run_folder import LOCK, lock_run, make_folder
-from t5vae.common.errors import UserError
+from t5vae.common.errors import StorageError, UserError
 from t5vae.common.quiet import log_libraries_to, quiet_start
 from t5vae.metrics.runlog import RunLog
 from t5vae.training.budget import fix_steps
@@ -49,7 +49,7 @@ def started(job: Job, preflight: Preflight) -> Iterator[tuple[Job, torch.device,
         )
         lock, attempt = _claim(job)
         health = preflight.report(device)
-        before = from_first((manifest_before(config) or {}).get("layout", {}))
+        before = from_first((ranks.is_first and manifest_before(config)) or {}).get("layout", {})
         config, reasons = settle(config, job.settings, job.split, device, before)
         job, fixed = fix_steps(replace(job, config=config), device, build)
         engine = build(job, device)
@@ -98,8 +98,9 @@ def _claim(job: Job) -> tuple[IO[str] | None, int]:
                 job.ranks.hosts,
                 max_restarts=job.config.launcher.max_restarts,
             )
-        except UserError as error:
+        except (UserError, StorageError) as error:
             problem = error
     raise_together(problem)
     check_shared(job.folder / LOCK)
+    check_same(job.identity)
     return lock, attempt

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.profiler import record_function as phase
 
 from shards import Batch
 from t5vae.cluster.agreement import all_sum
+from t5vae.cluster.phases import phase
 from t5vae.config import BatchSplit, Objective
 from t5vae.model import Regularisers, row_keys
 from t5vae.objective import Codes, Gathering, start_gather
@@ -96,7 +96,7 @@ class Loss:
         sums = {"nll": nll, **self._values(codes, per_sequence=True)}
         finite, *read = _read(codes_BD.isfinite().all(), *sums.values())
         own = bool(finite) and all(map(math.isfinite, read))
-        infinite, *read = all_sum(not own, *read, device=self.device)
+        infinite, *read = all_sum(not own, *read)
         statistics = {} if infinite else self._values(codes, per_sequence=False)
         read += _read(*statistics.values())
         if infinite or not all(map(math.isfinite, read)):

@@ -1,0 +1,67 @@
+"""Where ranks meet: a store that rank 0's process has, or the agent of torchrun."""
+
+import os
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+
+from t5vae.cluster.errors import UnhealthyError
+from t5vae.cluster.ranks import Ranks
+from t5vae.common.errors import UserError
+from t5vae.common.quiet import quiet_start
+
+
+def meet(ranks: Ranks, patience: float) -> tuple[dist.Store, dist.Store]:
+    """Join the store of a run's ranks.
+
+    Args:
+        ranks: which process this is, of several.
+        patience: seconds to wait for rank 0.
+
+    Returns:
+        The store, and the same over a connection of its own, for another thread: a call that waits
+        holds its connection.
+
+    Raises:
+        UserError: on rank 0, where the port is taken.
+        UnhealthyError: rank 0 does not come.
+    """
+    # torchrun's agent holds the store of its ranks; otherwise rank 0 does, and the process group
+    # will meet in the same one.
+    held = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    try:
+        with quiet_start(Path(os.devnull)):  # the store wants names for addresses
+            store = dist.TCPStore(
+                ranks.master_addr,
+                ranks.master_port,
+                ranks.world_size,
+                is_master=ranks.is_first and not held,
+                timeout=timedelta(seconds=patience),
+                wait_for_workers=False,
+                multi_tenant=True,
+            )
+            own = store.clone()
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise absent_first(ranks) from error
+        raise UserError(
+            f"port {ranks.master_port} of this host is taken, perhaps by another run: choose "
+            "another, as with `deepspeed --master_port 29501`"
+        ) from None
+    except dist.DistError as error:
+        raise absent_first(ranks) from error
+    turn = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"t5vae/{turn}", store), dist.PrefixStore(f"t5vae/{turn}", own)
+
+
+def absent_first(ranks: Ranks) -> UnhealthyError:
+    """What to raise where rank 0 does not answer."""
+    name = ranks.hosts[0] if ranks.hosts else ranks.master_addr
+    others = (rank for rank, host in enumerate(ranks.hosts) if host != name)
+    return UnhealthyError(
+        f"rank 0 on {name} does not answer",
+        [name],
+        is_first_healthy=next(others, None) == ranks.rank,
+        weather=False,
+    )

@@ -1,0 +1,367 @@
+"""Failing together: what goes wrong on one rank ends all of them, in seconds and with one line.
+
+Ranks meet in a store, which rank 0's process has, or torchrun's agent. Whatever leaves training by
+an exception is written there before its rank leaves. A thread of every other rank waits for that,
+and ends its process whatever the main thread is in: a collective, a device, a disk. Collectives
+cannot be called off from outside (gloo's never, NCCL's only by giving up what they compute), and
+NCCL's watchdog aborts a process without a word: so nobody waits for them.
+"""
+
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+
+from t5vae.cluster.errors import (
+    FailedTogetherError,
+    SharedError,
+    SharedStorageError,
+    UnhealthyError,
+    judge,
+)
+from t5vae.cluster.phases import failed_in, present
+from t5vae.cluster.process_group import leave_process_group
+from t5vae.cluster.ranks import Ranks
+from t5vae.cluster.rendezvous import meet
+from t5vae.cluster.scheduler import host_name, queue_again
+from t5vae.common.errors import UserError
+from t5vae.common.quiet import log_file_of
+
+GRACE = 2.0  # seconds in which a main thread may come to its end by itself
+LINGER = 8.0  # seconds that rank 0, whose process has the store, stays for the others
+ANSWER = 3.0  # seconds in which a process that lives answers
+SKEW = 5.0  # seconds between the first and the last of those who wait for the same rank in vain
+HOUR = timedelta(hours=1)
+COLLECTIVE = ("gloo", "nccl", "process group", "processgroup", "timed out", "connection")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a run ends.
+
+    Attributes:
+        text: one line for people.
+        code: that all ranks exit with.
+        requeue: whether it is worth another start as it is.
+        lost: ranks that answer no more.
+    """
+
+    text: str
+    code: int
+    requeue: bool = False
+    lost: tuple[int, ...] = ()
+
+
+class Together:
+    """The ranks of a run, from when they meet until they leave; a process alone meets nobody.
+
+    Inside, whatever is raised on one rank ends all of them. A rank that is lost, or does not answer
+    any more, is named by the others.
+
+    Args:
+        ranks: which process this is.
+        folder: the run's, in whose logs a traceback goes.
+        patience: seconds that ranks wait for each other.
+        may_requeue: whether a job that is to be run again may be.
+
+    Attributes:
+        store: that the ranks met in; None in a process alone.
+    """
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        folder: Path,
+        patience: float,
+        may_requeue: Callable[[], bool] = lambda: True,
+    ):
+        self.ranks, self.patience, self.may_requeue = ranks, patience, may_requeue
+        self.log_file = log_file_of(folder, ranks.rank)
+        self.store: dist.Store | None = None
+        self.failure: Failure | None = None
+        self.decisions = 0
+        self.ended = False
+        self.ending = threading.Lock()
+        self.terminal = os.dup(sys.stderr.fileno())  # wherever libraries' own output goes meanwhile
+
+    def __enter__(self) -> "Together":
+        """Meet the others.
+
+        Raises:
+            UserError: on rank 0, where the port to meet at is taken.
+            UnhealthyError: rank 0 does not come.
+        """
+        if self.ranks.world_size > 1:
+            self.store, own = meet(self.ranks, self.patience)
+            self.store.set(f"host/{self.ranks.rank}", host_name())
+            self.watcher = threading.Thread(
+                target=self._watch, args=(own,), name="together", daemon=True
+            )
+            self.watcher.start()
+        return self
+
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Leave; what went wrong is told to the others first.
+
+        Raises:
+            FailedTogetherError: where anything did, on any rank.
+        """
+        if self.store is None:
+            return
+        if error is None or isinstance(error, UnhealthyError):
+            with self._within(LINGER):
+                self._leave(self.ranks.world_size)
+            return
+        failure = self.failure or self._find(error)
+        self.ending.acquire()  # for ever, where the watching thread ends this process
+        code = self._end(failure)
+        _after(GRACE, lambda: _exit(code))  # threads that write to a disk may hold it up
+        leave_process_group()
+        raise FailedTogetherError(code) from error
+
+    def from_first(self, decide: Callable[[], Any]) -> Any:
+        """What rank 0 decides, on all ranks, which call it together; it must be fit for JSON.
+
+        Raises:
+            SharedError, StorageError: what rank 0 has to complain of.
+        """
+        if self.store is None:
+            return decide()
+        self.decisions += 1
+        key = f"decision/{self.decisions}"
+        if self.ranks.is_first:
+            try:
+                value = decide()
+            except UserError as error:
+                raise SharedError(str(error)) from error
+            self.store.set(key, json.dumps(value))
+        self.store.wait([key], timedelta(seconds=self.patience))
+        return json.loads(self.store.get(key))
+
+    # The watching thread.
+
+    def _watch(self, store: dist.Store) -> None:
+        wake = f"wake/{self.ranks.rank}"
+        failure = None
+        while failure is None:
+            try:
+                with suppress(dist.DistStoreError):  # an hour is over
+                    store.wait([wake], HOUR)
+                store.delete_key(wake)
+                if self.ended:
+                    return
+                if store.check(["failure"]):
+                    failure = Failure(**json.loads(store.get("failure")))
+                else:
+                    store.set(f"alive/{self.ranks.rank}", present())
+            except RuntimeError:  # torch's, of a store that is gone
+                if self.ended:
+                    return
+                failure = self._lost([0])
+        self.failure = failure
+        time.sleep(GRACE)
+        if self.ending.acquire(blocking=False):
+            _exit(self._end(failure))
+
+    # What is wrong.
+
+    def _find(self, error: BaseException) -> Failure:
+        """Find out what an exception of this rank means, and tell the others."""
+        try:
+            with self._within(LINGER + ANSWER + SKEW):
+                if _is_of_a_collective(error):
+                    return self._ask_around(error)
+                return self._report(self._own(error))
+        except RuntimeError:
+            return self._lost([0])
+
+    def _own(self, error: BaseException) -> Failure:
+        verdict = judge(error)
+        text = verdict.text
+        if verdict.fault:
+            text += self._write_down(error)
+        if not isinstance(error, SharedError | SharedStorageError):
+            text = f"{self._name([self.ranks.rank])}, {failed_in(error)}: {text}"
+        return Failure(text, verdict.code, verdict.requeue)
+
+    def _write_down(self, error: BaseException) -> str:
+        """Keep a traceback in this rank's log; where it is, for people."""
+        lines = "".join(traceback.format_exception(error))
+        try:
+            with open(self.log_file, "a") as file:
+                file.write(lines)
+        except OSError:
+            os.write(self.terminal, lines.encode())
+            return ""
+        return f"; see {self.log_file}"
+
+    def _ask_around(self, error: BaseException) -> Failure:
+        """After a collective failed: which ranks are lost, or hold the others up."""
+        store, everyone = self.store, range(self.ranks.world_size)
+        assert store is not None
+        store.set(f"failed/{self.ranks.rank}", "")
+        self._wake()
+        if found := self._wait_for(lambda: self._have("alive"), ANSWER):
+            return found
+        if missing := set(everyone) - self._have("alive"):
+            return self._report(self._lost(sorted(missing)))
+        timed_out = "timed out" in str(error).lower()
+        if found := self._wait_for(lambda: self._have("failed"), SKEW if timed_out else GRACE):
+            return found
+        held_up = sorted(set(everyone) - self._have("failed"))
+        if timed_out and held_up:
+            where = store.get(f"alive/{held_up[0]}").decode()
+            return self._report(
+                Failure(
+                    f"{self._name(held_up)} did not answer within {self.patience:g} s, in {where}; "
+                    "the same command goes on from the newest checkpoint",
+                    code=1,
+                    requeue=True,
+                )
+            )
+        return self._report(
+            Failure(
+                f"{self._name([self.ranks.rank])}, {failed_in(error)}: the ranks lost touch "
+                f"({judge(error).text}); the same command goes on from the newest checkpoint",
+                code=1,
+                requeue=True,
+            )
+        )
+
+    def _have(self, what: str) -> set[int]:
+        assert self.store is not None
+        ranks = range(self.ranks.world_size)
+        return {rank for rank in ranks if self.store.check([f"{what}/{rank}"])}
+
+    def _wait_for(self, have: Callable[[], set[int]], seconds: float) -> Failure | None:
+        """Wait until all ranks have said something; what another has reported meanwhile, if so."""
+        end = time.monotonic() + seconds
+        while len(have()) < self.ranks.world_size and time.monotonic() < end:
+            if self.failure:
+                break
+            time.sleep(0.05)
+        return self.failure
+
+    def _report(self, failure: Failure) -> Failure:
+        """Tell all ranks, unless another was faster; what they then end with."""
+        assert self.store is not None
+        told = self.store.compare_set("failure", "", json.dumps(asdict(failure)))
+        self._wake()
+        return Failure(**json.loads(told))
+
+    def _wake(self) -> None:
+        assert self.store is not None
+        keys = [f"wake/{rank}" for rank in range(self.ranks.world_size)]
+        self.store.multi_set(keys, ["1"] * len(keys))
+
+    def _lost(self, lost: list[int]) -> Failure:
+        return Failure(
+            f"{self._name(lost)} is lost: it ended, or its host did; the same command goes on from "
+            "the newest checkpoint",
+            code=1,
+            requeue=True,
+            lost=tuple(lost),
+        )
+
+    def _name(self, some: list[int]) -> str:
+        """Ranks and where they are, for people."""
+        hosts = ", ".join({self._host(rank): 0 for rank in some})
+        return f"rank {', '.join(map(str, some))} of {self.ranks.world_size} on {hosts}"
+
+    def _host(self, rank: int) -> str:
+        ranks = self.ranks
+        if ranks.hosts:
+            return ranks.hosts[rank]
+        if rank == ranks.rank or not ranks.spans_hosts:
+            return host_name()
+        if rank == 0 or not (self.store and self.store.check([f"host/{rank}"])):
+            return ranks.master_addr if rank == 0 else "another host"
+        return self.store.get(f"host/{rank}").decode()
+
+    # The end.
+
+    def _end(self, failure: Failure) -> int:
+        """Say what is wrong if that is this rank's to do, let the others go, and have the job run
+        again if that helps; the exit code."""
+        if self._speaks(failure):
+            os.write(self.terminal, f"error: {failure.text}\n".encode())
+        with self._within(2 * LINGER):
+            self._leave(self.ranks.world_size - len(failure.lost))
+        # A first host that is lost takes the job's script with it, which the scheduler sees itself.
+        if failure.requeue and self.ranks.is_first and self.may_requeue():
+            try:
+                queue_again()
+            except SystemExit as asked:
+                return int(asked.code or 0)
+        return failure.code
+
+    def _speaks(self, failure: Failure) -> bool:
+        """Rank 0 speaks for all; without it, the first of each host does."""
+        if 0 not in failure.lost:
+            return self.ranks.is_first
+        is_beside_it = self.ranks.rank == self.ranks.local_rank
+        return self.ranks.local_rank == (1 if is_beside_it else 0)
+
+    def _leave(self, others: int) -> None:
+        """End the watching thread; rank 0 then stays until the others have left."""
+        store = self.store
+        assert store is not None
+        self.ended = True
+        with suppress(RuntimeError):
+            if threading.current_thread() is not self.watcher:
+                store.set(f"wake/{self.ranks.rank}", "1")
+                self.watcher.join(ANSWER)
+            left = store.add("left", 1)
+            end = time.monotonic() + LINGER
+            while self.ranks.is_first and left < others and time.monotonic() < end:
+                time.sleep(0.02)
+                left = store.add("left", 0)
+
+    @contextmanager
+    def _within(self, seconds: float) -> Iterator[None]:
+        """A store of a process that is stopped, or of a host without power, never answers."""
+
+        def give_up() -> None:
+            failure = self._lost([0])
+            if self._speaks(failure):
+                os.write(self.terminal, f"error: {failure.text}\n".encode())
+            _exit(failure.code)
+
+        guard = _after(seconds, give_up)
+        try:
+            yield
+        finally:
+            guard.cancel()
+
+
+def _after(seconds: float, act: Callable[[], object]) -> threading.Timer:
+    timer = threading.Timer(seconds, act)
+    timer.daemon = True
+    timer.start()
+    return timer
+
+
+def _exit(code: int) -> NoReturn:
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def _is_of_a_collective(error: BaseException) -> bool:
+    """Whether other ranks made a call fail; torch has no type of its own for gloo's errors."""
+    if isinstance(error, torch.OutOfMemoryError) or not isinstance(error, RuntimeError):
+        return False
+    return isinstance(error, dist.DistError) or any(w in str(error).lower() for w in COLLECTIVE)
