@@ -15,6 +15,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from shards import Dataset
+from t5vae.checkpoint.files import ABSENT
 from t5vae.checkpoint.manifest import read_manifest
 from t5vae.common.errors import UserError
 from t5vae.common.files import read_records, write_whole
@@ -146,7 +147,7 @@ def _trained_on(config: Config, trained: Path) -> Dataset | None:
         return None
     try:
         trained_on = read_manifest(trained)["shards"]
-    except (OSError, ValueError):  # only the newest checkpoints are kept
+    except (*ABSENT, ValueError):  # only the newest checkpoints are kept
         return dataset
     return dataset if dataset.sha256 == trained_on else None
 

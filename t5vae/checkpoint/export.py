@@ -77,13 +77,15 @@ def export(
     model.to(DTYPES[dtype])
 
     for left in folder.glob("export.*.tmp"):
-        shutil.rmtree(left)
+        shutil.rmtree(left, ignore_errors=True)
     tmp = folder / f"export.{os.getpid()}.tmp"
     model.save_pretrained(tmp)
     dataset.tokenizer().save_pretrained(tmp)
     (tmp / "SOURCE").write_text(source)
     write_card(folder, tmp)
+    old = folder / f"export.{os.getpid()}.old.tmp"
     if target.exists():
-        shutil.rmtree(target)
+        target.rename(old)
     tmp.rename(target)
+    shutil.rmtree(old, ignore_errors=True)  # who has a file of it open may keep some of it there
     return target, newest.name, False

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from t5vae.checkpoint.files import ABSENT, reach
 from t5vae.checkpoint.fragments import WEIGHT, Fragments
 from t5vae.common.cpus import cpus
 from t5vae.common.errors import UserError
@@ -26,10 +27,14 @@ def verify(checkpoint: Path, *, hashes: bool = True) -> str | None:
 
     Args:
         hashes: compare sizes alone if false.
+
+    Raises:
+        StorageError: the storage failed for minutes, which says nothing of the checkpoint.
+        UserError: its files may not be read.
     """
     try:
         files = read_manifest(checkpoint)["files"]
-    except (OSError, ValueError) as error:
+    except (*ABSENT, ValueError) as error:
         return f"{MANIFEST}: {error}"
     with ThreadPoolExecutor(min(8, cpus())) as threads:
         problems = threads.map(lambda name: _problem(checkpoint / name, files[name], hashes), files)
@@ -37,15 +42,19 @@ def verify(checkpoint: Path, *, hashes: bool = True) -> str | None:
 
 
 def _problem(path: Path, wanted: dict[str, Any], hashes: bool) -> str | None:
-    if not path.is_file():
+    try:
+        size = reach(path, path.stat).st_size
+        if size != wanted["bytes"]:
+            return f"{path.name} has {size} bytes, not {wanted['bytes']}"
+        changed = hashes and reach(path, lambda: _sha256(path)) != wanted["sha256"]
+    except ABSENT:
         return f"{path.name} is missing"
-    if path.stat().st_size != wanted["bytes"]:
-        return f"{path.name} has {path.stat().st_size} bytes, not {wanted['bytes']}"
-    if not hashes:
-        return None
-    with open(path, "rb") as file:
-        changed = hashlib.file_digest(file, "sha256").hexdigest() != wanted["sha256"]
     return f"{path.name} has changed" if changed else None
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def seal(manifest: dict[str, Any]) -> bytes:
@@ -57,9 +66,20 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """A checkpoint's manifest.
 
     Raises:
-        OSError, ValueError: where there is none, or not as it was written.
+        FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError: where there is none,
+            or not as it was written.
+        StorageError, UserError: see `reach`.
     """
-    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    return parse(reach(checkpoint / MANIFEST, (checkpoint / MANIFEST).read_bytes))
+
+
+def parse(content: bytes) -> dict[str, Any]:
+    """A manifest out of its file.
+
+    Raises:
+        ValueError: it is not as it was written.
+    """
+    manifest = json.loads(content)
     if not isinstance(manifest, dict) or manifest.pop("seal", None) != _hash(manifest):
         raise ValueError("it has changed")
     return manifest
@@ -71,7 +91,8 @@ def _hash(manifest: dict[str, Any]) -> str:
 
 def digest(checkpoint: Path) -> str:
     """A fingerprint of a checkpoint's content."""
-    return hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest()
+    content = reach(checkpoint / MANIFEST, (checkpoint / MANIFEST).read_bytes)
+    return hashlib.sha256(content).hexdigest()
 
 
 def check_identity(manifest: dict[str, Any], identity: dict[str, Any]) -> None:

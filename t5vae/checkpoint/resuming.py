@@ -1,23 +1,19 @@
 """Where a run starts: at its newest checkpoint, at the weights of another, or at nothing."""
 
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
-from safetensors import safe_open
 
 from t5vae.checkpoint import fragments, retention
-from t5vae.checkpoint.manifest import (
-    MANIFEST,
-    check_identity,
-    open_fragments,
-    read_manifest,
-    verify,
-)
+from t5vae.checkpoint.files import exists, free, move, names, reach
+from t5vae.checkpoint.fragments import Fragments
+from t5vae.checkpoint.manifest import MANIFEST, check_identity, read_manifest, verify
 from t5vae.checkpoint.randomness import seed_everything, set_random_state
 from t5vae.cluster.agreement import from_first, raise_together
-from t5vae.common.errors import UserError
+from t5vae.common.errors import StorageError, UserError, first_line
 from t5vae.config import Checkpoint
 from t5vae.metrics.runlog import RunLog
 
@@ -39,6 +35,20 @@ class Start:
     weights_from: str | None = None
 
 
+class _Found(NamedTuple):
+    """What rank 0 found to begin with, for all ranks.
+
+    Attributes:
+        checkpoint: None for nothing.
+        manifest: its own; empty for nothing.
+        weights_alone: leave the rest of it.
+    """
+
+    checkpoint: Path | None
+    manifest: dict[str, Any]
+    weights_alone: bool = False
+
+
 def resume(
     folder: Path,
     settings: Checkpoint,
@@ -58,30 +68,30 @@ def resume(
         log: of the run, cut off after the step that it goes on from.
 
     Raises:
-        UserError: if the checkpoint is another run's, or there are no weights to start from.
+        UserError: if the checkpoint is another run's, there are no weights to start from, or
+            files of the run are damaged or cannot be reached.
+        StorageError: if its storage failed for minutes.
     """
     seed_everything(identity["seed"] + dist.get_rank())
-    newest, weights, problem = None, None, None
+    found = _Found(None, {})
+    problem: UserError | StorageError | None = None
     if log.enabled:
         try:
-            newest, weights = _find(folder, settings, identity, log)
-        except UserError as error:
+            found = _find(folder, settings, identity, log)
+            log.drop_after(0 if found.weights_alone else found.manifest.get("step", 0))
+        except (UserError, StorageError) as error:
             problem = error
     raise_together(problem)
-    newest, weights = from_first((newest, weights))
-    if weights is not None:
-        fragments.load_weights(engine, open_fragments(weights))
-        log.drop_after(0)
-        log.say(f"starting from the weights of {weights}")
-        return Start(weights_from=str(weights))
+    newest, manifest, weights_alone = from_first(found)
     if newest is None:
-        log.drop_after(0)
         return Start()
-    manifest = read_manifest(newest)
-    check_identity(manifest, identity)
-    fragments.load(engine, open_fragments(newest), manifest["scalars"])
+    saved = Fragments([newest / name for name in manifest["files"]])
+    if weights_alone:
+        fragments.load_weights(engine, saved)
+        log.say(f"starting from the weights of {newest}")
+        return Start(weights_from=str(newest))
+    fragments.load(engine, saved, manifest["scalars"])
     _load_random_state(newest, manifest, identity["seed"])
-    log.drop_after(manifest["step"])
     log.say(f"resuming from {newest}")
     for name, now in layout.items():
         before = manifest["layout"].get(name, now)  # an older version's has fewer
@@ -90,36 +100,36 @@ def resume(
     return Start(manifest["step"], manifest["data"], manifest["watch"], manifest["weights_from"])
 
 
-def _find(
-    run: Path, settings: Checkpoint, identity: dict[str, Any], log: RunLog
-) -> tuple[Path | None, Path | None]:
-    """The checkpoint to go on from, or the one to take weights from; rank 0 alone."""
+def _find(run: Path, settings: Checkpoint, identity: dict[str, Any], log: RunLog) -> _Found:
+    """The checkpoint to go on from, or to take weights from; rank 0 alone."""
     folder = run / "checkpoints"
-    retention.sweep(folder)
+    retention.sweep(folder, log.say)
     newest = retention.newest_valid(folder, log.say)
     if newest is None:
         _refuse_damaged(folder)
-    if settings.resume != "weights":
-        return newest, None
-    if newest is not None and read_manifest(newest).get("weights_from"):
-        return newest, None
+    manifest = {} if newest is None else read_manifest(newest)
+    if settings.resume != "weights" or manifest.get("weights_from"):
+        if newest is not None:
+            check_identity(manifest, identity)
+        return _Found(newest, manifest)
     if settings.source:
         if newest is not None:
             raise UserError(
                 f"{run} holds checkpoints of a run of its own: choose another "
                 "run.output_dir, or leave out checkpoint.source to set that run aside"
             )
-        return None, _source(Path(settings.source), identity)
+        return _source(Path(settings.source), identity)
     if newest is not None:
         _source(newest, identity)  # refuses before anything is moved
         _set_run_aside(run)
-    before = sorted(run.glob("before-*"), key=lambda path: path.stat().st_mtime_ns)
-    return None, _source(before[-1] if before else run, identity)
+    before = [run / name for name in names(run) if name.startswith("before-")]
+    before.sort(key=lambda path: reach(path, path.stat).st_mtime_ns)
+    return _source(before[-1] if before else run, identity)
 
 
 def _refuse_damaged(folder: Path) -> None:
     """Never train from scratch over checkpoints that are all damaged."""
-    damaged = sorted(path.name for path in folder.glob("step-*.damaged-*"))
+    damaged = [name for name in names(folder) if f"{retention.DAMAGED}-" in name]
     if damaged:
         raise UserError(
             f"every checkpoint in {folder} is damaged ({', '.join(damaged)}): restore one from a "
@@ -127,9 +137,9 @@ def _refuse_damaged(folder: Path) -> None:
         )
 
 
-def _source(path: Path, identity: dict[str, Any]) -> Path:
+def _source(path: Path, identity: dict[str, Any]) -> _Found:
     """The newest whole checkpoint of a run, or the one that is named, if the model is the same."""
-    candidates = [path] if (path / MANIFEST).is_file() else []
+    candidates = [path] if exists(path / MANIFEST) else []
     candidates = candidates or retention.list_checkpoints(path / "checkpoints")[::-1]
     whole = (found for found in candidates if verify(found) is None)
     found = next(whole, None)
@@ -138,20 +148,22 @@ def _source(path: Path, identity: dict[str, Any]) -> Path:
             f"{path} holds no whole checkpoint to take weights from: set checkpoint.source to a "
             "run that has one, or leave out checkpoint.resume"
         )
+    manifest = read_manifest(found)
     shared = {name: identity[name] for name in ("format", "tokenizer", "model")}
-    check_identity(read_manifest(found), shared)
-    return found
+    check_identity(manifest, shared)
+    return _Found(found, manifest, weights_alone=True)
 
 
 def _set_run_aside(run: Path) -> None:
-    number = 0
-    while (aside := run / f"before-{number}").exists():
-        number += 1
-    aside.mkdir()
-    for name in ("checkpoints", "metrics.jsonl"):
-        if (run / name).exists():
-            (run / name).rename(aside / name)
-    (run / "checkpoints").mkdir()
+    aside = free(run, (f"before-{number}" for number in count()))
+    try:
+        reach(aside, lambda: aside.mkdir(exist_ok=True))
+        for name in ("checkpoints", "metrics.jsonl"):
+            if exists(run / name):
+                move(run / name, aside / name)
+        reach(run, lambda: (run / "checkpoints").mkdir(exist_ok=True))
+    except OSError as error:
+        raise UserError(f"cannot set {run} aside as {aside}: {first_line(error)}") from None
 
 
 def _load_random_state(newest: Path, manifest: dict[str, Any], seed: int) -> None:
@@ -159,7 +171,7 @@ def _load_random_state(newest: Path, manifest: dict[str, Any], seed: int) -> Non
     if manifest["layout"]["world_size"] != world:
         seed_everything(seed + rank + (manifest["step"] << 20))
         return
-    with safe_open(newest / f"rank-{rank:05d}.safetensors", framework="pt") as file:
-        keys = [key for key in file.keys() if key.startswith("random/")]  # noqa: SIM118
-        tensors = {key.split("/")[1]: file.get_tensor(key) for key in keys}
-        set_random_state(tensors, file.metadata()["random"])
+    own = Fragments([newest / f"rank-{rank:05d}.safetensors"])
+    drawn = [(kind, name) for kind, name in own.ranges if kind == "random"]
+    tensors = {name: own.read(kind, name, 0, own.length(kind, name)) for kind, name in drawn}
+    set_random_state(tensors, own.metadata[0]["random"])

@@ -16,10 +16,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from t5vae.checkpoint import retention
+from t5vae.checkpoint.files import exists, move
 from t5vae.checkpoint.fragments import fragments, scalars, write
 from t5vae.checkpoint.manifest import MANIFEST, seal
 from t5vae.checkpoint.randomness import random_state
+from t5vae.cluster.agreement import from_first
+from t5vae.common.errors import StorageError, UserError, first_line
 from t5vae.common.files import fsync
+from t5vae.common.storage import patiently
+
+FAILURES = (OSError, StorageError, UserError)
+"""Why a checkpoint cannot be saved; what else goes wrong is a fault of the program."""
 
 
 @dataclass(frozen=True)
@@ -66,20 +73,20 @@ class Saver:
             "scalars": scalars(engine),
             **manifest,
         }
-        self.tmp = self.folder / f"step-{step:08d}.tmp"
-        self.problem = None
+        self.target = self.folder / f"step-{step:08d}"
+        self.tmp = self.target.with_suffix(retention.UNFINISHED)
+        problem: Exception | None = None
         if dist.get_rank() == 0:
             try:
-                shutil.rmtree(self.tmp, ignore_errors=True)
-                self.tmp.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                self.problem = _told(error)
+                _make_empty(self.tmp)
+            except FAILURES as error:
+                problem = _told(error)
+        self.problem = from_first(problem)
         tensors = fragments(engine)
         generators, plain = random_state()
         tensors |= {f"random/{name}/0": state for name, state in generators.items()}
         if self.asynchronous:
             tensors = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
-        dist.barrier()
         path = self.tmp / f"rank-{dist.get_rank():05d}.safetensors"
         self.pending = self.thread.submit(_write, path, tensors, plain)
         self.stall = time.perf_counter() - self.started
@@ -93,7 +100,9 @@ class Saver:
         """Wait for all ranks' files and commit the checkpoint.
 
         Raises:
-            OSError: if a rank could not write; the checkpoints that exist stay valid.
+            OSError, UserError: on all ranks, if one could not write; the checkpoints that exist
+                stay valid.
+            StorageError: likewise, if its storage failed for minutes.
         """
         assert self.pending is not None
         resumed = time.perf_counter()
@@ -101,48 +110,59 @@ class Saver:
         problem = self.problem
         try:
             files = self.pending.result()
-        except OSError as error:
+        except FAILURES as error:
             problem = problem or _told(error)
         self.pending = None
         reports: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(reports, (files, problem))
         problem = next((found for _, found in reports if found), None)
-        target = self.tmp.with_suffix("")
         self.manifest["files"] = {name: of for files, _ in reports for name, of in files.items()}
         if dist.get_rank() == 0 and problem is None:
             try:
-                _commit(self.tmp, target, self.manifest)
-            except OSError as error:
+                _commit(self.tmp, self.target, self.manifest)
+            except FAILURES as error:
                 problem = _told(error)
-        outcome = [problem]
-        dist.broadcast_object_list(outcome, src=0)
-        if outcome[0]:
+        problem = from_first(problem)
+        if problem:
             if dist.get_rank() == 0:
                 shutil.rmtree(self.tmp, ignore_errors=True)
-            raise OSError(outcome[0])
+            raise problem
         now = time.perf_counter()
         size = sum(file["bytes"] for file in self.manifest["files"].values())
-        return Saved(target, size, now - self.started, self.stall + now - resumed)
+        return Saved(self.target, size, now - self.started, self.stall + now - resumed)
 
     def close(self) -> None:
         self.thread.shutdown()
 
 
-def _told(error: OSError) -> str:
-    return f"rank {dist.get_rank()}: {error.strerror or error}"
+def _told(error: Exception) -> Exception:
+    """The same of this rank, for all of them."""
+    text = f"rank {dist.get_rank()}: {first_line(error)}"
+    return OSError(error.errno, text) if isinstance(error, OSError) else type(error)(text)
+
+
+def _make_empty(folder: Path) -> None:
+    """Make a folder; what a crash left there is no part of the next checkpoint."""
+    if exists(folder):
+        doomed = retention.doomed(folder)
+        move(folder, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+    patiently(lambda: folder.mkdir(parents=True, exist_ok=True), str(folder))
 
 
 def _write(path: Path, tensors: dict[str, Tensor], plain: str) -> dict[str, Any]:
-    return {path.name: write(path, tensors, {"random": plain})}
+    """Write a rank's file; all of it again where the storage fails: a sync may have lost any."""
+    return {path.name: patiently(lambda: write(path, tensors, {"random": plain}), str(path))}
 
 
 def _commit(tmp: Path, target: Path, manifest: dict[str, Any]) -> None:
-    _write_manifest(tmp / MANIFEST, seal(manifest))
-    fsync(tmp)
-    if target.exists():
+    content = seal(manifest)
+    patiently(lambda: _write_manifest(tmp / MANIFEST, content), str(tmp / MANIFEST))
+    patiently(lambda: fsync(tmp), str(tmp))
+    if exists(target):
         retention.set_aside(target)
-    tmp.rename(target)
-    fsync(target.parent)
+    move(tmp, target)
+    patiently(lambda: fsync(target.parent), str(target.parent))
 
 
 def _write_manifest(path: Path, content: bytes) -> None:

@@ -10,7 +10,7 @@ import pytest
 from t5vae.checkpoint import saving
 from t5vae.checkpoint.checkpoints import Checkpoints
 from t5vae.checkpoint.manifest import read_manifest
-from t5vae.common.errors import UserError
+from t5vae.common.errors import StorageError, UserError
 from t5vae.config import Checkpoint
 
 OF_RUN = {"seed": 3, "layout": {"world_size": 1}, "weights_from": None}
@@ -117,6 +117,42 @@ def test_a_save_that_fails_ends_the_run(begin, monkeypatch):
     run = begin()
     with pytest.raises(UserError, match=r"step-00000010 could not be saved \(rank 0: No space"):
         run.save(10)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.EPERM])
+def test_a_folder_that_cannot_be_written_is_for_the_user_to_mend(begin, failing, number):
+    run = begin()
+    failing("open", "rank-00000.safetensors", number)
+    with pytest.raises(UserError, match=f"{os.strerror(number)}.*: make {run.folder} writable"):
+        run.save(10)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
+def test_storage_that_fails_ends_a_run_as_such_or_goes_on_if_that_is_asked_for(
+    begin, failing, monkeypatch, number
+):
+    failing("open", "rank-00000.safetensors", number)
+    with pytest.raises(StorageError, match="step-00000010 could not be saved") as caught:
+        begin().save(10)
+    assert len(str(caught.value).splitlines()) == 1
+    run = begin(on_error="continue")
+    run.save(20)
+    assert run.log.said[0].startswith("step-00000020 could not be saved (rank 0: ")
+    assert run.log.said[0].endswith("; training goes on without it")
+    with pytest.raises(StorageError):
+        run.save(30, last=True)
+    assert names(run.folder) == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOTEMPTY, errno.EBUSY, errno.EIO, errno.EACCES])
+def test_an_old_checkpoint_that_cannot_be_deleted_ends_no_run(begin, failing, number):
+    run = begin(keep_last=1)
+    failing("rmdir", ".deleted", number)
+    for step in (10, 20, 30):
+        run.save(step)
+    told = [line for line in run.log.said if not line.startswith("saved ")]
+    assert ["step-00000010 could not" in told[0], "step-00000020 could not" in told[1]] == [1, 1]
+    assert [times["step"] for times in run.log.saves] == [10, 20, 30]
 
 
 def test_a_save_that_fails_ends_no_run_that_is_to_go_on_but_for_the_last(begin, monkeypatch):

@@ -1,5 +1,7 @@
+import errno
 import hashlib
 import json
+import os
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,12 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
 from t5vae.checkpoint import fragments
 from t5vae.checkpoint.fragments import Fragments, write
+from t5vae.common.errors import StorageError, UserError
 
 DTYPES = list(fragments.NAMES)
 
@@ -206,8 +209,110 @@ def test_kinds_and_names_are_kept_apart(tmp_path):
 
 def test_a_file_that_is_no_safetensors_file_is_not_opened(tmp_path):
     torch.save({"weight/a/0": numbers(3)}, tmp_path / "file")
-    with pytest.raises(SafetensorError):
+    with pytest.raises(UserError, match="is damaged: it is no whole safetensors file"):
         Fragments([tmp_path / "file"])
+
+
+def with_header(path, header, content=b"\0" * 16):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content)
+
+
+def tensor(offsets, dtype="F32", shape=(3,)):
+    return {"weight/a/0": {"dtype": dtype, "shape": shape, "data_offsets": offsets}}
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"",
+        b"[]",
+        b"3",
+        b'{"weight/a/0": ',
+        b"[" * 100_000,
+        {"weight/a/0": 3},
+        {"weight/a/x": tensor([0, 12])["weight/a/0"]},
+        tensor([0, 12], dtype="F128"),
+        tensor([0, 12], shape=(4,)),
+        tensor([8, 20]),  # beyond the file's end
+        tensor([-12, 0]),
+        tensor([12, 0], shape=(-3,)),
+        tensor([0]),
+        tensor(None),
+    ],
+)
+def test_a_header_that_names_what_the_file_does_not_hold_is_damage(tmp_path, header):
+    with_header(tmp_path / "file", tensor([4, 16]))
+    assert Fragments([tmp_path / "file"]).read("weight", "a", 0, 3).equal(torch.zeros(3))
+    with_header(tmp_path / "file", header)
+    with pytest.raises(UserError, match=f"{tmp_path}/file is damaged"):
+        Fragments([tmp_path / "file"])
+
+
+@pytest.mark.parametrize("length", [0, 1, 3, 100, 1 << 40, (1 << 64) - 1])
+def test_a_header_is_no_longer_than_its_file(tmp_path, length):
+    (tmp_path / "file").write_bytes(length.to_bytes(8, "little") + b"{}")
+    with pytest.raises(UserError, match="is damaged"):
+        Fragments([tmp_path / "file"])
+
+
+def test_a_file_that_became_shorter_is_damage_and_one_that_is_gone_is_told(tmp_path):
+    saved, _ = deal(tmp_path, 6, [0, 4, 6], [0, 1])
+    os.truncate(tmp_path / "1.safetensors", os.stat(tmp_path / "1.safetensors").st_size - 201)
+    with pytest.raises(UserError, match=r"1\.safetensors is damaged"):
+        saved.read("weight", "layers.0.w", 0, 6)
+    (tmp_path / "1.safetensors").unlink()
+    with pytest.raises(UserError, match=r"cannot reach .*1\.safetensors: No such file"):
+        saved.read("weight", "layers.0.w", 0, 6)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOTCONN])
+@pytest.mark.parametrize("call", ["open", "stat"])
+def test_a_file_is_opened_afresh_while_the_storage_fails(tmp_path, failing, call, number):
+    deal(tmp_path, 6, [0, 4, 6], [0, 1])
+    met = failing(call, "1.safetensors", number, times=2)
+    saved = Fragments([tmp_path / f"{file}.safetensors" for file in range(4)])
+    assert len(met) == 2
+    failing("open", "0.safetensors", number, times=3)
+    assert saved.read("weight", "layers.0.w", 0, 6).equal(numbers(6, torch.float64))
+
+
+@pytest.mark.parametrize("times", [2, 10**9])
+def test_storage_that_fails_in_a_read_ends_no_process_and_leaves_nothing_open(
+    tmp_path, failing, monkeypatch, times
+):
+    saved, whole = deal(tmp_path, 6, [0, 4, 6], [0, 1])
+    before, preadv, met = os.listdir("/proc/self/fd"), os.preadv, []
+    failing("open", "nothing", errno.EIO)  # makes patience short
+
+    def fail(*args):
+        if len(met) < times:
+            met.append(args)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return preadv(*args)
+
+    monkeypatch.setattr(os, "preadv", fail)
+    if times == 2:
+        assert saved.read("weight", "layers.0.w", 0, 6).equal(whole)
+    else:
+        with pytest.raises(StorageError, match=r"0\.safetensors: the storage fails"):
+            saved.read("weight", "layers.0.w", 0, 6)
+    assert os.listdir("/proc/self/fd") == before
+
+
+@pytest.mark.parametrize("most", [1, 3, 7])
+def test_reads_that_give_less_than_was_asked_for_go_on(tmp_path, monkeypatch, most):
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, into, at: preadv(fd, [into[0][:most]], at))
+    saved, whole = deal(tmp_path, 40, [0, 13, 40], [2, 0])
+    assert saved.read("weight", "layers.0.w", 5, 30).equal(whole[5:35])
+
+
+def test_a_file_that_may_not_be_read_is_told(tmp_path, failing):
+    saved, _ = deal(tmp_path, 6, [0, 4, 6], [0, 1])
+    failing("open", "1.safetensors", errno.EACCES)
+    with pytest.raises(UserError, match=r"cannot reach .*1\.safetensors: Permission denied"):
+        saved.read("weight", "layers.0.w", 0, 6)
 
 
 # Engines at stage 0.

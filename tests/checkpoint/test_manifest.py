@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import json
 import os
@@ -6,7 +7,6 @@ import shutil
 
 import pytest
 import torch
-from safetensors import SafetensorError
 
 from t5vae.checkpoint import retention
 from t5vae.checkpoint.manifest import (
@@ -18,7 +18,7 @@ from t5vae.checkpoint.manifest import (
     seal,
     verify,
 )
-from t5vae.common.errors import UserError
+from t5vae.common.errors import StorageError, UserError
 
 IDENTITY = {"optimizer": "muon", "global_batch_size": 16, "model": {"t5": {"d_model": 16}}}
 RANKS = [f"rank-0000{rank}.safetensors" for rank in range(2)]
@@ -183,6 +183,69 @@ def test_what_is_set_aside_twice_overwrites_nothing(folder, save):
     ]
 
 
+WEATHER = [errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT]
+PLACES = [("list", "checkpoints"), ("open", MANIFEST), ("stat", RANKS[0]), ("open", RANKS[1])]
+LOOKS = [
+    retention.newest_valid,
+    retention.newest_manifest,
+    lambda folder: retention.describe(folder, hashes=True),
+]
+
+
+@pytest.mark.parametrize("number", WEATHER)
+@pytest.mark.parametrize(("call", "ending"), PLACES)
+def test_storage_that_fails_for_a_while_makes_no_checkpoint_another(
+    folder, failing, call, ending, number
+):
+    wanted = [look(folder) for look in LOOKS]
+    met = failing(call, ending, number, times=2)
+    assert [look(folder) for look in LOOKS] == wanted
+    assert len(met) == 2
+    assert names(folder) == ["step-00000010", "step-00000020", "step-00000030"]
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [(errno.EIO, StorageError), (errno.ESTALE, StorageError), (errno.EACCES, UserError)],
+)
+@pytest.mark.parametrize(("call", "ending"), PLACES)
+def test_a_checkpoint_that_cannot_be_reached_is_neither_damaged_nor_none(
+    folder, failing, monkeypatch, call, ending, number, kind
+):
+    failing(call, ending, number)
+    for look in LOOKS if ending in ("checkpoints", MANIFEST) else LOOKS[::2]:
+        with pytest.raises(kind, match=os.strerror(number)) as caught:
+            look(folder)
+        assert len(str(caught.value).splitlines()) == 1
+    monkeypatch.undo()
+    assert names(folder) == ["step-00000010", "step-00000020", "step-00000030"]
+
+
+def test_a_file_in_a_checkpoints_place_and_a_folder_in_a_files_are_no_checkpoint(folder):
+    (folder / "step-00000040").write_text("something")
+    (folder / "step-00000030" / RANKS[0]).unlink()
+    (folder / "step-00000030" / RANKS[0]).mkdir()
+    assert retention.newest_valid(folder) == folder / "step-00000020"
+    assert names(folder)[-2:] == ["step-00000030.damaged-0", "step-00000040.damaged-0"]
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.EBUSY])
+def test_a_damaged_one_that_cannot_be_set_aside_is_told(folder, failing, number):
+    truncate(folder / "step-00000030" / RANKS[0])
+    failing("rename", "step-00000030", number)
+    with pytest.raises(UserError, match=r"step-00000030 is damaged .* cannot be set aside: "):
+        retention.newest_valid(folder)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+@pytest.mark.parametrize("done", [False, True])
+def test_one_is_set_aside_once_the_storage_answers(folder, failing, number, done):
+    truncate(folder / "step-00000030" / RANKS[0])
+    failing("rename", "step-00000030", number, times=1, done=done)
+    assert retention.newest_valid(folder) == folder / "step-00000020"
+    assert names(folder) == ["step-00000010", "step-00000020", "step-00000030.damaged-0"]
+
+
 def test_one_step_alone_is_looked_at_where_it_is_asked_for(folder):
     truncate(folder / "step-00000030" / RANKS[0])
     assert retention.newest_valid(folder, step=20).name == "step-00000020"
@@ -205,7 +268,7 @@ def test_one_step_alone_is_looked_at_where_it_is_asked_for(folder):
 )
 def test_the_newest_and_each_so_many_steps_are_kept(folder, rules, left):
     (folder / "step-00000005.damaged-0").mkdir()
-    retention.retain(folder, **rules)
+    retention.retain(folder, print, **rules)
     assert names(folder) == ["step-00000005.damaged-0", *(f"step-000000{n}" for n in left)]
 
 
@@ -224,14 +287,14 @@ def test_the_newest_and_each_so_many_steps_are_kept(folder, rules, left):
 def test_the_best_on_held_out_sequences_is_kept(tmp_path, save, held_out, left):
     for step, nats in zip((10, 20, 30, 40), held_out, strict=True):
         save(tmp_path / "run", step, held_out=nats)
-    retention.retain(tmp_path / "run", last=1, best=True)
+    retention.retain(tmp_path / "run", print, last=1, best=True)
     assert names(tmp_path / "run") == [f"step-000000{n}" for n in left]
 
 
 def test_the_best_goes_where_it_is_not_asked_for(tmp_path, save):
     for step in (10, 20):
         save(tmp_path / "run", step, held_out=float(step))
-    retention.retain(tmp_path / "run", last=1, best=False)
+    retention.retain(tmp_path / "run", print, last=1, best=False)
     assert names(tmp_path / "run") == ["step-00000020"]
 
 
@@ -239,7 +302,7 @@ def test_a_manifest_that_cannot_be_read_is_not_the_best(tmp_path, save):
     for step in (10, 20, 30):
         save(tmp_path / "run", step, held_out=float(step))
     flip(tmp_path / "run/step-00000010" / MANIFEST)
-    retention.retain(tmp_path / "run", last=1, best=True)
+    retention.retain(tmp_path / "run", print, last=1, best=True)
     assert names(tmp_path / "run") == ["step-00000020", "step-00000030"]
 
 
@@ -250,11 +313,11 @@ def test_a_deletion_that_is_cut_short_leaves_no_half_checkpoint(folder, monkeypa
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
-            retention.retain(folder, last=2)
+            retention.retain(folder, print, last=2)
     found = retention.list_checkpoints(folder)
     assert [path.name for path in found] == ["step-00000020", "step-00000030"]
     assert all(verify(path) is None for path in found)
-    retention.sweep(folder)
+    retention.sweep(folder, print)
     assert names(folder) == ["step-00000020", "step-00000030"]
 
 
@@ -265,8 +328,86 @@ def test_what_a_crash_left_is_swept_and_nothing_else(folder):
     others = ["notes", "step-00000030.damaged-0"]
     for other in others:
         (folder / other).mkdir()
-    retention.sweep(folder)
+    retention.sweep(folder, print)
     assert names(folder) == sorted(["step-00000010", "step-00000020", "step-00000030", *others])
+
+
+HOUSEKEEPING = [errno.ENOTEMPTY, errno.EBUSY, errno.EIO, errno.EACCES, errno.EROFS]
+
+
+@pytest.mark.parametrize("number", HOUSEKEEPING)
+@pytest.mark.parametrize(("call", "ending"), [("rmdir", ".deleted"), ("rename", "step-00000010")])
+def test_what_cannot_be_deleted_is_told_and_deleted_another_time(
+    folder, failing, call, ending, number
+):
+    said = []
+    failing(call, ending, number, times=2)
+    retention.retain(folder, said.append, last=2)
+    (line,) = said
+    assert "step-00000010 could not be deleted" in line
+    assert os.strerror(number) in line
+    assert all(verify(folder / f"step-000000{step}") is None for step in (20, 30))
+    for _ in range(2):
+        retention.sweep(folder, said.append)
+        retention.retain(folder, said.append, last=2)
+    assert len(said) == 2
+    assert names(folder) == ["step-00000020", "step-00000030"]
+
+
+def test_what_was_deleted_in_part_is_in_nobodys_way(folder, save, failing):
+    said = []
+    failing("rmdir", ".deleted", errno.ENOTEMPTY)
+    for _ in range(3):
+        retention.retain(folder, said.append, last=2)
+        save(folder, 10)
+    assert len(said) == 3
+    assert [path.name for path in retention.list_checkpoints(folder)] == [
+        "step-00000010",
+        "step-00000020",
+        "step-00000030",
+    ]
+
+
+@pytest.mark.parametrize("number", HOUSEKEEPING)
+def test_what_a_crash_left_and_cannot_be_deleted_ends_no_start(folder, failing, number):
+    for left in ("step-00000040.tmp", "step-00000005.deleted"):
+        (folder / left).mkdir()
+    said = []
+    failing("rmdir", ".deleted", number, times=2)
+    retention.sweep(folder, said.append)
+    assert ["step-00000005.deleted" in said[0], "step-00000040.tmp" in said[1]] == [True, True]
+    assert len(retention.list_checkpoints(folder)) == 3
+    retention.sweep(folder, said.append)
+    assert len(said) == 2
+    assert names(folder) == ["step-00000010", "step-00000020", "step-00000030"]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
+def test_while_checkpoints_cannot_be_listed_none_is_deleted(folder, failing, monkeypatch, number):
+    said = []
+    failing("list", "checkpoints", number)
+    retention.retain(folder, said.append, last=1)
+    assert said[0].startswith("no checkpoint is deleted: ")
+    monkeypatch.undo()
+    assert len(retention.list_checkpoints(folder)) == 3
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])
+def test_one_that_may_be_the_best_is_kept(tmp_path, save, failing, monkeypatch, number):
+    for step in (10, 20, 30):
+        save(tmp_path / "run", step, held_out=float(step))
+    failing("open", f"step-00000010/{MANIFEST}", number)
+    retention.retain(tmp_path / "run", print, last=1, best=True)
+    monkeypatch.undo()
+    assert names(tmp_path / "run") == ["step-00000010", "step-00000020", "step-00000030"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOTEMPTY, errno.EACCES, errno.EIO])
+@pytest.mark.parametrize(("call", "ending"), [("rmdir", ".deleted"), ("rename", "step-00000010")])
+def test_a_user_is_told_what_cannot_be_deleted(folder, failing, call, ending, number):
+    failing(call, ending, number)
+    with pytest.raises(UserError, match=f"step-00000010: {os.strerror(number)}"):
+        retention.remove(folder, "10")
 
 
 def test_a_fingerprint_follows_the_content(tmp_path, save, make_engine):
@@ -345,6 +486,6 @@ def test_a_checkpoint_runs_no_code(tmp_path, save, form):
     sealed = seal({**manifest, "files": {path.name: wanted}})
     (saved / MANIFEST).write_bytes(sealed)
     assert retention.newest_valid(saved.parent) == saved
-    with pytest.raises(SafetensorError):
+    with pytest.raises(UserError, match="is damaged: it is no whole safetensors file"):
         consolidated_weights(saved)
     assert not (tmp_path / "trace").exists()

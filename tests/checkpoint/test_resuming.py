@@ -1,3 +1,4 @@
+import errno
 import os
 import random
 from types import SimpleNamespace
@@ -6,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from t5vae.checkpoint import retention
+from t5vae.checkpoint import resuming, retention
 from t5vae.checkpoint.manifest import FORMAT
 from t5vae.checkpoint.randomness import seed_everything
 from t5vae.checkpoint.resuming import Start, resume
 from t5vae.cluster.run_folder import lock_run
-from t5vae.common.errors import UserError
+from t5vae.common.errors import StorageError, UserError
 from t5vae.training.anomalies import Anomalies
 
 IDENTITY = {
@@ -36,7 +37,7 @@ def _own_generators():
 class Began:
     """A run that starts on some ranks, and what came of it."""
 
-    def __init__(self, config, ranks, make_engine, identity, **layout):
+    def __init__(self, config, ranks, make_engine, identity, drop_after=None, **layout):
         self.said, self.dropped = [], []
         self.engines = [make_engine(seed=9) for _ in range(ranks.world)]
 
@@ -44,7 +45,7 @@ class Began:
             log = SimpleNamespace(
                 enabled=rank == 0,
                 say=self.said.append if rank == 0 else lambda text: None,
-                drop_after=self.dropped.append if rank == 0 else lambda step: None,
+                drop_after=(drop_after or self.dropped.append) if rank == 0 else lambda step: None,
             )
             now = {**LAYOUT, "world_size": ranks.world, **layout}
             folder, settings = config.run_dir, config.checkpoint
@@ -75,7 +76,7 @@ def begin(make_config, together, make_engine):
 
     def refused(*args, **kwargs):
         run = start(*args, **kwargs)
-        assert all(type(error) is UserError for error in run.errors), run.errors
+        assert all(isinstance(error, UserError) for error in run.errors), run.errors
         (message,) = {str(error) for error in run.errors}
         assert len(message.splitlines()) == 1
         return message
@@ -256,6 +257,75 @@ def test_what_a_crash_left_is_swept_at_the_start(begin, run, save):
         (run / "checkpoints" / left).mkdir()
     begin()
     assert names(run / "checkpoints") == ["step-00000010"]
+
+
+@pytest.mark.parametrize("error", [UserError("damaged lines"), StorageError("no answer")])
+@pytest.mark.parametrize("saved", [True, False])
+def test_metrics_that_cannot_be_cut_off_are_told_on_all_ranks(
+    make_config, together, make_engine, save, run, error, saved
+):
+    if saved:
+        save(run / "checkpoints", 10, IDENTITY)
+
+    def drop_after(step):
+        assert step == (10 if saved else 0)
+        raise error
+
+    config = make_config()
+    lock_run(config.run_dir).close()
+    began = Began(config, together(2), make_engine, IDENTITY, drop_after)
+    assert [str(found) for found in began.errors] == [str(error)] * 2
+    assert all(isinstance(found, type(error)) for found in began.errors)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+@pytest.mark.parametrize(
+    ("call", "ending"),
+    [("list", "checkpoints"), ("open", "manifest.json"), ("open", "rank-00001.safetensors")],
+)
+def test_a_run_never_starts_anew_or_elsewhere_because_its_storage_fails(
+    make_config, together, make_engine, save, run, failing, monkeypatch, call, ending, number
+):
+    for step in (10, 20):
+        save(run / "checkpoints", step, IDENTITY, world=2)
+    failing(call, ending, number)
+    began = Began(make_config(), together(2), make_engine, IDENTITY)
+    assert all(isinstance(error, StorageError) for error in began.errors)
+    assert len({str(error) for error in began.errors}) == 1
+    assert began.dropped == []
+    monkeypatch.undo()
+    assert names(run / "checkpoints") == ["step-00000010", "step-00000020"]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+@pytest.mark.parametrize("ending", ["checkpoints", "manifest.json", "rank-00001.safetensors"])
+def test_a_run_goes_on_once_its_storage_answers(begin, run, save, failing, ending, number):
+    save(run / "checkpoints", 20, IDENTITY, world=2)
+    failing("list" if ending == "checkpoints" else "open", ending, number, times=2)
+    assert begin(2).where == (20, None)
+
+
+def test_what_a_crash_left_and_cannot_be_deleted_is_told_and_the_run_goes_on(
+    begin, run, save, failing
+):
+    save(run / "checkpoints", 10, IDENTITY)
+    (run / "checkpoints/step-00000020.tmp").mkdir()
+    failing("rmdir", ".deleted", errno.ENOTEMPTY)
+    began = begin(2)
+    assert began.where == (10, None)
+    assert "step-00000020.tmp could not be deleted (Directory not empty)" in began.said[0]
+
+
+def test_the_first_rank_alone_reads_the_manifest(begin, run, save, monkeypatch):
+    save(run / "checkpoints", 10, IDENTITY, world=3)
+    read = resuming.read_manifest
+
+    def by_the_first(checkpoint):
+        assert resuming.dist.get_rank() == 0
+        return read(checkpoint)
+
+    monkeypatch.setattr(resuming, "read_manifest", by_the_first)
+    assert begin(3).where == (10, None)
 
 
 # checkpoint.resume weights.

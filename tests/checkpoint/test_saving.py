@@ -16,9 +16,10 @@ from t5vae.checkpoint import retention, saving
 from t5vae.checkpoint.fragments import write
 from t5vae.checkpoint.manifest import consolidated_weights, open_fragments, read_manifest, verify
 from t5vae.checkpoint.randomness import set_random_state
+from t5vae.common.errors import StorageError
 
 RANK_1 = "rank-00001.safetensors"
-FULL = r"^rank 0: No space left on device$"
+FULL = r"rank 0: No space left on device$"
 
 
 def names(folder):
@@ -183,7 +184,7 @@ def test_a_rank_whose_disk_is_full_is_named_on_all_ranks_and_nothing_is_left(
 
     for told in together(3).run(save_rank):
         assert isinstance(told.exception(), OSError)
-        assert str(told.exception()) == "rank 1: No space left on device"
+        assert told.exception().strerror == "rank 1: No space left on device"
     assert names(folder) == ["step-00000030"]
     assert verify(folder / "step-00000030") is None
 
@@ -217,9 +218,113 @@ def test_a_folder_that_cannot_be_made_is_told_by_the_first_rank(folder, save, mo
 
 def test_a_file_in_the_folders_place_is_told_and_left(tmp_path, save):
     (tmp_path / "checkpoints").write_text("something")
-    with pytest.raises(OSError, match=r"^rank 0: "):
+    with pytest.raises(OSError, match="rank 0: "):
         save(tmp_path / "checkpoints", 10)
     assert (tmp_path / "checkpoints").read_text() == "something"
+
+
+WEATHER = [errno.EIO, errno.ESTALE, errno.ENOTCONN]
+
+
+@pytest.mark.parametrize("number", WEATHER)
+@pytest.mark.parametrize(
+    ("call", "ending"),
+    [
+        ("mkdir", "step-00000040.tmp"),
+        ("open", RANK_1),
+        ("open", "manifest.json"),
+        ("open", "step-00000040.tmp"),
+        ("rename", "step-00000040.tmp"),
+        ("open", "checkpoints"),
+    ],
+)
+def test_a_save_goes_on_once_the_storage_answers(folder, save, failing, call, ending, number):
+    met = failing(call, ending, number, times=2)
+    assert verify(save(folder, 40, world=3)) is None
+    assert len(met) == 2
+    assert names(folder) == ["step-00000030", "step-00000040"]
+
+
+@pytest.mark.parametrize("call", ["mkdir", "rename"])
+def test_what_is_said_to_have_failed_and_was_done_is_done(folder, save, failing, call):
+    failing(call, "step-00000040.tmp", errno.EIO, times=1, done=True)
+    assert verify(save(folder, 40, world=3)) is None
+    assert names(folder) == ["step-00000030", "step-00000040"]
+
+
+def test_a_sync_that_failed_is_followed_by_all_of_the_file_again(
+    folder, save, failing, monkeypatch
+):
+    fsync, lost = os.fsync, []
+    failing("open", "nothing", errno.EIO)  # makes patience short
+
+    def lose(descriptor):
+        if len(lost) < 2:
+            lost.append(os.fstat(descriptor).st_size)
+            os.ftruncate(descriptor, 0)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", lose)
+    saved = save(folder, 40)
+    assert verify(saved) is None
+    assert lost == [(saved / "rank-00000.safetensors").stat().st_size] * 2
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [
+        (errno.EIO, StorageError),
+        (errno.ESTALE, StorageError),
+        (errno.EACCES, PermissionError),
+        (errno.EROFS, OSError),
+    ],
+)
+@pytest.mark.parametrize(
+    ("call", "ending"),
+    [
+        ("mkdir", "step-00000040.tmp"),
+        ("open", RANK_1),
+        ("open", "manifest.json"),
+        ("rename", "step-00000040.tmp"),
+    ],
+)
+def test_a_save_that_fails_on_one_rank_fails_alike_on_all(
+    folder, together, make_engine, failing, monkeypatch, call, ending, number, kind
+):
+    failing(call, ending, number)
+
+    def save_rank(rank):
+        with closing(saving.Saver(folder, asynchronous=False)) as saver:
+            saver.start(make_engine(), 40, {})
+            return saver.finish()
+
+    errors = [told.exception() for told in together(3).run(save_rank)]
+    assert [type(error) for error in errors] == [type(errors[0])] * 3
+    assert isinstance(errors[0], kind)
+    (text,) = {str(error) for error in errors}
+    assert f"rank {int(ending == RANK_1)}: " in text
+    assert os.strerror(number) in text
+    monkeypatch.undo()
+    assert names(folder) == ["step-00000030"]
+    assert verify(folder / "step-00000030") is None
+
+
+@pytest.mark.parametrize("number", [errno.ENOTEMPTY, errno.EBUSY, errno.EACCES])
+def test_what_a_crash_left_and_cannot_be_deleted_is_no_part_of_the_next_save(
+    folder, save, failing, number
+):
+    stale = folder / "step-00000040.tmp"
+    stale.mkdir()
+    (stale / "rank-00007.safetensors").write_bytes(b"of another layout")
+    failing("rmdir", ".deleted", number)
+    saved = save(folder, 40)
+    assert names(saved) == ["manifest.json", "rank-00000.safetensors"]
+    assert verify(saved) is None
+    assert [path.name for path in retention.list_checkpoints(folder)] == [
+        "step-00000030",
+        "step-00000040",
+    ]
 
 
 def test_what_a_crash_left_of_a_save_is_replaced(folder, save):
@@ -243,11 +348,12 @@ def test_a_crash_before_the_folder_has_its_name_leaves_no_checkpoint(folder, sav
         assert (path / "manifest.json").is_file()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Path, "rename", killed)
-    with pytest.raises(KeyboardInterrupt):
-        save(folder, 40)
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            save(folder, 40)
     assert [path.name for path in retention.list_checkpoints(folder)] == ["step-00000030"]
-    retention.sweep(folder)
+    retention.sweep(folder, print)
     assert names(folder) == ["step-00000030"]
 
 
