@@ -187,7 +187,7 @@ def rank_starter(folder: Path) -> Iterator[Callable[..., Ranks]]:
     fast; all else is theirs: signals, process group, exit.
     """
     started: list[Ranks] = []
-    env = environment() | {"TORCHDYNAMO_DISABLE": "1"}
+    env = environment() | {"TORCHDYNAMO_DISABLE": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     if sys.platform == "linux":  # elsewhere the loopback has another name
         env["GLOO_SOCKET_IFNAME"] = "lo"
     command = [sys.executable, str(SLOW_SAVES), "serve"]

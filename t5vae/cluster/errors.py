@@ -83,7 +83,7 @@ def judge(error: BaseException) -> Verdict:
     if isinstance(error, UserError):
         return Verdict(2, str(error))
     if isinstance(error, StorageError):
-        return Verdict(1, str(error), requeue=True)
+        return Verdict(1, str(error), requeue=error.requeue)
     if isinstance(error, OSError) and error.errno in MENDABLE:
         return Verdict(2, str(error))
     if isinstance(error, OSError) and error.errno in WEATHER:

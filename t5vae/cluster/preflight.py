@@ -186,6 +186,6 @@ def device_name(local_rank: int) -> str:
 
 def device_id(local_rank: int) -> str | None:
     """What tells this rank's accelerator from all others of its host; None where nothing does."""
-    if device_name(local_rank) == "cpu" or not torch.cuda.is_available():
+    if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
         return None
     return str(torch.cuda.get_device_properties(device_index(local_rank)).uuid)

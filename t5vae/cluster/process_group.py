@@ -93,7 +93,7 @@ def start_process_group(
         WORLD_SIZE=str(ranks.world_size),
         LOCAL_RANK=str(device_index(ranks.local_rank) if accelerated else ranks.local_rank),
         MASTER_ADDR=ranks.master_addr,
-        MASTER_PORT=str(ranks.master_port or free_port()),
+        MASTER_PORT=str(ranks.master_port if ranks.world_size > 1 else free_port()),
     )
     import deepspeed
 

@@ -12,11 +12,12 @@ from t5vae.common.errors import UserError
 from t5vae.common.quiet import quiet_start
 
 
-def meet(ranks: Ranks, patience: float) -> tuple[dist.Store, dist.Store]:
+def meet(ranks: Ranks, folder: Path, patience: float) -> tuple[dist.Store, dist.Store]:
     """Join the store of a run's ranks.
 
     Args:
         ranks: which process this is, of several.
+        folder: the run's.
         patience: seconds to wait for rank 0.
 
     Returns:
@@ -24,7 +25,7 @@ def meet(ranks: Ranks, patience: float) -> tuple[dist.Store, dist.Store]:
         holds its connection.
 
     Raises:
-        UserError: on rank 0, where the port is taken.
+        UserError: where another run has the port.
         UnhealthyError: rank 0 does not come.
     """
     # torchrun's agent holds the store of its ranks; otherwise rank 0 does, and the process group
@@ -45,14 +46,21 @@ def meet(ranks: Ranks, patience: float) -> tuple[dist.Store, dist.Store]:
     except dist.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
             raise absent_first(ranks) from error
-        raise UserError(
-            f"port {ranks.master_port} of this host is taken, perhaps by another run: choose "
-            "another, as with `deepspeed --master_port 29501`"
-        ) from None
+        raise _taken(ranks) from None
     except dist.DistError as error:
         raise absent_first(ranks) from error
-    turn = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.PrefixStore(f"t5vae/{turn}", store), dist.PrefixStore(f"t5vae/{turn}", own)
+    prefix = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{folder.absolute()}"
+    store, own = dist.PrefixStore(prefix, store), dist.PrefixStore(prefix, own)
+    if store.add(f"joined/{ranks.rank}", 1) > 1:  # that of the same run, which was started before
+        raise _taken(ranks)
+    return store, own
+
+
+def _taken(ranks: Ranks) -> UserError:
+    return UserError(
+        f"port {ranks.master_port} of rank 0's host is taken, perhaps by another run: choose "
+        "another, as with `deepspeed --master_port 29501`"
+    )
 
 
 def absent_first(ranks: Ranks) -> UnhealthyError:

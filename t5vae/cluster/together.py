@@ -44,6 +44,7 @@ LINGER = 8.0  # seconds that rank 0, whose process has the store, stays for the 
 ANSWER = 3.0  # seconds in which a process that lives answers
 SKEW = 5.0  # seconds between the first and the last of those who wait for the same rank in vain
 HOUR = timedelta(hours=1)
+GO_ON = "the same command goes on from the newest checkpoint"
 COLLECTIVE = ("gloo", "nccl", "process group", "processgroup", "timed out", "connection")
 
 
@@ -87,24 +88,24 @@ class Together:
         patience: float,
         may_requeue: Callable[[], bool] = lambda: True,
     ):
-        self.ranks, self.patience, self.may_requeue = ranks, patience, may_requeue
-        self.log_file = log_file_of(folder, ranks.rank)
+        self.ranks, self.folder, self.patience = ranks, folder, patience
+        self.may_requeue = may_requeue
         self.store: dist.Store | None = None
         self.failure: Failure | None = None
         self.decisions = 0
         self.ended = False
         self.ending = threading.Lock()
-        self.terminal = os.dup(sys.stderr.fileno())  # wherever libraries' own output goes meanwhile
 
     def __enter__(self) -> "Together":
         """Meet the others.
 
         Raises:
-            UserError: on rank 0, where the port to meet at is taken.
+            UserError: where another run has the port to meet at.
             UnhealthyError: rank 0 does not come.
         """
         if self.ranks.world_size > 1:
-            self.store, own = meet(self.ranks, self.patience)
+            self.terminal = os.dup(2)  # libraries' output goes elsewhere at times
+            self.store, own = meet(self.ranks, self.folder, self.patience)
             self.store.set(f"host/{self.ranks.rank}", host_name())
             self.watcher = threading.Thread(
                 target=self._watch, args=(own,), name="together", daemon=True
@@ -123,9 +124,7 @@ class Together:
         if self.store is None:
             return
         if error is None or isinstance(error, UnhealthyError):
-            with self._within(LINGER):
-                self._leave(self.ranks.world_size)
-            return
+            return self._leave(self.ranks.world_size)
         failure = self.failure or self._find(error)
         self.ending.acquire()  # for ever, where the watching thread ends this process
         code = self._end(failure)
@@ -182,7 +181,7 @@ class Together:
     def _find(self, error: BaseException) -> Failure:
         """Find out what an exception of this rank means, and tell the others."""
         try:
-            with self._within(LINGER + ANSWER + SKEW):
+            with self._within(ANSWER + SKEW + 1):
                 if _is_of_a_collective(error):
                     return self._ask_around(error)
                 return self._report(self._own(error))
@@ -200,61 +199,40 @@ class Together:
 
     def _write_down(self, error: BaseException) -> str:
         """Keep a traceback in this rank's log; where it is, for people."""
-        lines = "".join(traceback.format_exception(error))
+        log, lines = log_file_of(self.folder, self.ranks.rank), traceback.format_exception(error)
         try:
-            with open(self.log_file, "a") as file:
-                file.write(lines)
+            with open(log, "a") as file:
+                file.writelines(lines)
         except OSError:
-            os.write(self.terminal, lines.encode())
+            os.write(self.terminal, "".join(lines).encode())
             return ""
-        return f"; see {self.log_file}"
+        return f"; see {log}"
 
     def _ask_around(self, error: BaseException) -> Failure:
         """After a collective failed: which ranks are lost, or hold the others up."""
-        store, everyone = self.store, range(self.ranks.world_size)
-        assert store is not None
-        store.set(f"failed/{self.ranks.rank}", "")
-        self._wake()
-        if found := self._wait_for(lambda: self._have("alive"), ANSWER):
-            return found
-        if missing := set(everyone) - self._have("alive"):
-            return self._report(self._lost(sorted(missing)))
-        timed_out = "timed out" in str(error).lower()
-        if found := self._wait_for(lambda: self._have("failed"), SKEW if timed_out else GRACE):
-            return found
-        held_up = sorted(set(everyone) - self._have("failed"))
-        if timed_out and held_up:
-            where = store.get(f"alive/{held_up[0]}").decode()
-            return self._report(
-                Failure(
-                    f"{self._name(held_up)} did not answer within {self.patience:g} s, in {where}; "
-                    "the same command goes on from the newest checkpoint",
-                    code=1,
-                    requeue=True,
-                )
-            )
-        return self._report(
-            Failure(
-                f"{self._name([self.ranks.rank])}, {failed_in(error)}: the ranks lost touch "
-                f"({judge(error).text}); the same command goes on from the newest checkpoint",
-                code=1,
-                requeue=True,
-            )
-        )
-
-    def _have(self, what: str) -> set[int]:
         assert self.store is not None
-        ranks = range(self.ranks.world_size)
-        return {rank for rank in ranks if self.store.check([f"{what}/{rank}"])}
+        self.store.set(f"failed/{self.ranks.rank}", "")
+        self._wake()
+        if lost := self._silent("alive", ANSWER):
+            return self._report(self._lost(lost))
+        timed_out = "timed out" in str(error).lower()
+        held_up = self._silent("failed", SKEW if timed_out else GRACE)
+        if timed_out and held_up:
+            where = self.store.get(f"alive/{held_up[0]}").decode()
+            why = f"{self._name(held_up)} did not answer within {self.patience:g} s, in {where}"
+        else:
+            own = f"{self._name([self.ranks.rank])}, {failed_in(error)}"
+            why = f"{own}: the ranks lost touch ({judge(error).text})"
+        return self._report(Failure(f"{why}; {GO_ON}", code=1, requeue=True))
 
-    def _wait_for(self, have: Callable[[], set[int]], seconds: float) -> Failure | None:
-        """Wait until all ranks have said something; what another has reported meanwhile, if so."""
-        end = time.monotonic() + seconds
-        while len(have()) < self.ranks.world_size and time.monotonic() < end:
-            if self.failure:
-                break
-            time.sleep(0.05)
-        return self.failure
+    def _silent(self, what: str, seconds: float) -> list[int]:
+        """The ranks that have not said something after so long."""
+        assert self.store is not None
+        keys = [f"{what}/{rank}" for rank in range(self.ranks.world_size)]
+        with suppress(dist.DistStoreError):
+            self.store.wait(keys, timedelta(seconds=seconds))
+            return []
+        return [rank for rank, key in enumerate(keys) if not self.store.check([key])]
 
     def _report(self, failure: Failure) -> Failure:
         """Tell all ranks, unless another was faster; what they then end with."""
@@ -270,8 +248,7 @@ class Together:
 
     def _lost(self, lost: list[int]) -> Failure:
         return Failure(
-            f"{self._name(lost)} is lost: it ended, or its host did; the same command goes on from "
-            "the newest checkpoint",
+            f"{self._name(lost)} is lost: it ended, or its host did; {GO_ON}",
             code=1,
             requeue=True,
             lost=tuple(lost),
@@ -297,10 +274,8 @@ class Together:
     def _end(self, failure: Failure) -> int:
         """Say what is wrong if that is this rank's to do, let the others go, and have the job run
         again if that helps; the exit code."""
-        if self._speaks(failure):
-            os.write(self.terminal, f"error: {failure.text}\n".encode())
-        with self._within(2 * LINGER):
-            self._leave(self.ranks.world_size - len(failure.lost))
+        self._tell(failure)
+        self._leave(self.ranks.world_size - len(failure.lost))
         # A first host that is lost takes the job's script with it, which the scheduler sees itself.
         if failure.requeue and self.ranks.is_first and self.may_requeue():
             try:
@@ -309,19 +284,22 @@ class Together:
                 return int(asked.code or 0)
         return failure.code
 
-    def _speaks(self, failure: Failure) -> bool:
+    def _tell(self, failure: Failure) -> None:
         """Rank 0 speaks for all; without it, the first of each host does."""
-        if 0 not in failure.lost:
-            return self.ranks.is_first
-        is_beside_it = self.ranks.rank == self.ranks.local_rank
-        return self.ranks.local_rank == (1 if is_beside_it else 0)
+        is_beside_first = self.ranks.rank == self.ranks.local_rank
+        speaks = self.ranks.is_first
+        if 0 in failure.lost:
+            speaks = self.ranks.local_rank == (1 if is_beside_first else 0)
+        if speaks:
+            shown = "\n\x1b[?25h" if os.isatty(self.terminal) else ""  # after a bar; a cursor again
+            os.write(self.terminal, f"{shown}error: {failure.text}\n".encode())
 
     def _leave(self, others: int) -> None:
         """End the watching thread; rank 0 then stays until the others have left."""
         store = self.store
         assert store is not None
         self.ended = True
-        with suppress(RuntimeError):
+        with suppress(RuntimeError), self._within(2 * LINGER):
             if threading.current_thread() is not self.watcher:
                 store.set(f"wake/{self.ranks.rank}", "1")
                 self.watcher.join(ANSWER)
@@ -337,8 +315,7 @@ class Together:
 
         def give_up() -> None:
             failure = self._lost([0])
-            if self._speaks(failure):
-                os.write(self.terminal, f"error: {failure.text}\n".encode())
+            self._tell(failure)
             _exit(failure.code)
 
         guard = _after(seconds, give_up)

@@ -18,7 +18,13 @@ class UserError(Exception):
 
 
 class StorageError(Exception):
-    """Storage that did not answer for minutes: no damage, no user's mistake, and worth a retry."""
+    """Storage that did not answer for minutes: no damage, no user's mistake, and worth a retry.
+
+    Attributes:
+        requeue: whether a job that it ended may be run again.
+    """
+
+    requeue = True
 
 
 def check_arguments(arguments: Iterable[str]) -> None:

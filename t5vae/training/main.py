@@ -127,6 +127,8 @@ def train(config: Config) -> None:
     try:
         with Together(ranks, config.run_dir, timeout, stop.lets_requeue) as together:
             run(config, ranks, stop, together)
-    except (UserError, StorageError):
+    except (UserError, StorageError) as error:
         leave_process_group()  # gloo's threads abort a process that ends without it
+        if isinstance(error, StorageError):
+            error.requeue = stop.lets_requeue()
         raise

@@ -1,9 +1,12 @@
+import errno
 import json
+import os
 
 import pytest
 
 from t5vae.cluster import attempts
-from t5vae.common.errors import UserError
+from t5vae.common.errors import StorageError, UserError
+from tests.failing import failing  # noqa: F401
 
 HOSTS = ("node2", "node1", "node1")
 
@@ -70,3 +73,21 @@ def test_a_line_that_a_crash_cut_short_is_no_attempt(run):
     assert run("7") == 2
     lines = run.file.read_text().splitlines()
     assert [json.loads(line)["attempt"] for line in lines] == [1, 2]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOTCONN])
+@pytest.mark.parametrize("ending", [attempts.ATTEMPTS, ".tmp"])
+def test_an_attempt_waits_for_its_storage(run, failing, ending, number):  # noqa: F811
+    run()
+    failing("open", ending, number, times=2)
+    assert run() == 2
+    failing("open", ending, number)
+    with pytest.raises(StorageError, match=attempts.ATTEMPTS):
+        run()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS])
+def test_attempts_that_cannot_be_written_are_for_the_user_to_mend(run, failing, number):  # noqa: F811
+    failing("open", ".tmp", number)
+    with pytest.raises(UserError, match=f"cannot write .*: {os.strerror(number)}"):
+        run()

@@ -7,12 +7,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from t5vae.cluster import preflight
-from t5vae.cluster.errors import UnhealthyError
+from t5vae.cluster import preflight, rendezvous
+from t5vae.cluster.errors import UnhealthyError, judge
 from t5vae.cluster.preflight import Preflight
 from t5vae.cluster.process_group import free_port
 from t5vae.cluster.ranks import Ranks
-from t5vae.common.errors import UserError
+from t5vae.common.errors import StorageError, UserError
 
 HOSTS = ("node1", "node1", "node2", "node2")
 
@@ -23,28 +23,32 @@ def meet(tmp_path, monkeypatch):
 
     A rank whose problem is "absent" does not come; one that is a number comes later.
     """
-    monkeypatch.setattr(preflight, "quiet_start", lambda path: contextlib.nullcontext())
+    monkeypatch.setattr(rendezvous, "quiet_start", lambda path: contextlib.nullcontext())
 
-    def run(*problems):
+    def run(*problems, patience=30):
         port = free_port()
         preflights = []
 
         def rank_main(rank):
             ranks = Ranks(rank, 4, rank % 2, 2, "127.0.0.1", port, HOSTS)
-            preflights.append(Preflight(ranks, tmp_path, patience=2))
             try:
-                with preflights[-1]:
+                store, _ = rendezvous.meet(ranks, tmp_path, patience)
+                own = Preflight(ranks, tmp_path, patience, store)
+                preflights.append(own)
+                with own:
                     if isinstance(problems[rank], float):
                         time.sleep(problems[rank])
+                    elif isinstance(problems[rank], Exception):
+                        raise problems[rank]
                     elif problems[rank]:
                         raise UserError(problems[rank])
-            except UserError as error:
+            except (UserError, StorageError) as error:
                 return error
 
         come = [rank for rank in range(4) if problems[rank] != "absent"]
         with ThreadPoolExecutor(4) as threads:
             told = [threads.submit(rank_main, rank) for rank in come]
-        first = next(one for one in preflights if one.ranks.rank == min(come))
+        first = next((one for one in preflights if one.ranks.is_first), None)
         return [future.result() for future in told], first
 
     return run
@@ -81,14 +85,13 @@ def test_a_mistake_that_all_hosts_see_is_the_users(meet):
 
 
 def test_a_host_that_does_not_come_is_named_in_time(meet):
-    told, _ = meet(None, None, "absent", "absent")
+    told, _ = meet(None, None, "absent", "absent", patience=2)
     assert [str(error) for error in told] == ["node2: did not come within 2 s"] * 2
     assert told[0].is_first_healthy
 
 
-def test_a_first_host_that_does_not_answer_is_named(meet, monkeypatch):
-    monkeypatch.setattr(preflight, "LEAVE", 1)
-    told, _ = meet("absent", "absent", None, None)
+def test_a_first_host_that_does_not_answer_is_named(meet):
+    told, _ = meet("absent", "absent", None, None, patience=2)
     assert [str(error) for error in told] == ["rank 0 on node1 does not answer"] * 2
     assert [error.is_first_healthy for error in told] == [True, False]
 
@@ -109,23 +112,48 @@ def test_a_host_without_room_for_temporary_files_is_named(meet, monkeypatch):
 
 def test_a_fault_of_the_program_is_nobodys_illness(tmp_path):
     ranks = Ranks(0, 4, 0, 2, "127.0.0.1", free_port(), HOSTS)
-    with pytest.raises(ZeroDivisionError), Preflight(ranks, tmp_path, patience=2):
+    with pytest.raises(ZeroDivisionError), Preflight(ranks, tmp_path, 2, dist.HashStore()):
         raise ZeroDivisionError
 
 
-def test_on_one_host_nobody_is_asked(tmp_path):
-    ranks = Ranks(0, 2, 0, 2, "127.0.0.1", 1)
-    with pytest.raises(UserError, match="as it is"), Preflight(ranks, tmp_path, patience=2):
+def test_a_process_alone_asks_nobody(tmp_path):
+    ranks = Ranks(0, 1, 0, 1, "127.0.0.1", 1)
+    with pytest.raises(UserError, match="as it is"), Preflight(ranks, tmp_path, 2, None):
         raise UserError("as it is")
-    with Preflight(ranks, tmp_path, patience=2) as alone:
+    with Preflight(ranks, tmp_path, 2, None) as alone:
         pass
     assert alone.report(torch.device("cpu")) is None
+
+
+def test_storage_that_fails_some_hosts_or_all_is_no_mistake(meet):
+    weather = StorageError("/data/index.json: the storage fails")
+    told, _ = meet(None, None, weather, weather)
+    assert [str(error) for error in told] == [f"node2: {weather}"] * 4
+    assert all(isinstance(error, UnhealthyError) and error.weather for error in told)
+    assert [judge(error).code for error in told] == [1] * 4
+    told, _ = meet(*[weather] * 4)
+    assert [str(error) for error in told] == [str(weather)] * 4
+    assert all(isinstance(error, StorageError) for error in told)
+    told, _ = meet(weather, "no shards at x", None, None)
+    assert [judge(error).code for error in told] == [2] * 4
+
+
+def test_ranks_that_share_an_accelerator_are_named(meet, monkeypatch):
+    monkeypatch.setattr(preflight, "device_name", lambda local_rank: "H100")
+    monkeypatch.setattr(preflight, "device_id", lambda local_rank: f"GPU-{local_rank}")
+    assert meet(None, None, None, None)[0] == [None] * 4
+    monkeypatch.setattr(preflight, "device_id", lambda local_rank: "GPU-0")
+    told, _ = meet(None, None, None, None)
+    assert {judge(error).code for error in told} == {2}
+    assert str(told[3]).startswith("ranks 0, 1 have the same accelerator: ")
+    monkeypatch.setattr(preflight, "device_id", lambda local_rank: None)
+    assert meet(None, None, None, None)[0] == [None] * 4
 
 
 def test_the_report_times_an_all_reduce_and_is_kept(meet, monkeypatch):
     reduced = []
     monkeypatch.setattr(dist, "all_reduce", lambda numbers: reduced.append(numbers.nbytes))
-    monkeypatch.setattr(preflight, "all_sum", lambda seconds, device: [4 * seconds])
+    monkeypatch.setattr(preflight, "all_sum", lambda seconds: [4 * seconds])
     _, first = meet(None, None, None, None)
     line = first.report(torch.device("cpu"))
     assert line.startswith("4 ranks on 2 hosts (node1, node2); an all-reduce of 16 MiB takes ")

@@ -1,6 +1,4 @@
 import socket
-import subprocess
-import sys
 from dataclasses import replace
 
 import psutil
@@ -8,11 +6,11 @@ import pytest
 
 from t5vae.cluster import agreement, process_group
 from t5vae.cluster.agreement import check_shared, raise_together
-from t5vae.cluster.process_group import network_interface
+from t5vae.cluster.process_group import free_port, network_interface
 from t5vae.cluster.ranks import Ranks, find_ranks
+from t5vae.cluster.rendezvous import meet
 from t5vae.cluster.scheduler import expand_hosts
 from t5vae.common.errors import UserError
-from tests.launching import environment
 from tests.refused import refusal
 
 DEEPSPEED = {
@@ -244,15 +242,21 @@ def test_a_rank_that_is_shown_its_own_device_alone_takes_that(monkeypatch, visib
     assert [process_group.device_index(rank) for rank in range(4)] == devices
 
 
-def test_a_port_that_another_run_has_is_one_line():
+def test_a_port_that_another_program_has_is_one_line(tmp_path):
     with socket.socket() as taken:
         taken.bind(("0.0.0.0", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        code = (
-            "from t5vae.cluster.process_group import Ranks, start_process_group\n"
-            f"start_process_group(Ranks(0, 1, 0, 1, '127.0.0.1', {port}))"
-        )
-        program = [sys.executable, "-c", code]
-        ended = subprocess.run(program, env=environment(), capture_output=True, text=True)
-    assert f"UserError: port {port} of this host is taken" in ended.stderr.splitlines()[-1]
+        line = refusal(meet, Ranks(0, 2, 0, 2, "127.0.0.1", port), tmp_path, 2)
+    assert line.startswith(f"port {port} of rank 0's host is taken")
+
+
+def test_ranks_of_another_start_of_a_run_do_not_join_its_store(tmp_path):
+    port = free_port()
+    first = [Ranks(rank, 2, rank, 2, "127.0.0.1", port) for rank in range(2)]
+    stores = [meet(ranks, tmp_path, 2) for ranks in first]
+    for ranks in first:
+        assert refusal(meet, ranks, tmp_path, 2).startswith(f"port {port} of rank 0's host is ")
+    stores[0][0].set("mark", "theirs")
+    other, _ = meet(first[1], tmp_path / "another run", 2)
+    assert not other.check(["mark"])

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from t5vae.cluster import run_folder
 from t5vae.cluster.run_folder import LOCK, lock_run, make_folder
 from tests.refused import refusal
+from tests.weather import without_locks
 
 
 @pytest.fixture
@@ -87,13 +87,11 @@ def test_the_lock_says_who_holds_it(folder, monkeypatch):
         assert "(job 77 on node3)" in refusal(lock_run, folder)
 
 
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
 def test_a_run_that_another_job_trains_is_refused_even_where_files_have_no_locks(
-    folder, squeue, monkeypatch
+    folder, squeue, monkeypatch, number
 ):
-    def unlockable(*arguments):
-        raise OSError(errno.ENOSYS, "Function not implemented")
-
-    monkeypatch.setattr(run_folder.fcntl, "flock", unlockable)
+    without_locks(monkeypatch, number)
     hold(folder, job="77")
     squeue("77 RUNNING")
     assert "(job 77 on node3)" in refusal(lock_run, folder)

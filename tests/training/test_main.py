@@ -6,12 +6,13 @@ import sys
 
 import pytest
 
-from t5vae.cluster.errors import LostRankError
 from t5vae.cluster.ranks import Ranks
 from t5vae.cluster.run_folder import lock_run
+from t5vae.common.errors import StorageError
 from t5vae.training import main as program
 from t5vae.training.job import resolve
 from tests.launching import TRAIN, deepspeed, environment, launcher, torchrun
+from tests.refused import refusal
 
 VARIABLES = (
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "CROSS_RANK", "TORCHELASTIC_RUN_ID"),
@@ -105,11 +106,8 @@ def test_missing_shards_are_one_line_with_the_command_that_builds_them(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_batch_that_does_not_divide_is_one_line(capsys, config_file, monkeypatch):
-    launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "3"}
-    for name, value in {**launched, "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
-        monkeypatch.setenv(name, value)
-    line = error_line(capsys, config_file)
+def test_a_batch_that_does_not_divide_is_one_line(make_config):
+    line = refusal(resolve, make_config(), Ranks(0, 3, 0, 3, "localhost", 1))
     assert "16" in line
     assert "3 ranks" in line
 
@@ -254,47 +252,24 @@ def test_training_takes_the_signals_over_before_it_loads_anything_heavy(monkeypa
     assert order == ["signals", "run"]
 
 
-def lose_ranks(monkeypatch, make_config, *, told=None):
-    """Train as rank 0 of 2 until a collective fails for want of rank 1; the error."""
-
-    def run(config, ranks, stop):
-        if told:
-            os.kill(os.getpid(), told)
-        raise RuntimeError("Connection closed by peer")
-
-    for name, value in RANKS.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr("t5vae.training.loop.run", run)
-    monkeypatch.setattr("t5vae.cluster.process_group.require_address", lambda ranks: None)
-    monkeypatch.setattr("t5vae.cluster.process_group.lost_ranks", lambda ranks: [1])
-    with pytest.raises(LostRankError) as caught:
-        program.train(make_config())
-    return caught.value
-
-
 @pytest.mark.parametrize(
     ("told", "requeue"), [(None, True), (signal.SIGUSR2, True), (signal.SIGTERM, False)]
 )
-def test_a_job_that_lost_a_host_is_queued_again_but_not_one_that_was_ended(
-    monkeypatch, make_config, told, requeue
+def test_storage_that_fails_has_the_job_queued_again_unless_it_was_ended(
+    monkeypatch, capsys, make_config, told, requeue
 ):
-    error = lose_ranks(monkeypatch, make_config, told=told)
-    assert "rank 1 of 2 on gpu4 is lost" in str(error)
-    assert error.requeue is requeue
-
-
-def test_a_lost_rank_is_one_line_and_the_job_is_asked_for_once(monkeypatch, capsys):
     asked = []
     monkeypatch.setattr(program, "queue_again", lambda: asked.append(1))
 
-    def lose(requeue):
-        raise LostRankError("rank 1 is lost", requeue=requeue)
+    def run(config, ranks, stop, together):
+        if told:
+            os.kill(os.getpid(), told)
+        raise StorageError("train-0.tar: the storage fails")
 
-    assert program.exit_code_of(lambda: lose(False)) == 1
-    assert asked == []
-    assert program.exit_code_of(lambda: lose(True)) == 1
-    assert asked == [1]
-    assert capsys.readouterr().err == "error: rank 1 is lost\n" * 2
+    monkeypatch.setattr("t5vae.training.loop.run", run)
+    assert program.exit_code_of(lambda: program.train(make_config())) == 1
+    assert capsys.readouterr().err == "error: train-0.tar: the storage fails\n"
+    assert asked == [1] * requeue
 
 
 # A signal that is sent when Python has put the system's handlers back.
