@@ -71,8 +71,8 @@ def check_same(facts: dict[str, Any]) -> None:
         if others:
             hosts = ", ".join({everyone[rank][0]: 0 for rank in others})
             raise SharedError(
-                f"rank {', '.join(map(str, others))} of {len(everyone)} on {hosts} has another "
-                f"{name.replace('_', ' ')} than rank 0 on {everyone[0][0]}: give all hosts the same"
+                f"rank {', '.join(map(str, others))} of {len(everyone)} on {hosts} differs from "
+                f"rank 0 on {everyone[0][0]} in {name.replace('_', ' ')}: give all hosts the same"
             )
 
 

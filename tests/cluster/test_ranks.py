@@ -5,7 +5,7 @@ import psutil
 import pytest
 
 from t5vae.cluster import agreement, process_group
-from t5vae.cluster.agreement import check_shared, raise_together
+from t5vae.cluster.agreement import check_same, check_shared, raise_together
 from t5vae.cluster.process_group import free_port, network_interface
 from t5vae.cluster.ranks import Ranks, find_ranks
 from t5vae.cluster.rendezvous import meet
@@ -234,6 +234,25 @@ def test_a_problem_of_one_host_is_told_with_its_name(together, monkeypatch):
     assert told(None, None, "no room") == {"node2: no room"}
     assert told(None, "no lock", None) == {"node1: no lock"}
     assert told("same", "same", "same") == {"same"}
+
+
+def test_ranks_that_do_not_train_the_same_are_named(together, monkeypatch):
+    ranks = together(3)
+    names = ("node1", "node2", "node2")
+    monkeypatch.setattr(agreement, "host_name", lambda: names[ranks.get_rank()])
+
+    def told(*shards):
+        facts = [{"seed": 7, "shards": each, "model": {"layers": 2}} for each in shards]
+        seen = ranks.run(lambda rank: check_same(facts[rank]))
+        return {str(future.exception()) for future in seen}
+
+    assert told("aa", "aa", "aa") == {"None"}
+    assert told("aa", "aa", "bb") == {
+        "rank 2 of 3 on node2 differs from rank 0 on node1 in shards: give all hosts the same"
+    }
+    assert {text.partition(" differs ")[0] for text in told("aa", "bb", "cc")} == {
+        "rank 1, 2 of 3 on node2"
+    }
 
 
 @pytest.mark.parametrize(("visible", "devices"), [(4, [0, 1, 2, 3]), (1, [0, 0, 0, 0])])
