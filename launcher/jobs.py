@@ -5,7 +5,6 @@ in the folder above, lie its backend's files and one log a rank. A job of plain 
 the attempts that its training wrote down.
 """
 
-import fcntl
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +17,8 @@ from t5vae.cluster.attempts import ATTEMPTS
 from t5vae.cluster.run_folder import FOLDER, LOCK, is_copied
 from t5vae.common.errors import UserError
 from t5vae.common.files import read_records, write_records
+from t5vae.common.locks import Lock, take_lock
+from t5vae.common.storage import patiently
 
 PLAIN = "slurm"  # the backend of plain sbatch's jobs, whose ids training writes down
 
@@ -196,20 +197,20 @@ def holder(run: Path) -> Job | None:
         jobs.append(Job(trains[0]["job"], run, PLAIN, "", now()))
     known = states(jobs)
     live = [job for job in jobs if known[job.id].is_live]
-    if not live and lock.exists() and _is_locked(lock):
+    if not live and _is_locked(lock):
         raise UserError(f"another process is training in {run}; wait for it, or set run.output_dir")
     return live[-1] if live else None
 
 
 def _is_locked(path: Path) -> bool:
-    with open(path) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:  # a file system without locks
-            return False
-    return False
+    def look() -> bool:
+        with open(path) as file:
+            return take_lock(file, shared=True) is Lock.ANOTHERS
+
+    try:
+        return patiently(look, str(path))
+    except FileNotFoundError:
+        return False
 
 
 def cancel(jobs: list[Job]) -> list[Job]:

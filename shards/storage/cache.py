@@ -1,13 +1,15 @@
 """A node's cache of remote files: whole, verified, and shared by all processes of the node.
 
 FOLDER/VERSION/NAME is the copy of a dataset's file; beside it lie NAME.lock, and NAME.part while it
-is being made.
+is being made. On a file system without locks each process makes its own NAME.TOKEN.part: what two
+copy at once is the same.
 """
 
-import fcntl
 import hashlib
 import os
+import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -15,8 +17,10 @@ from pathlib import Path
 from typing import Protocol
 
 from t5vae.common.errors import DamageError, UserError
+from t5vae.common.locks import Lock, take_lock
 
 CHUNK = 16 * 2**20  # bytes copied at once
+ABANDONED = 3600.0  # seconds since a process wrote to a part of its own: it was killed
 LOCK, PART = ".lock", ".part"
 
 
@@ -87,17 +91,17 @@ class Copies:
             Whether there is a copy now: False only without `wait`.
 
         Raises:
-            CacheError: no space.
+            CacheError: no space, or the node's disk fails.
             DamageError: twice, the content was another.
             OSError: the remote file cannot be read.
         """
         copy = self.folder / name
-        if copy.exists():
+        if self._is_there(copy):
             return True
-        with self._locked(copy, wait) as mine:
-            if not mine or copy.exists():
-                return mine
-            part = Path(f"{copy}{PART}")  # what a killed process left of it is overwritten
+        with self._locked(copy, wait) as state:
+            if state is Lock.ANOTHERS or self._is_there(copy):
+                return state is not Lock.ANOTHERS
+            part = self._part(copy, state)
             try:
                 for _ in range(2):
                     with source() as file:
@@ -106,21 +110,22 @@ class Copies:
                                 part.rename(copy)
                             return True
             finally:
-                part.unlink(missing_ok=True)
+                with suppress(OSError):
+                    part.unlink()
         raise DamageError(f"{file.url} is not what index.json names (its sha256 differs)")
 
     def make_folder(self, name: str, contents: Callable[[], dict[str, bytes]]) -> Path:
         """Copy a folder of small files, unless there is a copy.
 
         Raises:
-            CacheError: no space.
+            CacheError: no space, or the node's disk fails.
             OSError: as `contents` raises it.
         """
         copy = self.folder / name
-        if not copy.is_dir():
-            with self._locked(copy):
-                if not copy.is_dir():
-                    self._write_folder(copy, contents())
+        if not self._is_there(copy):
+            with self._locked(copy) as state:
+                if not self._is_there(copy):
+                    self._write_folder(copy, self._part(copy, state), contents())
         return copy
 
     def mark_used(self, name: str) -> None:
@@ -137,6 +142,10 @@ class Copies:
         except FileNotFoundError:
             return False
         return True
+
+    def _is_there(self, copy: Path) -> bool:
+        with self._writing():
+            return copy.exists()
 
     def _write(self, part: Path, source: Source) -> str:
         digest = hashlib.sha256()
@@ -155,18 +164,32 @@ class Copies:
                 os.fsync(file.fileno())
         return digest.hexdigest()
 
-    def _write_folder(self, copy: Path, contents: dict[str, bytes]) -> None:
-        part = Path(f"{copy}{PART}")
+    def _write_folder(self, copy: Path, part: Path, contents: dict[str, bytes]) -> None:
         with self._writing():
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir()
             for name, content in contents.items():
                 (part / name).write_bytes(content)
-            part.rename(copy)
+            try:
+                part.rename(copy)
+            except OSError:
+                shutil.rmtree(part, ignore_errors=True)
+                if not copy.is_dir():  # another process was faster
+                    raise
+
+    def _part(self, copy: Path, state: Lock) -> Path:
+        """The name of a copy that is being made; what a killed process left of it goes."""
+        if state is Lock.MINE:
+            return Path(f"{copy}{PART}")
+        for part in copy.parent.glob(f"{copy.name}.*{PART}"):
+            with suppress(OSError):
+                if time.time() - part.stat().st_mtime > ABANDONED:
+                    shutil.rmtree(part) if part.is_dir() else part.unlink()
+        return Path(f"{copy}.{secrets.token_hex(8)}{PART}")
 
     def _reserve(self, part: int, size: int) -> None:
         """Set a part's size, so that others count it, after making room for it."""
-        with self._locked(self.cache.folder / "all"):
+        with self._locked(self.cache.folder / "all"), self._writing():
             used = 0
             others = []
             for path, stat in _files(self.cache.folder):
@@ -184,23 +207,18 @@ class Copies:
                     break
                 path.unlink(missing_ok=True)  # a process that has it open goes on reading it
                 excess -= bytes
-            with self._writing():
-                os.truncate(part, size)
+            os.truncate(part, size)
 
     @contextmanager
-    def _locked(self, path: Path, wait: bool = True) -> Iterator[bool]:
-        """Hold a file's lock, or yield False if another holds it; a killed process holds none."""
+    def _locked(self, path: Path, wait: bool = True) -> Iterator[Lock]:
+        """Hold a file's lock, if it can be had; a killed process holds none."""
         with self._writing():
             self.folder.mkdir(parents=True, exist_ok=True)
-            lock = open(f"{path}{LOCK}", "wb")  # noqa: SIM115 closed below
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                mine = False
-            else:
-                mine = True
-            yield mine
+            file = open(f"{path}{LOCK}", "wb")  # noqa: SIM115 closed below
+        with file:
+            with self._writing():
+                state = take_lock(file, wait=wait)
+            yield state
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

@@ -10,6 +10,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -31,6 +32,7 @@ from shards.format.tokenizers import (
 )
 from shards.read.order import CHUNK
 from shards.write.corpora import Corpus, combine
+from shards.write.halted import forget, is_of_use, take_up
 from shards.write.pack import write_splits
 from shards.write.spool import Spool, open_spool
 from shards.write.stages import (
@@ -45,10 +47,11 @@ from shards.write.stages import (
     in_valid,
 )
 from shards.write.streams import copy_pipe, is_pipe
-from shards.write.workers import Counts, carry_out, take_up
+from shards.write.workers import Counts, carry_out
 from t5vae.common.errors import UserError
 from t5vae.common.files import fsync
 from t5vae.common.progress import say, stage
+from t5vae.common.storage import patiently
 from t5vae.common.workfolder import work_folder
 
 if TYPE_CHECKING:
@@ -115,6 +118,7 @@ def build(
     Raises:
         UserError: bad input or options, nothing left to train on, a folder that holds something
             else, another process that builds it, or no space left on the disk.
+        StorageError: files could not be read or written for minutes.
     """
     if "://" in str(out):
         raise UserError(f"{out} is no folder of this machine: build in one (--out), then copy it")
@@ -131,7 +135,7 @@ def build(
     if piped and column is not None and format is None:
         raise UserError("a pipe has no name that tells its format: give --format with --column")
     corpus = None if piped else Corpus(source, format, column)
-    with work_folder(out) as work:
+    with work_folder(out, is_of_use) as work:
         if corpus is None:
             assert source is not None
             corpus = Corpus(copy_pipe(source, work), format, column, name="-")
@@ -148,12 +152,12 @@ def build(
         if out.exists() and not (out.is_dir() and not any(out.iterdir())):
             return _already_built(out, corpus, recipe)
         files = [corpus.sha256()] if piped else [astuple(file) for file in corpus.files]
-        parts = work / "parts"
-        take_up(parts, {"version": WORK_VERSION, **recipe, "input": files})
-        folder = work / "dataset"
+        parts, folder = work / "parts", work / "dataset"
+        take_up(parts, {"version": WORK_VERSION, **recipe, "input": files}, corpus.kind)
         _build(folder, parts, corpus, recipe, options, given, pieces, workers)
         os.rename(folder, out.resolve())
         fsync(out.resolve().parent)
+        forget(parts)
     return open_index(out)
 
 
@@ -257,39 +261,45 @@ def _build(
         why = ", ".join(f"{count} {reason}" for reason, count in tally["dropped"].items())
         if held_out := sequences["valid"]:
             why = f"{held_out} held out: lower --valid-fraction, to 0 for none"
+        forget(parts)  # other texts or options are read anew
         raise UserError(
             f"{corpus.name} has no text to train on: {tally['texts_read']} read ({why or 'empty'})"
         )
     block_size = options.block_size or _block_size(tokenized)
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(parts / "tokenizer", folder / "tokenizer")
-    splits, shards, blocks = write_splits(
-        folder,
-        tokenizing.folder,
-        [done["sequences"] for done in tokenized],
-        block_size=block_size,
-        shard_size=options.shard_size,
-    )
-    np.save(folder / "blocks.npy", blocks)
-    index = Index(
-        dtype=dtype,
-        block_size=block_size,
-        max_length=options.max_length,
-        vocab_size=len(tokenizer),
-        pad_id=tokenizer.pad_token_id,
-        eos_id=tokenizer.eos_token_id,
-        tokenizer_fingerprint=fingerprint(tokenizer),
-        splits=splits,
-        shards=shards,
-        blocks_sha256=hashlib.sha256((folder / "blocks.npy").read_bytes()).hexdigest(),
-        **tally,
-        recipe=recipe | {"sha256": combine(d for done in read for d in done["digests"])},
-        path=str(folder),
-        sha256="",
-    )
-    (folder / "index.json").write_text(index.as_json())
-    for path in [*folder.rglob("*"), folder]:
-        fsync(path)
+
+    def pack() -> None:
+        with suppress(FileNotFoundError):
+            shutil.rmtree(folder)
+        shutil.copytree(parts / "tokenizer", folder / "tokenizer")
+        splits, shards, blocks = write_splits(
+            folder,
+            tokenizing.folder,
+            [done["sequences"] for done in tokenized],
+            block_size=block_size,
+            shard_size=options.shard_size,
+        )
+        np.save(folder / "blocks.npy", blocks)
+        index = Index(
+            dtype=dtype,
+            block_size=block_size,
+            max_length=options.max_length,
+            vocab_size=len(tokenizer),
+            pad_id=tokenizer.pad_token_id,
+            eos_id=tokenizer.eos_token_id,
+            tokenizer_fingerprint=fingerprint(tokenizer),
+            splits=splits,
+            shards=shards,
+            blocks_sha256=hashlib.sha256((folder / "blocks.npy").read_bytes()).hexdigest(),
+            **tally,
+            recipe=recipe | {"sha256": combine(d for done in read for d in done["digests"])},
+            path=str(folder),
+            sha256="",
+        )
+        (folder / "index.json").write_text(index.as_json())
+        for path in [*folder.rglob("*"), folder]:
+            fsync(path)
+
+    patiently(pack, str(folder))
 
 
 def _block_size(tokenized: list[Counts]) -> int:

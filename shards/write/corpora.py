@@ -3,7 +3,10 @@
 A corpus is a fixed list of files; a reading is one pass over some of them.
 """
 
+import errno
 import hashlib
+import os
+import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +21,9 @@ from shards.write.formats.values import ROWS, BadRow
 from shards.write.streams import CHUNK, Tap, decompressed, drain, is_url, open_raw
 from t5vae.common.errors import UserError, first_line
 from t5vae.common.files import reading
+from t5vae.common.storage import WEATHER, patiently
+
+BAD_ROW = "bad row"  # a reason to leave one out
 
 
 class BadRowError(UserError):
@@ -199,7 +205,7 @@ class Reading:
         if isinstance(item, BadRow):
             if not self.skip_bad_rows:
                 raise BadRowError(str(item))
-            self.skipped["bad row"] += 1
+            self.skipped[BAD_ROW] += 1
             self.bad_rows.append(str(item))
         elif not _holds_something(item):
             self.skipped["empty"] += 1
@@ -252,17 +258,45 @@ def combine(digests: Iterable[str]) -> str:
 
 
 def _find(source: str, format: Format) -> list[File]:
+    with reading(source):
+        return patiently(lambda: _list(source, format), source)
+
+
+def _list(source: str, format: Format) -> list[File]:
     path = Path(source)
-    if path.is_file():
-        found = [path]
-    elif path.is_dir():
-        inside = path.rglob("*")
-        found = [p for p in inside if format.claims(p.relative_to(path)) and p.is_file()]
+    found: Iterable[Path]
+    if stat.S_ISREG(_mode(path)):
+        return [_file(path)]
+    if stat.S_ISDIR(_mode(path)):
+        found = (p for p in _inside(path) if format.claims(p.relative_to(path)))
     elif has_magic(source):
-        found = [Path(p) for p in glob(source, recursive=True) if Path(p).is_file()]
+        found = map(Path, glob(source, recursive=True))
     else:
         raise UserError(f"{source} does not exist: give a file, a folder or a glob")
-    return [_file(path) for path in sorted(found)]
+    return [_file(path) for path in sorted(found) if stat.S_ISREG(_mode(path))]
+
+
+def _inside(folder: Path) -> Iterator[Path]:
+    """All that is no folder; folders that may not be read are passed over."""
+
+    def fail(error: OSError) -> None:
+        if error.errno in WEATHER:
+            raise error
+
+    for parent, _, names in os.walk(folder, onerror=fail):
+        yield from (Path(parent, name) for name in names)
+
+
+def _mode(path: Path) -> int:
+    """Of a file or folder, 0 where there is none; to Path.is_file() one that fails may be none."""
+    try:
+        return path.stat().st_mode
+    except ValueError:  # a zero byte
+        return 0
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            raise
+        return 0
 
 
 def _file(path: Path) -> File:

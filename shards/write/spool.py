@@ -81,7 +81,7 @@ class SpoolWriter:
         keys, hashes, items = _arrange(keys, hashes, items, self.dedupe)
         run = pa.record_batch({"key": keys, "hash": hashes, "item": items})
         with (
-            written(_run_path(self.folder, self.group, self.counts["runs"])) as path,
+            written(run_path(self.folder, self.group, self.counts["runs"])) as path,
             pa.OSFile(str(path), "wb") as file,
             pa.ipc.new_file(file, run.schema) as writer,
         ):
@@ -136,7 +136,7 @@ class Spool:
 def open_spool(folder: Path, groups: Sequence[Mapping[str, int]], kind: str, dedupe: bool) -> Spool:
     """The spool in a folder, from the counts of each group's writer."""
     runs = [
-        _run_path(folder, group, run)
+        run_path(folder, group, run)
         for group, counts in enumerate(groups)
         for run in range(counts["runs"])
     ]
@@ -144,7 +144,8 @@ def open_spool(folder: Path, groups: Sequence[Mapping[str, int]], kind: str, ded
     return Spool(runs, kind, dedupe, items, max(FEWEST_BUCKETS, -(-size // BUCKET_BYTES)))
 
 
-def _run_path(folder: Path, group: int, run: int) -> Path:
+def run_path(folder: Path, group: int, run: int) -> Path:
+    """The file of a run."""
     return folder / f"{group:05}-{run:05}.arrow"
 
 

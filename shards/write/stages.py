@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from shards.write.corpora import BadRowError, File, Reading
+from shards.write.corpora import BAD_ROW, BadRowError, File, Reading
 from shards.write.formats.format import Format
 from shards.write.spool import FEWEST_BUCKETS, Spool, SpoolWriter
 from shards.write.workers import Counts, Job
@@ -77,7 +77,7 @@ class Read(Job):
         return {
             "spool": writer.counts,
             "texts": writer.counts["items"]
-            + sum(dropped[reason] for reason in (EQUAL, "empty", "bad row")),
+            + sum(dropped[reason] for reason in (EQUAL, "empty", BAD_ROW)),
             "dropped": dropped,
             "bad_rows": reading.bad_rows[:BAD_ROWS],
             "digests": reading.digests,

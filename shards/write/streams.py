@@ -1,8 +1,10 @@
 """Files of a corpus as streams: opened wherever they lie, hashed, decompressed."""
 
+import errno
 import gzip
 import hashlib
 import io
+import os
 import shutil
 import stat
 import sys
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from t5vae.common.errors import first_line
+from t5vae.common.patient import Opened, PatientFile, open_patiently
 
 CHUNK = 2**20  # bytes
 DESCRIPTORS = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")
@@ -29,8 +32,7 @@ class Tap(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        with storage_errors():
-            count = self._stream.readinto(buffer)  # type: ignore[attr-defined]
+        count = self._stream.readinto(buffer)  # type: ignore[attr-defined]
         self._hash.update(memoryview(buffer)[:count])
         self._count += count
         return count
@@ -52,19 +54,45 @@ def is_url(source: object) -> bool:
     return "://" in str(source)
 
 
-def open_raw(path: str) -> IO[bytes]:
-    """Open a path or an fsspec URL.
+class _UrlFile(io.RawIOBase):
+    """A file at an fsspec URL; whatever goes wrong is an OSError."""
+
+    def __init__(self, url: str):
+        with storage_errors():
+            from fsspec.core import url_to_fs
+
+            filesystem, inner = url_to_fs(url)
+            self._stream = filesystem.open(inner, "rb")
+        self.size = getattr(self._stream, "size", None)
+
+    def readinto(self, buffer: Any) -> int:
+        with storage_errors():
+            return self._stream.readinto(buffer)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        with storage_errors():
+            return self._stream.seek(offset, whence)
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
+
+
+def open_raw(path: str) -> io.BufferedReader:
+    """Open a path or an fsspec URL, to be read on where the storage fails for a while.
 
     Raises:
-        OSError: that fails.
+        StorageError: it fails for minutes.
+        OSError: that fails otherwise.
     """
     if not is_url(path):
-        return open(path, "rb")
-    with storage_errors():
-        from fsspec.core import url_to_fs
+        return open_patiently(path)
 
-        filesystem, inner = url_to_fs(path)
-        return filesystem.open(inner, "rb")
+    def opened() -> Opened:
+        file = _UrlFile(path)
+        return file, file.size
+
+    return io.BufferedReader(PatientFile(path, opened))
 
 
 def is_pipe(source: str | Path) -> bool:
@@ -95,6 +123,8 @@ def storage_errors() -> Iterator[None]:
     """Raise the errors of fsspec and of what is behind it, each with its own kinds, as OSError."""
     try:
         yield
+    except TimeoutError as error:  # asyncio's has no number
+        raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)) from error
     except OSError:
         raise
     except Exception as error:

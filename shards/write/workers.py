@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import threading
 from abc import ABC, abstractmethod
@@ -18,7 +17,8 @@ from queue import Empty, SimpleQueue
 from typing import Any, ClassVar
 
 from t5vae.common.files import written
-from t5vae.common.progress import Advance, Unit, say, stage
+from t5vae.common.progress import Advance, Unit, stage
+from t5vae.common.storage import patiently
 
 Counts = dict[str, Any]
 TICK = 0.2  # seconds between looks at the workers' progress
@@ -78,21 +78,35 @@ def carry_out(job: Job, workers: int) -> list[Counts]:
 
 
 def finished(folder: Path) -> dict[int, Counts]:
-    """The counts of a job's finished tasks."""
-    return {int(path.stem): json.loads(path.read_text()) for path in folder.glob("*.json")}
+    """The counts of a job's finished tasks; none where there is no folder."""
+    try:
+        results = [path for path in folder.iterdir() if path.suffix == ".json"]
+    except FileNotFoundError:
+        return {}
+    return {int(path.stem): json.loads(path.read_text()) for path in results}
 
 
 def _do(job: Job, task: int, advance: Advance) -> None:
-    advanced = 0
+    """Do a task, and again from its beginning where the storage of its results fails."""
+    result = job.folder / f"{task:05}.json"
 
-    def count(units: int) -> None:
-        nonlocal advanced
-        advanced += units
-        advance(units)
+    def attempt() -> None:
+        advanced = 0
 
-    counts = job(task, count)
-    with written(job.folder / f"{task:05}.json") as path:
-        path.write_text(json.dumps(counts | {"advanced": advanced}))
+        def count(units: int) -> None:
+            nonlocal advanced
+            advanced += units
+            advance(units)
+
+        try:
+            counts = job(task, count)
+            with written(result) as path:
+                path.write_text(json.dumps(counts | {"advanced": advanced}))
+        except OSError:
+            advance(-advanced)
+            raise
+
+    patiently(attempt, str(result.with_suffix("")))
 
 
 def _in_processes(job: Job, tasks: list[int], workers: int, advance: Advance) -> None:
@@ -155,22 +169,3 @@ def _end_with(alive: Connection) -> None:
 def _work(task: int) -> None:
     job, advance = _of_worker
     _do(job, task, advance)
-
-
-def take_up(parts: Path, recipe: dict[str, Any]) -> None:
-    """Keep in the folder `parts` what a halted build of the same recipe left, and nothing else."""
-    file, content = parts / "recipe.json", json.dumps(recipe, indent=1)
-    if file.is_file() and file.read_text() == content:
-        stages = {
-            "read": "reading",
-            "cut": "cutting",
-            "encoded": "encoding",
-            "tokens": "tokenizing",
-        }
-        counts = {what: len(finished(parts / name)) for name, what in stages.items()}
-        done = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
-        say(f"going on with a halted build (tasks done: {done or 'none'})")
-        return
-    shutil.rmtree(parts, ignore_errors=True)
-    parts.mkdir()
-    file.write_text(content)

@@ -1,7 +1,5 @@
 """The run's folder, made and locked: one run in it at a time."""
 
-import errno
-import fcntl
 import json
 import os
 import secrets
@@ -10,10 +8,10 @@ from typing import IO, Any
 
 from t5vae.cluster.scheduler import host_name, is_running, job_id
 from t5vae.common.errors import UserError
+from t5vae.common.locks import Lock, take_lock
 
 LOCK = ".lock"
 FOLDER = "folder"  # what a file of a run calls the folder that it was written in
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 def make_folder(folder: Path) -> None:
@@ -49,7 +47,7 @@ def lock_run(folder: Path, *, anew: bool = False) -> IO[str]:
         before = _holder(lock.read())
         before = {} if is_copied(before, folder) else before
         other = before.get("job") not in (None, job)
-        held = _is_locked(lock) or (other and is_running(before["job"]))
+        held = take_lock(lock) is Lock.ANOTHERS or (other and is_running(before["job"]))
         if not held:
             holder = {
                 "job": job,
@@ -94,15 +92,3 @@ def _holder(text: str) -> dict[str, Any]:
     except ValueError:
         return {}
     return holder if isinstance(holder, dict) else {}
-
-
-def _is_locked(lock: IO[str]) -> bool:
-    """Lock a file; whether another process has it already."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-    return False

@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from t5vae.common.errors import UserError, first_line
+from t5vae.common.errors import StorageError, UserError, first_line
+from t5vae.common.patient import open_patiently
+from t5vae.common.storage import WEATHER
 
 SCRATCH = 64 * 2**20  # bytes free in the temporary folder, without which libraries fail
 
@@ -62,21 +64,26 @@ def read_records(path: Path, tail: int | None = None) -> list[dict[str, Any]]:
 
     Raises:
         UserError: if the file cannot be read, or holds anything else.
+        StorageError: the storage failed for minutes.
     """
     return list(iter_records(path, tail))
 
 
 def iter_records(path: Path, tail: int | None = None) -> Iterator[dict[str, Any]]:
     """The same one by one, for files that are large."""
-    if not path.exists():
-        return
-    with reading(str(path)), open(path, "rb") as file:
-        if tail is not None and os.fstat(file.fileno()).st_size > tail:
-            file.seek(-tail, os.SEEK_END)
-            file.readline()
-        for line in file:
-            if line.endswith(b"\n"):
-                yield _parse(line, path)
+    with reading(str(path)):
+        try:
+            file = open_patiently(path, grows=True)
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        with file:
+            if tail is not None:
+                begin = file.seek(max(0, file.seek(0, os.SEEK_END) - tail))
+                if begin:
+                    file.readline()
+            for line in file:
+                if line.endswith(b"\n"):
+                    yield _parse(line, path)
 
 
 def _parse(line: bytes, path: Path) -> dict[str, Any]:
@@ -93,7 +100,10 @@ def _parse(line: bytes, path: Path) -> dict[str, Any]:
 
 @contextmanager
 def reading(name: str) -> Iterator[None]:
-    """Raise what goes wrong while reading a file as a UserError that names it."""
+    """Raise what goes wrong while reading a file as a UserError that names it.
+
+    Where the storage fails, that is a StorageError: nothing is wrong with the file.
+    """
     try:
         yield
     except UnicodeDecodeError as error:
@@ -101,4 +111,13 @@ def reading(name: str) -> Iterator[None]:
     except tarfile.TarError as error:
         raise UserError(f"{name} is no whole tar file ({error})") from None
     except (EOFError, OSError, zlib.error) as error:
+        if isinstance(error, OSError) and error.errno in WEATHER:
+            raise not_answering(name, error) from error
         raise UserError(f"cannot read {name}: {first_line(error)}") from None
+
+
+def not_answering(name: str, error: OSError) -> StorageError:
+    """What is raised where storage failed, and trying again is for the same command to do."""
+    return StorageError(
+        f"{name}: the storage fails ({first_line(error)}); the same command goes on once it answers"
+    )

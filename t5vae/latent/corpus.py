@@ -26,10 +26,22 @@ from shards.write.corpora import Reading
 from shards.write.streams import copy_pipe, is_pipe
 from t5vae.common.errors import UserError
 from t5vae.common.files import reading
+from t5vae.common.patient import open_patiently
 from t5vae.common.progress import say, stage
+from t5vae.common.storage import patiently
 from t5vae.common.workfolder import work_folder
 from t5vae.latent.codec import Codec
-from t5vae.latent.writer import CODES, ENDS, FORMAT_VERSION, MANIFEST, ROWS, TEXTS, TOO_LONG, Writer
+from t5vae.latent.writer import (
+    CODES,
+    ENDS,
+    FORMAT_VERSION,
+    MANIFEST,
+    ROWS,
+    TEXTS,
+    TOO_LONG,
+    Writer,
+    is_of_use,
+)
 
 CHUNK = 16_384  # sequences between two notes of what is done
 
@@ -69,7 +81,8 @@ class Corpus:
     def texts(self, rows: Sequence[int] | np.ndarray) -> list[str]:
         """Texts by row."""
         found = []
-        with open(self.folder / TEXTS, "rb") as file:
+        path = self.folder / TEXTS
+        with reading(str(path)), open_patiently(path) as file:
             for row in map(int, rows):
                 begin = int(self.ends_N[row - 1]) if row else 0
                 file.seek(begin)
@@ -81,24 +94,28 @@ class Corpus:
         """Open an encoded corpus.
 
         Raises:
-            UserError: there is none, it is damaged, or another model encoded it.
+            UserError: there is none, it is damaged or may not be read, or another model encoded it.
+            StorageError: it could not be read for minutes.
         """
         manifest = read_manifest(folder)
         if manifest is None:
             raise UserError(f"{folder} is no encoded corpus: make one with `t5vae encode`")
         if manifest["model_sha256"] != model_sha256:
             raise UserError(f"{folder} was encoded by another model: encode its texts again")
-        try:
-            codes_ND = np.load(folder / CODES, mmap_mode="r")
-            ends_N = np.load(folder / ENDS, mmap_mode="r")
-            rows_N = None
-            if manifest["format_version"] > 1:
-                rows_N = np.load(folder / ROWS, mmap_mode="r")
-            lengths = {len(each) for each in (codes_ND, ends_N, rows_N) if each is not None}
-            whole = lengths == {manifest["sequences"]}
-            whole &= (folder / TEXTS).stat().st_size == (ends_N[-1] if len(ends_N) else 0)
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"{folder} is damaged ({error}): remove it") from None
+
+        def load(name: str) -> np.ndarray:
+            return patiently(lambda: np.load(folder / name, mmap_mode="r"), str(folder / name))
+
+        with reading(str(folder)):
+            try:
+                codes_ND, ends_N = load(CODES), load(ENDS)
+                rows_N = load(ROWS) if manifest["format_version"] > 1 else None
+                bytes = patiently((folder / TEXTS).stat, str(folder / TEXTS)).st_size
+            except (FileNotFoundError, ValueError, EOFError) as error:
+                raise UserError(f"{folder} is damaged ({error}): remove it") from None
+        lengths = {len(each) for each in (codes_ND, ends_N, rows_N) if each is not None}
+        whole = lengths == {manifest["sequences"]}
+        whole &= bytes == (ends_N[-1] if len(ends_N) else 0)
         if not whole:
             raise UserError(f"{folder} is damaged (its files differ in length): remove it")
         known = {TOO_LONG: manifest["left_out"]} if manifest["left_out"] else {}
@@ -108,11 +125,22 @@ class Corpus:
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """What an encoded corpus was made from; None where there is none."""
+    file = folder / MANIFEST
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        with reading(str(file)):
+            content = patiently(lambda: _content(file), str(file))
+        manifest = json.loads(content)
         return manifest if manifest["format_version"] in (1, FORMAT_VERSION) else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return None
+
+
+def _content(file: Path) -> bytes:
+    """What a file holds; nothing where there is none."""
+    try:
+        return file.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return b""
 
 
 def encode_corpus(codec: Codec, source: "Texts", out: Path, model_sha256: str) -> Corpus:
@@ -154,7 +182,7 @@ def left_out(reasons: Mapping[str, int]) -> str:
 
 
 def _encode(codec: Codec, source: "Texts", out: Path, made_from: dict[str, Any]) -> None:
-    with work_folder(out) as work, Writer(work, codec.latent_size, made_from) as writer:
+    with work_folder(out, is_of_use) as work, Writer(work, codec.latent_size, made_from) as writer:
         if writer.read:
             say(f"going on after {writer.read:,} texts")
         with stage(f"encoded {source.name}", source.total, done=writer.read) as advance:
@@ -168,6 +196,7 @@ def _encode(codec: Codec, source: "Texts", out: Path, made_from: dict[str, Any])
         if not writer.rows:
             limit = codec.model.config.sequence_length
             why = f"; {left_out(source.skipped)}" if source.skipped else ""
+            writer.forget()
             raise UserError(f"{source.name} holds no text of up to {limit} tokens{why}")
         writer.finish(out, source.skipped)
 

@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,26 @@ import numpy as np
 from torch import Tensor
 
 from t5vae.common.files import write_whole
+from t5vae.common.storage import patiently
 
 FORMAT_VERSION = 2  # 1 did not know of rows, and counted those with too many tokens alone
 
+NOTE = "done.json"
 MANIFEST, CODES, TEXTS, ENDS = "corpus.json", "codes.npy", "texts.jsonl", "ends.npy"
 ROWS = "rows.npy"
 TOO_LONG = "too many tokens"
+
+
+def is_of_use(work: Path) -> bool:
+    """Whether a work folder holds what another encoding may go on with."""
+    return NOTE in os.listdir(work)
 
 
 class Writer:
     """The files of a corpus, while they grow, and how far they are."""
 
     def __init__(self, work: Path, latent_size: int, made_from: dict[str, Any]):
-        self.folder, self.note = work / "corpus", work / "done.json"
+        self.folder, self.note = work / "corpus", work / NOTE
         self.latent_size, self.made_from = latent_size, made_from
         self.read = self.rows = self.bytes = 0
         self._take_up()
@@ -75,17 +83,24 @@ class Writer:
         if out.exists():
             shutil.rmtree(out)
         os.replace(self.folder, out)
+        self.forget()
+
+    def forget(self) -> None:
+        """Let no encoding go on with what is done."""
+        self.note.unlink(missing_ok=True)
 
     def _take_up(self) -> None:
         """Go on with what a halted encoding of the same left, or remove it."""
         try:
-            done = json.loads(self.note.read_text())
+            done = json.loads(patiently(self.note.read_text, str(self.note)))
+            (self.folder / TEXTS).stat()  # it is gone where a kill hit the end of `finish`
             if done["made_from"] == self.made_from:
                 self.read, self.rows, self.bytes = done["read"], done["rows"], done["bytes"]
                 return
-        except (OSError, ValueError, KeyError):
+        except (FileNotFoundError, ValueError, KeyError):
             pass
-        shutil.rmtree(self.folder, ignore_errors=True)
+        with suppress(FileNotFoundError):
+            shutil.rmtree(self.folder)
 
 
 class _Array:

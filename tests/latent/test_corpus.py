@@ -1,10 +1,13 @@
 """Encoded corpora: whole or not there, taken up after a halt, never mistaken for another."""
 
 import csv
+import errno
 import gzip
 import io
 import json
 import os
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,11 +15,12 @@ import torch
 
 import shards
 from shards.format.tokenizers import load_tokenizer
-from t5vae.common.errors import UserError
+from t5vae.common.errors import StorageError, UserError
 from t5vae.latent import corpus, writer
 from t5vae.latent.codec import Codec
 from t5vae.latent.corpus import Corpus, FileTexts, GivenTexts, SplitTexts, encode_corpus
 from tests.latent.tiny import LINES, random_model
+from tests.weather import Weather, without_locks
 
 TEXTS = [*LINES[:40], "é → ü", 'say "hi"\\n', " a  b ", "line\u2028separator"]
 LONG = "long " * 20
@@ -274,6 +278,117 @@ def test_a_full_disk_keeps_what_is_done(codec, tmp_path, monkeypatch):
             encode_corpus(codec, GivenTexts(TEXTS), tmp_path / "c", SHA)
     assert (tmp_path / ".c.build").is_dir()
     assert len(encode_corpus(codec, GivenTexts(TEXTS), tmp_path / "c", SHA)) == len(TEXTS)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])
+@pytest.mark.parametrize("place", ["note", "codes"])
+def test_storage_that_fails_keeps_what_is_done(
+    codec, tmp_path, calls, monkeypatch, number, place, capsys
+):
+    whole = files_of(encode_corpus(codec, GivenTexts(TEXTS), tmp_path / "whole", SHA).folder)
+    write, append = writer.write_whole, writer._Array.append
+    calls.clear()
+
+    def fail(*args):
+        if len(calls) == 2:
+            raise OSError(number, os.strerror(number))
+        return (write if place == "note" else append)(*args)
+
+    with monkeypatch.context() as patch:
+        target = (writer, "write_whole") if place == "note" else (writer._Array, "append")
+        patch.setattr(*target, fail)
+        with pytest.raises(UserError if number == errno.EACCES else StorageError) as caught:
+            encode_corpus(codec, GivenTexts(TEXTS), tmp_path / "c", SHA)
+    assert "the same command" in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+    encode_corpus(codec, GivenTexts(TEXTS), tmp_path / "c", SHA)
+    assert "going on after 16 texts" in capsys.readouterr().err
+    assert files_of(tmp_path / "c") == whole
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOTCONN])
+def test_a_note_that_cannot_be_read_is_no_reason_to_begin_anew(
+    codec, tmp_path, calls, monkeypatch, number
+):
+    def halted(*_):
+        raise KeyboardInterrupt
+
+    Weather(monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(writer.Writer, "finish", halted)
+        with pytest.raises(KeyboardInterrupt):
+            encode_corpus(codec, GivenTexts(TEXTS), tmp_path / "c", SHA)
+    note, read = tmp_path / ".c.build" / "done.json", Path.read_text
+    before = note.read_text()
+
+    def fail(path, *args, **more):
+        if path == note:
+            raise OSError(number, os.strerror(number))
+        return read(path, *args, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", fail)
+        with pytest.raises(StorageError, match=r"done\.json: the storage fails"):
+            encode_corpus(codec, GivenTexts(TEXTS), tmp_path / "c", SHA)
+    assert note.read_text() == before
+    calls.clear()
+    assert len(encode_corpus(codec, GivenTexts(TEXTS), tmp_path / "c", SHA)) == len(TEXTS)
+    assert calls == []
+
+
+def test_what_a_kill_left_at_the_very_end_is_encoded_anew(codec, tmp_path, monkeypatch):
+    whole = files_of(encode_corpus(codec, GivenTexts(TEXTS), tmp_path / "whole", SHA).folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(writer.Writer, "forget", lambda _: None)
+        patch.setattr("t5vae.common.workfolder._clear", lambda _: None)
+        encode_corpus(codec, GivenTexts(TEXTS), tmp_path / "c", SHA)
+    assert (tmp_path / ".c.build" / "done.json").exists()
+    shutil.rmtree(tmp_path / "c")
+    encode_corpus(codec, GivenTexts(TEXTS), tmp_path / "c", SHA)
+    assert files_of(tmp_path / "c") == whole
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_will_do(codec, tmp_path, monkeypatch, number):
+    without_locks(monkeypatch, number)
+    assert len(encode_corpus(codec, GivenTexts(TEXTS), tmp_path / "c", SHA)) == len(TEXTS)
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+@pytest.mark.parametrize("begin", [0, 9_000])
+def test_a_file_that_fails_for_a_while_is_read_on(tmp_path, monkeypatch, begin):
+    monkeypatch.setattr("shards.write.streams.CHUNK", 1000)
+    weather = Weather(monkeypatch)
+    lines = [f"{line} {number}" for number in range(30) for line in LINES]
+    (tmp_path / "a.txt").write_text("\n".join(lines))
+    weather.strike("a.txt", errno.EIO, errno.ESTALE, begin=begin)
+    assert texts_of(FileTexts(str(tmp_path / "a.txt"))) == lines
+    weather.strike("a.txt", -errno.EIO, begin=begin)
+    with pytest.raises(StorageError, match=r"a\.txt: the storage fails"):
+        FileTexts(str(tmp_path / "a.txt"))
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+def test_an_encoded_corpus_that_does_not_answer_is_not_damaged(
+    codec, tmp_path, monkeypatch, number
+):
+    encode_corpus(codec, GivenTexts(TEXTS), tmp_path / "c", SHA)
+    weather, left, load = Weather(monkeypatch), [number] * 2, np.load
+
+    def fail(*args, **more):
+        if left:
+            raise OSError(left.pop(), "away")
+        return load(*args, **more)
+
+    monkeypatch.setattr(np, "load", fail)
+    weather.strike("texts.jsonl", number)
+    assert Corpus.open(tmp_path / "c", SHA).texts([3, 1]) == [TEXTS[3], TEXTS[1]]
+    left += [number] * 1000
+    with pytest.raises(StorageError, match=r"codes\.npy: the storage fails"):
+        Corpus.open(tmp_path / "c", SHA)
+    left[:] = [errno.EACCES]
+    with pytest.raises(UserError, match=r"cannot read .*c: away"):
+        Corpus.open(tmp_path / "c", SHA)
 
 
 @pytest.mark.parametrize("name", ["codes.npy", "ends.npy", "rows.npy", "texts.jsonl"])

@@ -1,3 +1,4 @@
+import errno
 import fcntl
 import json
 import re
@@ -7,6 +8,7 @@ import pytest
 
 from t5vae.cluster.attempts import begin
 from t5vae.cluster.run_folder import lock_run
+from tests.weather import without_locks
 
 
 def test_status_logs_and_cancel_find_a_job_by_run_or_id(config_file, slurm, launch):
@@ -113,6 +115,17 @@ def test_a_run_that_a_process_trains_is_refused(config_file, slurm, launch):
         code, _, err = launch("submit", config_file)
     assert code == 2
     assert "another process is training in runs/tiny" in err
+    assert launch("submit", config_file)[0] == 0
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_run_folder_without_locks_holds_up_no_job(
+    config_file, slurm, launch, monkeypatch, number
+):
+    run = config_file.parent / "runs/tiny"
+    run.mkdir(parents=True)
+    (run / ".lock").write_text("")
+    without_locks(monkeypatch, number)
     assert launch("submit", config_file)[0] == 0
 
 

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import gc
+import hashlib
 import os
 import shutil
 import subprocess
@@ -19,8 +20,9 @@ import pytest
 import shards
 from shards.storage import cache
 from shards.storage.cache import Cache, Copies
-from t5vae.common.errors import DamageError, UserError
+from t5vae.common.errors import DamageError, StorageError
 from tests.shards.site import everything
+from tests.weather import without_locks
 
 pytestmark = pytest.mark.usefixtures("node")
 
@@ -61,13 +63,14 @@ def test_a_cold_start_reads_ranges_and_later_only_copies(site, dataset, node):
     assert site.asked == [("index.json", "whole")]
 
 
-def test_an_opened_dataset_needs_no_server_once_it_is_copied(site, dataset, node):
+def test_an_opened_dataset_needs_no_server_once_it_is_copied(site, dataset, node, monkeypatch):
+    monkeypatch.setattr("t5vae.common.storage._patience", 0.3)
     index = shards.open_index(site.url)
     texts = index.texts("train", np.arange(index.sequences("train")))
     until(lambda: copies(node) == names(dataset, "train"))
     site.gone.set()
     assert index.texts("train", np.arange(len(texts))) == texts
-    with pytest.raises(UserError, match=r"cannot read http://.*/index\.json: .*disconnected"):
+    with pytest.raises(StorageError, match=r"http://.*/index\.json: .*disconnected"):
         shards.open_index(site.url)
 
 
@@ -151,17 +154,28 @@ def test_a_full_cache_is_said_once_and_the_rest_read_by_ranges(site, dataset, no
     assert sum(path.stat().st_size for path in node.rglob("*") if path.is_file()) <= limit
 
 
-def test_a_full_disk_is_said_once(site, dataset, node, capsys, monkeypatch):
-    def full(_):
-        raise OSError(errno.ENOSPC, "No space left on device")
+@pytest.mark.parametrize(
+    ("call", "number"),
+    [
+        ("os.fsync", errno.ENOSPC),
+        ("os.fsync", errno.EIO),
+        ("os.truncate", errno.EIO),
+        ("fcntl.flock", errno.ESTALE),
+    ],
+)
+def test_a_disk_that_is_full_or_fails_is_said_once(
+    site, dataset, node, capsys, monkeypatch, call, number
+):
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
 
     index = shards.open_index(site.url)
     assert len(index.blocks)
-    monkeypatch.setattr("os.fsync", full)
+    monkeypatch.setattr(call, fail)
     for _ in range(2):
         assert everything(index) == everything(shards.open_index(dataset))
     until(lambda: not threads())
-    assert capsys.readouterr().err.count(f"cache {node}: No space left on device") == 1
+    assert capsys.readouterr().err.count(f"cache {node}: {os.strerror(number)}") == 1
     assert not copies(node)
     assert not [*node.rglob("*.part")]
 
@@ -235,3 +249,90 @@ def test_a_file_that_another_process_copied_meanwhile_is_not_copied_again(node):
         (copies.folder / "blocks.npy").write_bytes(b"whole")
         fcntl.flock(lock, fcntl.LOCK_UN)
         assert waiting.result() is True
+
+
+def test_without_locks_processes_copy_shards_that_are_whole(site, dataset, node):
+    code = (
+        "import fcntl, shards, sys, numpy, time, pathlib;"
+        "fcntl.flock = lambda *_: (_ for _ in ()).throw(OSError(38, 'Function not implemented'));"
+        f"index = shards.open_index({site.url!r});"
+        "index.read('train', numpy.arange(index.sequences('train')));"
+        f"folder = pathlib.Path({str(node)!r});"
+        f"[time.sleep(0.01) for _ in iter(lambda: len([*folder.rglob('*.tar')]), "
+        f"{len(names(dataset, 'train'))})]; index.store.close()"
+    )
+    processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
+    assert [process.wait(60) for process in processes] == [0, 0]
+    version = shards.open_index(dataset).sha256
+    for name in names(dataset, "train"):
+        assert (node / version / name).read_bytes() == (dataset / name).read_bytes()
+
+
+class Slow:
+    """A remote file that waits for others before its second half."""
+
+    url, size = "slow", 20_000
+
+    def __init__(self, meet: threading.Barrier):
+        self.halves = [b"a" * 10_000, b"b" * 10_000]
+        self.meet = meet
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def read(self, size):
+        self.meet.wait(20)
+        return self.halves.pop(0) if self.halves else b""
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_without_locks_half_files_of_several_never_mix(node, monkeypatch, number):
+    without_locks(monkeypatch, number)
+    whole = b"a" * 10_000 + b"b" * 10_000
+    meet = threading.Barrier(3)
+    make = partial(
+        Copies(Cache(node), "version").make,
+        "a.tar",
+        hashlib.sha256(whole).hexdigest(),
+        lambda: Slow(meet),
+    )
+    with ThreadPoolExecutor() as pool:
+        made = [pool.submit(make, wait=wait) for wait in (True, True, False)]
+        assert [each.result() for each in made] == [True] * 3
+    assert (node / "version" / "a.tar").read_bytes() == whole
+    assert not [*node.rglob("*.part")]
+
+
+def test_without_locks_folders_are_made_by_several_at_once(node, monkeypatch):
+    without_locks(monkeypatch)
+    meet = threading.Barrier(3)
+    contents = {"vocab.txt": b"a b", "tokenizer.json": b"{}"}
+
+    def fetch():
+        meet.wait(20)
+        return contents
+
+    with ThreadPoolExecutor() as pool:
+        copies = Copies(Cache(node), "version")
+        made = [pool.submit(copies.make_folder, "tokenizer", fetch) for _ in range(3)]
+        folders = {each.result() for each in made}
+    assert folders == {node / "version" / "tokenizer"}
+    assert {p.name: p.read_bytes() for p in folders.pop().iterdir()} == contents
+    assert not [*node.rglob("*.part")]
+
+
+def test_without_locks_what_killed_processes_left_goes_after_an_hour(node, monkeypatch):
+    without_locks(monkeypatch)
+    folder = node / "version"
+    folder.mkdir(parents=True)
+    for name, age in (("old", 4000), ("new", 1000)):
+        (folder / f"a.tar.{name}.part").write_bytes(b"half")
+        os.utime(folder / f"a.tar.{name}.part", (time.time() - age,) * 2)
+    meet = threading.Barrier(1)
+    digest = hashlib.sha256(b"a" * 10_000 + b"b" * 10_000).hexdigest()
+    assert Copies(Cache(node), "version").make("a.tar", digest, lambda: Slow(meet))
+    assert {path.name for path in folder.iterdir()} >= {"a.tar", "a.tar.new.part"}
+    assert not (folder / "a.tar.old.part").exists()
