@@ -3,6 +3,8 @@
 Shapes: N codes, D latent size.
 """
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,17 +18,29 @@ BINS = np.linspace(-4, 4, 41)
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
+FIGURES: dict[str, Callable[[Tensor], float]] = {
+    "mmd": lambda z_ND: mmd(z_ND, kernel="imq", prior="normal", estimator="u").item(),
+    "sliced_wasserstein": metrics.sliced_wasserstein,
+    "epps_pulley_slices": lambda z_ND: sliced_epps_pulley(z_ND, axes=False).item(),
+    "epps_pulley_axes": lambda z_ND: sliced_epps_pulley(z_ND, slices=0).item(),
+    "mean_square_norm": metrics.mean_square_norm,
+    "participation_ratio": metrics.participation_ratio,
+    "active_dimensions": metrics.active_dimensions,
+}
+
+
 def geometry(z_ND: Tensor) -> dict[str, float]:
-    """Figures of codes [N, D]; see `evaluate`."""
-    return {
-        "mmd": mmd(z_ND, kernel="imq", prior="normal", estimator="u").item(),
-        "sliced_wasserstein": metrics.sliced_wasserstein(z_ND),
-        "epps_pulley_slices": sliced_epps_pulley(z_ND, axes=False).item(),
-        "epps_pulley_axes": sliced_epps_pulley(z_ND, slices=0).item(),
-        "mean_square_norm": metrics.mean_square_norm(z_ND),
-        "participation_ratio": metrics.participation_ratio(z_ND),
-        "active_dimensions": metrics.active_dimensions(z_ND),
-    }
+    """Figures of codes [N, D]; see `evaluate`. NaN stands for one that they do not have, as codes
+    that are not finite have none."""
+    finite = bool(z_ND.isfinite().all())
+    return {name: _figure(of, z_ND) if finite else math.nan for name, of in FIGURES.items()}
+
+
+def _figure(of: Callable[[Tensor], float], z_ND: Tensor) -> float:
+    try:
+        return of(z_ND)
+    except (ArithmeticError, RuntimeError, ValueError):
+        return math.nan
 
 
 def portrait(z_ND: Tensor) -> dict[str, Any]:

@@ -142,8 +142,7 @@ class Codec:
         """
         if not (temperature == 0 or COLDEST <= temperature < math.inf):
             raise UserError(f"the temperature is {temperature}; give 0, or {COLDEST:g} and more")
-        if not z_ND.isfinite().all():
-            raise UserError("codes are finite numbers; some of these are not")
+        self.check_codes(z_ND)
         beams = 1 if temperature > 0 else n
         z_ND = z_ND.repeat_interleave(n // beams, dim=0)
         chances_NT = None
@@ -163,6 +162,15 @@ class Codec:
                 ids_BT = decode(self.model, z_BD, temperature, chances_BT, self.threads)
             sequences += [self._until_end(row) for row in ids_BT.tolist()]
         return sequences
+
+    def check_codes(self, z_ND: Tensor) -> None:
+        """Refuse codes that are not finite.
+
+        Raises:
+            UserError: for any of them.
+        """
+        if not z_ND.isfinite().all():
+            raise UserError("codes are finite numbers; some of these are not")
 
     @torch.no_grad()
     def score_ids(self, ids: Ids, z_ND: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any, Protocol
 
 from rich.console import Console
@@ -19,11 +20,12 @@ from rich.progress import (
 )
 
 from t5vae.cluster.scheduler import job_id
-from t5vae.common.errors import DISK_FULL
+from t5vae.common.errors import DISK_FULL, UserError, first_line
 from t5vae.common.files import read_records, write_records, write_whole
 from t5vae.common.progress import process_seconds
+from t5vae.common.storage import WEATHER, patiently
 from t5vae.config import Config
-from t5vae.metrics.reading import METRICS
+from t5vae.metrics.reading import METRICS, finite
 from t5vae.metrics.trackers import Tables, Trackers
 
 
@@ -77,12 +79,28 @@ class RunLog:
         self.checkpoint = 0
         self.saves: dict[str, float] = {}
         self.unwritten = ""
+        self.whole: int | None = None  # bytes of whole lines, where writing more has failed
+        self.waits = False
 
     def drop_after(self, step: int) -> None:
-        """Drop the lines past a checkpoint, atomically: their steps will be done again."""
-        if not self.enabled or not self.path.exists():
+        """Drop the lines past a checkpoint, atomically: their steps will be done again.
+
+        Raises:
+            UserError: if the lines are damaged, or cannot be read or written.
+            StorageError: if the storage failed for minutes.
+        """
+        if not self.enabled:
             return
-        write_records(self.path, [line for line in read_records(self.path) if line["step"] <= step])
+        lines = read_records(self.path)
+        steps = [finite(line.get("step")) for line in lines]
+        if None in steps:
+            raise UserError(f"{self.path} is damaged: it has lines without a step")
+        kept = [line for line, at in zip(lines, steps, strict=True) if at <= step]
+        try:
+            if patiently(self.path.exists, str(self.path)):
+                patiently(lambda: write_records(self.path, kept), str(self.path))
+        except OSError as error:
+            raise self._unwritable(error) from None
 
     def say(self, text: str) -> None:
         """One line for people, above the bar if there is one."""
@@ -191,24 +209,51 @@ class RunLog:
             folder.mkdir(exist_ok=True)
             write_whole(folder / f"step-{step:08d}.json", text + "\n")
         except OSError as error:
-            if error.errno not in DISK_FULL:
-                raise
-            self.say(f"{folder} has no room for the texts of step {step:,}: {error.strerror}")
+            why = first_line(error)
+            self.say(f"the texts of step {step:,} could not be written to {folder}: {why}")
         self.trackers.tables(step, tables)
 
     def _write(self) -> None:
-        """Append what is unwritten; on a full disk it waits for room, and no half line stays."""
-        size = self.path.stat().st_size if self.path.exists() else 0
+        """Append what is unwritten, no half line; where there is no room, or the storage fails, it
+        is kept until there is.
+
+        Raises:
+            UserError: if the file cannot be written for another reason.
+        """
         try:
+            if self.whole is None:
+                self.whole = self._size()
+            else:
+                self._cut_half_lines(self.whole)
             with open(self.path, "a") as file:
                 file.write(self.unwritten)
-            self.unwritten = ""
+            self.unwritten, self.whole, self.waits = "", None, False
         except OSError as error:
-            if error.errno not in DISK_FULL:
-                raise
-            if self.path.exists():
-                os.truncate(self.path, size)
-            self.say(f"{self.path} waits for room on the disk: {error.strerror}")
+            if error.errno not in WEATHER.union(DISK_FULL):
+                raise self._unwritable(error) from None
+            if self.whole is not None:
+                with suppress(OSError):  # before the next line is written, it is tried again
+                    self._cut_half_lines(self.whole)
+            if not self.waits:
+                what = "room on the disk" if error.errno in DISK_FULL else "its storage"
+                self.say(f"{self.path} waits for {what}: {first_line(error)}")
+            self.waits = True
+
+    def _cut_half_lines(self, whole: int) -> None:
+        if self._size() > whole:
+            os.truncate(self.path, whole)
+
+    def _size(self) -> int:
+        try:
+            return self.path.stat().st_size
+        except FileNotFoundError:
+            return 0
+
+    def _unwritable(self, error: OSError) -> UserError:
+        return UserError(
+            f"cannot write {self.path}: {first_line(error)}; once that is mended, the same command "
+            "goes on"
+        )
 
     def saved(self, text: str, *, step: int, seconds: float, stall: float) -> None:
         """Tell of a checkpoint; the next line of metrics has its times.
@@ -227,6 +272,11 @@ class RunLog:
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
+        if self.unwritten:
+            self._write()
+        if self.unwritten:
+            lost = len(self.unwritten.splitlines())
+            self.say(f"{self.path} lacks the last lines, {lost:,} of them")
         self.trackers.close()
 
 

@@ -16,10 +16,12 @@ from transformers import PreTrainedTokenizerBase
 from shards import Dataset
 from t5vae.checkpoint.randomness import undisturbed
 from t5vae.cluster.phases import phase
+from t5vae.common.errors import first_line
 from t5vae.config import Eval
 from t5vae.evaluation import metrics
 from t5vae.evaluation.geometry import geometry
 from t5vae.latent import LatentSpace, checker
+from t5vae.latent.checkers import Checker
 from t5vae.latent.paths import path
 from t5vae.metrics.trackers import Tables
 from t5vae.model import T5VAE
@@ -36,11 +38,14 @@ class Findings:
 
     Attributes:
         figures: for metrics.jsonl, their names as in `eval.json` after "eval/".
+            NaN stands for what cannot be had, as of codes that are not finite.
         tables: reconstructions, samples and interpolations, as texts.
+        problem: what is to be told besides.
     """
 
     figures: dict[str, float]
     tables: Tables
+    problem: str | None = None
 
     @property
     def held_out(self) -> float | None:
@@ -57,7 +62,8 @@ class Findings:
             "shuffled_gap": "gap {:.2f}",
         }
         names = [name for name in shown if f"eval/{name}" in self.figures]
-        return ", ".join(shown[name].format(self.figures[f"eval/{name}"]) for name in names)
+        told = [shown[name].format(self.figures[f"eval/{name}"]) for name in names]
+        return ", ".join(told + ([self.problem] if self.problem else []))
 
 
 class GivenUpError(Exception):
@@ -100,6 +106,9 @@ class DealtSpace(LatentSpace):
             found += super().decode_ids(part_BD, n, temperature, seed)
         return self._gathered(found, len(z_ND))
 
+    def check_codes(self, z_ND: Tensor) -> None:
+        """Take them all: a rank that refused its share would leave the others alone."""
+
     def score_ids(self, ids: Ids, z_ND: Tensor) -> Tensor:
         own_BD = z_ND[self._rows(len(z_ND))]
         return self._tensor(super().score_ids(self._share(ids), own_BD), len(ids))
@@ -135,6 +144,30 @@ class DealtSpace(LatentSpace):
         return found
 
 
+class Forgiving:
+    """A checker by which a text that it fails on is not valid.
+
+    Attributes:
+        failed: how often it did.
+        problem: the first time.
+    """
+
+    def __init__(self, check: Checker):
+        self.check, self.failed, self.problem = check, 0, ""
+
+    def __call__(self, text: str) -> bool:
+        try:
+            return bool(self.check(text))
+        except (Exception, SystemExit) as error:  # a user's own code, on any text at all
+            self.failed += 1
+            self.problem = self.problem or f"{type(error).__name__}: {first_line(error)}"
+            return False
+
+    def told(self) -> str | None:
+        """What went wrong, for people."""
+        return f"eval.check failed on {self.failed:,} ({self.problem})" if self.failed else None
+
+
 class MidRunEvaluation:
     """Evaluates a model in training, on held-out sequences and on draws from the prior.
 
@@ -159,7 +192,7 @@ class MidRunEvaluation:
         self.decoded = settings.decoded
         if not settings.every:
             return
-        self.is_valid = None if settings.check is None else checker(settings.check)
+        self.check = None if settings.check is None else checker(settings.check)
         ids_NT, lengths_N = dataset.read("valid", dataset.first("valid", settings.sequences))
         self.ids = [row[:n].tolist() for row, n in zip(ids_NT, lengths_N, strict=True)]
         sharded = engine.zero_optimization_stage() == 3
@@ -174,9 +207,11 @@ class MidRunEvaluation:
         """
         began = time.perf_counter()
         with undisturbed(), self._evaluating(), phase("evaluation"):
-            figures, tables = self._measure()
+            is_valid = None if self.check is None else Forgiving(self.check)
+            figures, tables = self._measure(is_valid)
         figures["seconds"] = time.perf_counter() - began
-        return Findings({f"eval/{name}": value for name, value in figures.items()}, tables)
+        named = {f"eval/{name}": value for name, value in figures.items()}
+        return Findings(named, tables, None if is_valid is None else is_valid.told())
 
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -187,7 +222,7 @@ class MidRunEvaluation:
             self.engine.train()
 
     @torch.no_grad()
-    def _measure(self) -> tuple[dict[str, float], Tables]:
+    def _measure(self, is_valid: Checker | None) -> tuple[dict[str, float], Tables]:
         space, ids, few = self.space, self.ids, self.ids[: self.decoded]
         rng = np.random.default_rng(0)
         z_ND = space.encode_ids(ids)
@@ -207,8 +242,8 @@ class MidRunEvaluation:
         between = space.detokenize(space.decode_ids(z_PSD.flatten(0, 1)))
         paths = [between[at : at + STEPS] for at in range(0, len(between), STEPS)]
 
-        quality = metrics.quality(samples, frozenset(), self.is_valid)
-        interpolation = metrics.interpolation(paths, self.is_valid)
+        quality = metrics.quality(samples, frozenset(), is_valid)
+        interpolation = metrics.interpolation(paths, is_valid)
         found = {
             "nats_per_token": nats,
             "shuffled_gap": shuffled - nats,
@@ -233,4 +268,6 @@ class MidRunEvaluation:
             ],
         }
         shown = {name: rows[:SHOWN] for name, rows in tables.items()}
-        return {name: value for name, value in found.items() if value is not None}, shown
+        if is_valid is None:
+            del found["valid"], found["interpolation_validity"]
+        return {name: math.nan if of is None else of for name, of in found.items()}, shown

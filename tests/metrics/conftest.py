@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.failing import failing  # noqa: F401
 from tests.small_runs import dataset, make_config, python_lines  # noqa: F401
 
 NOW = 2_000_000_000.0  # Unix seconds

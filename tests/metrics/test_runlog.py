@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import pytest
 
+from t5vae.common.errors import StorageError, UserError
 from t5vae.common.quiet import quiet_start
 from t5vae.metrics import runlog
 from t5vae.metrics.reading import METRICS, read_metrics
@@ -105,8 +106,10 @@ def test_a_half_written_last_line_is_left_out_and_written_anew(log, half):
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_full_disk_costs_no_line(log, monkeypatch, capfd):
-    class Full:
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE])
+@pytest.mark.parametrize("cut", [True, False])
+def test_a_disk_that_is_full_or_fails_costs_no_line(log, monkeypatch, capfd, number, cut):
+    class Failing:
         def __init__(self, path, mode):
             self.file = open(path, mode)  # noqa: SIM115 (closed below)
 
@@ -119,17 +122,82 @@ def test_a_full_disk_costs_no_line(log, monkeypatch, capfd):
         def write(self, text):
             self.file.write(text[:7])
             self.file.flush()
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(runlog, "open", Full, raising=False)
+    def fail(path, size):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(runlog, "open", Failing, raising=False)
+    if not cut:
+        monkeypatch.setattr(os, "truncate", fail)
     log.metrics(record(6))
     log.metrics(record(7))
     assert log.path.read_text().count("\n") == 5
-    assert log.path.read_text().endswith("\n")
-    assert "No space left" in capfd.readouterr().err
+    assert log.path.read_text().endswith("\n") == cut
+    assert capfd.readouterr().err.count(os.strerror(number)) == 1
     monkeypatch.undo()
     log.metrics(record(8))
+    assert log.path.read_text().count("\n") == 8
     assert records(log) == [record(step) for step in range(1, 9)]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOSPC])
+@pytest.mark.parametrize("call", ["open", "stat"])
+def test_lines_wait_for_storage_and_those_that_never_get_there_are_told(
+    log, failing, capfd, monkeypatch, call, number
+):
+    failing(call, METRICS, number)
+    for step in (6, 7, 8):
+        log.metrics(record(step))
+    assert capfd.readouterr().err.count("waits for") == 1
+    log.close()
+    assert f"{log.path} lacks the last lines, 3 of them" in capfd.readouterr().err
+    monkeypatch.undo()
+    log.close()
+    assert records(log) == [record(step) for step in range(1, 9)]
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.EPERM])
+@pytest.mark.parametrize("what", ["metrics", "drop_after"])
+def test_metrics_that_may_not_be_written_are_for_the_user_to_mend(log, failing, number, what):
+    failing("open", METRICS if what == "metrics" else f"{METRICS}.{os.getpid()}.tmp", number)
+    with pytest.raises(UserError, match=f"cannot write .*{METRICS}: {os.strerror(number)}"):
+        getattr(log, what)(record(6) if what == "metrics" else 3)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+@pytest.mark.parametrize("call", ["open", "rename"])
+@pytest.mark.parametrize("times", [2, 10**9])
+def test_lines_are_dropped_once_the_storage_answers(log, failing, monkeypatch, call, number, times):
+    failing(call, f"{METRICS}.{os.getpid()}.tmp", number, times)
+    if times == 2:
+        log.drop_after(3)
+    else:
+        with pytest.raises(StorageError, match=METRICS):
+            log.drop_after(3)
+    monkeypatch.undo()
+    assert records(log) == [record(step) for step in range(1, 4 if times == 2 else 6)]
+
+
+@pytest.mark.parametrize("line", ['{"loss": 1.0}', '{"step": null}', '{"step": "6"}', "[6]", "6"])
+def test_metrics_that_are_damaged_are_told(log, line):
+    with open(log.path, "a") as file:
+        file.write(line + "\n")
+    with pytest.raises(UserError, match=f"{METRICS} is damaged"):
+        log.drop_after(3)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EACCES, errno.EROFS])
+@pytest.mark.parametrize(
+    ("call", "ending"), [("mkdir", "samples"), ("open", ".tmp"), ("rename", ".tmp")]
+)
+def test_texts_that_cannot_be_written_are_a_line(log, failing, capfd, call, ending, number):
+    failing(call, ending, number)
+    log.step(6, {**record(6), "position": 80}, FOUND, None)
+    told = [line for line in capfd.readouterr().err.splitlines() if "texts of step 6" in line]
+    assert len(told) == 1
+    assert os.strerror(number) in told[0]
+    assert records(log)[-1] == record(6)
 
 
 def test_a_run_without_metrics_has_nothing_to_drop(make_config):

@@ -1,8 +1,10 @@
 """What a run finds out about its space; the ranks are threads of this process."""
 
+import math
 import random
 import signal
 import time
+import zlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +12,9 @@ import pytest
 import torch
 
 from t5vae.evaluation import evaluate
+from t5vae.evaluation.geometry import FIGURES
 from t5vae.latent import LatentSpace
+from t5vae.latent.codec import Codec
 from t5vae.metrics.reading import read_metrics
 from t5vae.training import midrun
 from t5vae.training.build import build_model, model_config
@@ -97,6 +101,76 @@ def test_the_texts_are_those_of_the_figures(model, look):
     assert [steps[0]["share"], steps[STEPS - 1]["share"]] == [0, 1]
     # A path begins at a held-out sequence's own code.
     assert steps[0]["text"] == pairs[0]["reconstruction"]
+
+
+@pytest.mark.parametrize(
+    ("world", "rows", "value"),
+    [
+        (1, {0}, math.nan),
+        (2, {1}, math.inf),
+        (3, {2, 25}, -math.inf),
+        (3, {29}, math.nan),
+        (2, set(range(30)), math.nan),
+    ],
+)
+def test_codes_that_are_not_finite_cost_figures_and_no_run(
+    look, model, monkeypatch, value, world, rows
+):
+    encode = Codec.encode_ids
+    ids_NT, lengths_N = model.dataset.read("valid", model.dataset.first("valid", 30))
+    poisoned = [ids_NT[row][: lengths_N[row]].tolist() for row in rows]
+
+    def encode_some(space, ids):
+        z_ND = encode(space, ids)
+        z_ND[[row for row, each in enumerate(ids) if list(each) in poisoned], 3] = value
+        return z_ND
+
+    (whole,) = look(1)
+    monkeypatch.setattr(Codec, "encode_ids", encode_some)
+    for found in look(world):
+        figures = {name.removeprefix("eval/"): of for name, of in found.figures.items()}
+        assert found.figures.keys() == whole.figures.keys()
+        for name in ("nats_per_token", "shuffled_gap", *FIGURES):
+            assert not math.isfinite(figures[name]), name
+        assert found.held_out is None
+        assert found.tables["samples"] == whole.tables["samples"]
+        texts = [
+            [pair["reconstruction"] for pair in each.tables["reconstructions"]]
+            for each in (found, whole)
+        ]
+        assert len(texts[0]) == 20
+        same = [row for row in range(20) if row not in rows]
+        assert [texts[0][row] for row in same] == [texts[1][row] for row in same]
+    assert all(module.training for module in model.engine.modules())
+
+
+@pytest.mark.parametrize(
+    ("world", "error", "told"),
+    [
+        (1, ZeroDivisionError("by\nzero"), "ZeroDivisionError: by"),
+        (1, SystemExit(3), "SystemExit: 3"),
+        (2, RecursionError(), "RecursionError: RecursionError"),
+    ],
+)
+def test_a_text_that_a_checker_fails_on_is_not_valid(look, monkeypatch, error, told, world):
+    def is_odd(text):
+        return zlib.crc32(text.encode()) % 2
+
+    def check(text):
+        if is_odd(text):
+            raise error
+        return True
+
+    monkeypatch.setattr(midrun, "checker", lambda name: check)
+    for found in look(world, check="json"):
+        texts = [
+            row["text"] for name in ("samples", "interpolations") for row in found.tables[name]
+        ]
+        odd = list(map(is_odd, texts))
+        assert 0 < sum(odd) < len(odd)
+        assert found.figures["eval/valid"] == 1 - sum(odd[:20]) / 20
+        assert found.figures["eval/interpolation_validity"] == 1 - sum(odd[20:]) / 16
+        assert str(found).endswith(f", eval.check failed on {sum(odd)} ({told})")
 
 
 def drawn(before=lambda: None):
