@@ -1,6 +1,9 @@
+import errno
 import gzip
 import io
+import os
 import pickle
+from pathlib import Path
 
 import fsspec
 import pytest
@@ -9,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shards.write.corpora import Corpus, combine
-from t5vae.common.errors import UserError
+from t5vae.common.errors import StorageError, UserError
 from tests.shards.sources import LINES, PACK, read, reading, write
+from tests.weather import Weather
 
 
 @pytest.mark.parametrize("suffix", PACK)
@@ -203,3 +207,47 @@ def test_bad_sources(tmp_path):
     for use in (corpus.sha256, lambda: list(reading(corpus))):
         with pytest.raises(UserError, match=r"a\.txt: No such file"):
             use()
+
+
+@pytest.mark.parametrize("source", ["", "deep", "*", "a.txt"])
+def test_files_that_cannot_be_looked_at_are_not_taken_for_missing(tmp_path, monkeypatch, source):
+    Weather(monkeypatch)
+    (tmp_path / "deep").mkdir()
+    for name in ("a.txt", "deep/b.txt"):
+        (tmp_path / name).write_text("a")
+    found = Corpus(tmp_path / source).files
+    stat, left = Path.stat, [errno.EIO, errno.ESTALE]
+
+    def fail(path, **how):
+        if left and str(path).endswith(".txt"):
+            raise OSError(left[0] if len(left) > 2 else left.pop(), "away")
+        return stat(path, **how)
+
+    monkeypatch.setattr(Path, "stat", fail)
+    assert Corpus(tmp_path / source).files == found
+    assert not left
+    left += [errno.EIO] * 3
+    with pytest.raises(StorageError, match="the storage fails"):
+        Corpus(tmp_path / source)
+    left[:] = [errno.EACCES]
+    with pytest.raises(UserError, match=r"cannot read .*: away"):
+        Corpus(tmp_path / source)
+
+
+def test_a_folder_that_cannot_be_listed_for_a_while_is_listed_whole(tmp_path, monkeypatch):
+    for name in ("a/1.txt", "b/2.txt", "c/3.txt"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("a")
+    found = Corpus(tmp_path).files
+    Weather(monkeypatch)
+    scandir, left = os.scandir, [errno.EIO, errno.ENOTCONN]
+
+    def fail(path):
+        if left and str(path).endswith("b"):
+            raise OSError(left.pop(), "away")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", fail)
+    assert Corpus(tmp_path).files == found
+    assert [Path(file.path).name for file in found] == ["1.txt", "2.txt", "3.txt"]
+    assert not left

@@ -251,6 +251,19 @@ def test_a_corpus_that_fails_for_ever_is_one_line(tmp_path, weather, name):
     assert (tmp_path / ".d.build").is_dir()
 
 
+@pytest.mark.parametrize(("number", "code"), [(errno.EIO, 1), (errno.ESTALE, 1), (errno.EACCES, 2)])
+def test_a_command_ends_with_a_line_and_a_code(tmp_path, weather, t5vae, number, code):
+    write_corpus(tmp_path / "a.txt")
+    weather.strike("a.txt", -number)
+    command = ["shards", "build", tmp_path / "a.txt", "--out", tmp_path / "d"]
+    ended, out, err = t5vae(*command, "--tokenizer", "byte", "--max-length", 40, "--workers", 1)
+    assert (ended, out) == (code, "")
+    assert [line for line in err.splitlines() if line.startswith("error: ")] == [
+        err.splitlines()[-1]
+    ]
+    assert os.strerror(number) in err.splitlines()[-1]
+
+
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])
 def test_what_was_read_before_the_storage_failed_is_not_read_again(
     parts, tmp_path, digests, weather, small_groups, number
