@@ -2,11 +2,13 @@
 
 import zlib
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
-from shards.storage.store import Store
+from shards.storage.store import Store, unreadable
 from t5vae.common.errors import DamageError
+from t5vae.common.storage import patiently
 
 BLOCK = np.dtype(
     [
@@ -41,12 +43,28 @@ class BlockReader:
         self.dtype = np.dtype(dtype)
         rows = table["sequences"].astype(np.int64)
         self.first = np.cumsum(rows) - rows
+        self._of_shard = np.searchsorted(table["shard"], range(len(shards)))
 
     def read(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """One block: lengths uint16 [rows], tokens uint16 or uint32 [their sum].
 
         Raises:
             DamageError: its bytes are missing or not those that were written.
+            StorageError: the storage failed for minutes.
+            UserError: it may not be read.
+        """
+        where = self.where(number)
+        try:
+            return patiently(partial(self.try_read, number), where)
+        except OSError as error:
+            raise unreadable(where, error) from None
+
+    def try_read(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """The same in one try.
+
+        Raises:
+            DamageError: its bytes are missing or not those that were written.
+            OSError: it cannot be read, or not now.
         """
         try:
             return self._read(number)
@@ -63,8 +81,8 @@ class BlockReader:
         size = gap + int(entry["tokens"]) * dtype.itemsize - begin
         try:
             content = self.store.read(self.shards[entry["shard"]], begin, size)
-        except OSError as error:
-            raise DamageError(f"{self.where(number)}: {error.strerror or error}") from None
+        except FileNotFoundError as error:
+            raise DamageError(f"{self.where(number)}: {error.strerror}") from None
         if len(content) < size:
             raise DamageError(f"{self.where(number)} is cut off (the shard is too short)")
         lengths = np.frombuffer(content, "<u2", int(entry["sequences"]))
@@ -87,7 +105,7 @@ class BlockReader:
             ids int64 [n, longest], padded, and lengths int64 [n].
 
         Raises:
-            DamageError: as `read` does.
+            DamageError, StorageError, UserError: as `read` does.
         """
         block = np.searchsorted(self.first, numbers, side="right") - 1
         lengths = np.empty(len(numbers), np.int64)
@@ -107,5 +125,4 @@ class BlockReader:
     def where(self, number: int) -> str:
         """Name a block for people: its shard, and its place within it."""
         shard = int(self.table[number]["shard"])
-        in_shard = number - int(np.searchsorted(self.table["shard"], shard))
-        return f"{self.path}/{self.shards[shard]}, block {in_shard}"
+        return f"{self.path}/{self.shards[shard]}, block {number - self._of_shard[shard]}"

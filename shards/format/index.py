@@ -9,7 +9,7 @@
 import hashlib
 import io
 import json
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,8 +20,9 @@ from shards.format.blocks import BlockReader
 from shards.format.tokenizers import load_tokenizer
 from shards.storage.cache import Cache
 from shards.storage.kinds import open_store
-from shards.storage.store import Manifest, Store
+from shards.storage.store import Manifest, Store, unreadable
 from t5vae.common.errors import DamageError, UserError
+from t5vae.common.storage import patiently
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -112,20 +113,25 @@ class Index(_Frozen):
 
         Raises:
             DamageError: blocks.npy is missing or not the one the index names.
-            UserError: it cannot be read.
+            StorageError: the storage failed for minutes.
+            UserError: it may not be read.
         """
-        name = "blocks.npy"
+        file = f"{self.path}/blocks.npy"
         try:
-            content = self.store.get(name)
-            if not self._is_blocks(content) and self.store.forget(name):
-                content = self.store.get(name)
+            content = patiently(self._try_blocks, file)
         except FileNotFoundError:
             content = b""
         except OSError as error:
-            raise UserError(f"cannot read {self.path}/{name}: {error.strerror or error}") from None
+            raise unreadable(file, error) from None
         if not self._is_blocks(content):
-            raise DamageError(f"{self.path}/{name} is missing or damaged: build the dataset again")
+            raise DamageError(f"{file} is missing or damaged: build the dataset again")
         return np.load(io.BytesIO(content))
+
+    def _try_blocks(self) -> bytes:
+        content = self.store.get("blocks.npy")
+        if not self._is_blocks(content) and self.store.forget("blocks.npy"):
+            content = self.store.get("blocks.npy")
+        return content
 
     def _is_blocks(self, content: bytes) -> bool:
         return hashlib.sha256(content).hexdigest() == self.blocks_sha256
@@ -169,6 +175,8 @@ class Index(_Frozen):
         Raises:
             IndexError: a number outside the split.
             DamageError: a block is not what the index says.
+            StorageError: the storage failed for minutes.
+            UserError: a block may not be read.
         """
         numbers = np.asarray(numbers, np.int64)
         if len(numbers) and not 0 <= numbers.min() <= numbers.max() < self.sequences(split):
@@ -192,11 +200,15 @@ class Index(_Frozen):
 
         Raises:
             UserError: it cannot be read or loaded.
+            StorageError: the storage failed for minutes.
         """
+        name = f"{self.path}/tokenizer"
         try:
-            folder = self.store.folder("tokenizer")
-        except OSError as error:
+            folder = patiently(partial(self.store.folder, "tokenizer"), name)
+        except FileNotFoundError as error:
             raise UserError(f"cannot load the tokenizer of {self.path}: {error.strerror}") from None
+        except OSError as error:
+            raise unreadable(name, error) from None
         return load_tokenizer(folder)
 
 
@@ -210,18 +222,19 @@ def open_index(path: str | Path, cache: Cache | None = None) -> Index:
     Raises:
         UserError: there is no dataset, or one this version cannot read.
         DamageError: its index.json is not one.
+        StorageError: the storage failed for minutes.
     """
     location = str(path)
     file = f"{location}/index.json"
     how_to_build = HOW_TO_BUILD.format(path="FOLDER" if "://" in location else location)
     try:
-        content = open_store(location).get("index.json")
+        content = patiently(partial(open_store(location).get, "index.json"), file)
     except FileNotFoundError:
         raise UserError(
             f"{location} is no dataset (it has no index.json): {how_to_build}"
         ) from None
     except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror or error}") from None
+        raise unreadable(file, error) from None
     try:
         fields = json.loads(content)
         version = fields["format_version"]

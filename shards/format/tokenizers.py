@@ -2,25 +2,30 @@
 
 import hashlib
 import json
+import os
 import re
 import sys
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
-from t5vae.common.errors import UserError
+from shards.storage.store import UnreadableError, unreadable
+from t5vae.common.errors import StorageError, UserError, first_line
+from t5vae.common.storage import patiently
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 PAD, EOS, UNK = "<pad>", "</s>", "<unk>"  # ids 0, 1, 2, as in T5
+FILES = (".jinja", ".json", ".model", ".txt")  # what a tokenizer is read from
 WORD = re.compile(r"\w")
 LONG = 2**16  # characters: a single word of so many is still tokenized in some tenths of a second
 
@@ -33,25 +38,59 @@ def load_tokenizer(name_or_folder: str | Path) -> "PreTrainedTokenizerBase":
 
     Raises:
         UserError: nothing loadable there, or no pad or end token.
+        StorageError: the folder's storage failed for minutes.
     """
-    from transformers import AutoTokenizer, ByT5Tokenizer
+    from transformers import ByT5Tokenizer
 
     name = str(name_or_folder)
     if name == "byte":
         return ByT5Tokenizer()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = _load(name)
+    except (StorageError, UnreadableError):
+        raise
     except Exception as error:  # transformers raises a dozen kinds for a wrong name or file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"cannot load the tokenizer {name!r}: give a folder, a Hugging Face name, 'byte' or "
-            f"'train:N' ({reason})"
+            f"'train:N' ({first_line(error)})"
         ) from None
     if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer {name!r} has no pad or no end token: T5 needs both")
     if tokenizer("a")["input_ids"][-1:] != [tokenizer.eos_token_id]:
         raise UserError(f"the tokenizer {name!r} does not end a sequence with its end token")
     return tokenizer
+
+
+def _load(name: str) -> "PreTrainedTokenizerBase":
+    from transformers import AutoTokenizer
+
+    # Of storage that fails, its libraries say what they say of a wrong file, or nothing at all.
+    is_folder = _read(name)
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except Exception:
+        if not is_folder:
+            raise
+    _read(name)
+    return AutoTokenizer.from_pretrained(name)
+
+
+def _read(name: str) -> bool:
+    """Read the files of a tokenizer's folder; whether there is one."""
+    try:
+        patiently(partial(_try_read, name), name)
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # the last: no name of a file
+        return False
+    except OSError as error:
+        raise unreadable(name, error) from None
+    return True
+
+
+def _try_read(folder: str) -> None:
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.endswith(FILES) and entry.is_file():
+                Path(entry).read_bytes()
 
 
 def pieces_to_train(tokenizer: str) -> int | None:

@@ -76,6 +76,10 @@ class Dealer:
     def __post_init__(self) -> None:
         self.max_length = max(source.index.max_length for source in self.sources)
 
+    def afresh(self) -> "Dealer":
+        """The same with nothing in memory, whatever becomes of what this one holds."""
+        return replace(self, sources=[source.afresh() for source in self.sources])
+
     def plans(self, consumed: int) -> Iterator["Plan"]:
         """What to deal from a position on, for ever: first one step, then several at once.
 

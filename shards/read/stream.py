@@ -14,6 +14,8 @@ from shards.read.order import ORDER_VERSION, Order
 from shards.read.windows import Windows
 from t5vae.common.errors import UserError
 
+LEAVE = 1.0  # seconds for the thread to end; one that waits for storage is left to itself
+
 
 class ShardStream:
     """Batches of a dataset in an order that only the seed and the position determine.
@@ -38,8 +40,14 @@ class ShardStream:
         pad_to: a fixed T; by default each batch's longest, rounded up to 8 within max_length.
         pin_memory: whether batches lie in page-locked memory, for an accelerator.
 
+    Attributes:
+        consumed: the position.
+        quarantined: rows of weight 0 in the global batches that it has dealt, or, at `world_size`
+            ranks, in its own shares of them; with those of the state that was loaded.
+
     Raises:
         UserError: no such dataset or split, or sizes that do not divide.
+        StorageError: the storage failed for minutes; so does asking for a batch.
     """
 
     def __init__(
@@ -94,13 +102,11 @@ class ShardStream:
             pad_to=pad_to,
             pin_memory=pin_memory,
         )
+        self.quarantined = 0
+        self._of_step = 0  # rows of weight 0 in the step that is being dealt
         self._batches: Iterator[Batch] | None = None
+        self._thread: threading.Thread | None = None
         self._stop = lambda: None
-
-    @property
-    def quarantined(self) -> int:
-        """How many damaged blocks were replaced so far."""
-        return sum(len(source.damaged) for source in self._dealer.sources)
 
     def bytes_read(self, steps: int) -> tuple[int, int]:
         """Bytes of the blocks that this rank, and that all ranks together, need for some steps.
@@ -138,11 +144,14 @@ class ShardStream:
         except Exception:
             self.close()
             raise
-        self.consumed = batch.consumed
+        self._of_step += int((batch.weights == 0).sum())
+        if batch.consumed > self.consumed:
+            self.quarantined += self._of_step
+            self.consumed, self._of_step = batch.consumed, 0
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, and what it is a position in."""
+        """The position, what it is a position in, and what was quarantined before it."""
         order = self._dealer.sources[0].order
         return {
             "order_version": ORDER_VERSION,
@@ -152,6 +161,7 @@ class ShardStream:
             "window": order.window,
             "chunk": order.chunk,
             "consumed": self.consumed,
+            "quarantined": self.quarantined,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -161,18 +171,19 @@ class ShardStream:
             UserError: the state belongs to another order: another dataset or seed.
         """
         for name, here in self.state_dict().items():
-            if name != "consumed" and state.get(name) != here:
+            if name not in ("consumed", "quarantined") and state.get(name) != here:
                 raise UserError(
                     f"cannot resume: the saved {name} is {state.get(name)}, but "
                     f"{self.dataset.path} gives {here}"
                 )
         self.close()
         self.consumed = state["consumed"]
+        self.quarantined = state.get("quarantined", 0)  # version 0.1 does not tell
 
     def close(self) -> None:
         """End the thread. Another batch asked for starts it again at `consumed`."""
         self._stop()
-        self._batches = None
+        self._batches, self._of_step = None, 0
 
     def __enter__(self) -> "ShardStream":
         return self
@@ -181,9 +192,11 @@ class ShardStream:
         self.close()
 
     def _start(self) -> Iterator[Batch]:
+        if self._thread is not None and self._thread.is_alive():  # it goes on in its dealer
+            self._dealer = self._dealer.afresh()
         plans: SimpleQueue[Plan | Exception] = SimpleQueue()
         permits: SimpleQueue[bool] = SimpleQueue()
-        thread = threading.Thread(
+        self._thread = thread = threading.Thread(
             target=_plan_ahead,
             args=(self._dealer, self.consumed, plans, permits),
             name="shards-prefetch",
@@ -193,7 +206,7 @@ class ShardStream:
         def end() -> None:
             permits.put(False)
             if thread is not threading.current_thread():  # where garbage is collected is chance
-                thread.join()
+                thread.join(LEAVE)
 
         self._stop = weakref.finalize(self, end)  # also when the stream is merely dropped
         thread.start()

@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain, groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,10 +18,11 @@ import numpy as np
 from shards.format.index import Index, Shard, open_index
 from shards.format.tokenizers import fingerprint
 from shards.storage.cache import Cache
-from shards.storage.store import refuse_replaced
+from shards.storage.store import UnreadableError, refuse_replaced, unreadable
 from t5vae.common.cpus import cpus
 from t5vae.common.errors import DamageError, UserError
 from t5vae.common.progress import Advance, stage
+from t5vae.common.storage import patiently
 
 CHUNK = 4 * 2**20
 RECORD = 512  # a tar is made of such, and ends with two of zeros
@@ -53,7 +55,8 @@ def verify(path: str | Path, workers: int | None = None) -> Report:
             may use.
 
     Raises:
-        UserError: there is no dataset, or its index cannot be read.
+        UserError: there is no dataset, or a file of it may not be read.
+        StorageError: the storage failed for minutes.
     """
     with TemporaryDirectory() as folder:
         try:
@@ -76,8 +79,9 @@ def verify(path: str | Path, workers: int | None = None) -> Report:
         passes = [_Pass(index, *shard, count) for shard in zip(index.shards, tables, strict=True)]
         damages = list(chain.from_iterable(pool.map(_Pass.problems, passes)))
     if damages:
+        again = partial(refuse_replaced, index.path, index.store.get, index.sha256)
         try:
-            refuse_replaced(index.path, index.store.get, index.sha256)
+            patiently(again, f"{index.path}/index.json")
         except UserError as error:
             damages = [str(error)]
     problems = [*_totals(index, tables), *damages, *tokenizer]
@@ -126,7 +130,8 @@ class _Pass:
     def problems(self) -> list[str]:
         """Read the shard, and say what is wrong with it."""
         try:
-            with self._index.store.open(self._shard.name) as file:
+            opener = partial(self._index.store.open, self._shard.name)
+            with patiently(opener, self._where) as file:
                 hashed = _Hashed(file, self._advance)
                 content = io.BufferedReader(hashed, CHUNK)
                 self._read_blocks(content)
@@ -135,7 +140,7 @@ class _Pass:
         except FileNotFoundError:
             return [f"{self._where} is missing"]
         except OSError as error:
-            return [f"{self._where} cannot be read: {error.strerror or error}"]
+            raise unreadable(self._where, error) from None
         return list(self._lines())
 
     def _read_blocks(self, file: BinaryIO) -> None:
@@ -276,6 +281,8 @@ def _tokenizer(index: Index) -> Iterator[str]:
     where = f"{index.path}/tokenizer"
     try:
         tokenizer = index.tokenizer()
+    except UnreadableError:
+        raise
     except UserError as error:
         yield str(error)
         return

@@ -4,7 +4,7 @@ Shapes: n sequences, T tokens of the longest of them or more.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import islice
@@ -84,6 +84,8 @@ class Windows:
 
         Raises:
             DamageError: a block's bytes are missing or not those that were written.
+            StorageError: the storage failed for minutes.
+            UserError: a block may not be read.
         """
         names, first, count = self.order.cut(ranges)
         wanted, which = np.unique(names, return_inverse=True)
@@ -115,6 +117,10 @@ class Windows:
         own = table[np.concatenate(blocks)] if blocks else table[:0]
         item = self.tokens.dtype.itemsize
         return int(own["tokens"].sum()) * item + int(own["sequences"].sum()) * LENGTH_BYTES
+
+    def afresh(self) -> "Windows":
+        """The same with nothing in memory."""
+        return Windows(self.index, self.reader, self.order, self.stand_in)
 
     def settle(self) -> None:
         """Say that what was found last is in use now, and all that was found before no more."""
@@ -159,13 +165,22 @@ class Windows:
         if readers == 1:
             yield from map(self._block, numbers)
         else:
+            # The process waits for the pool's threads as it exits, so they wait for no weather.
             with ThreadPoolExecutor(readers) as pool:
-                yield from pool.map(self._block, numbers)
+                blocks = pool.map(self._try_block, numbers)
+                for number, block in zip(numbers, blocks, strict=True):
+                    yield block or self._block(number)
 
-    def _block(self, number: int) -> _Block:
+    def _try_block(self, number: int) -> _Block | None:
+        try:
+            return self._block(number, self.reader.try_read)
+        except OSError:
+            return None
+
+    def _block(self, number: int, read: Callable | None = None) -> _Block:
         sequence = self.reader.first[number] + np.arange(self.reader.table[number]["sequences"])
         try:
-            lengths, tokens = self.reader.read(number)
+            lengths, tokens = (read or self.reader.read)(number)
         except DamageError as error:
             if not self.stand_in:
                 raise

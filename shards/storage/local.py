@@ -7,6 +7,7 @@ from threading import Lock
 from typing import BinaryIO
 
 from shards.storage.store import refuse_replaced
+from t5vae.common.patient import open_patiently
 
 OPEN_FILES = 64
 
@@ -37,10 +38,16 @@ class LocalStore:
             self._files[name] = file
             if len(self._files) > OPEN_FILES:
                 del self._files[next(iter(self._files))]  # closed once no thread reads it any more
-        return os.pread(file.fileno(), size, offset)
+        try:
+            return _range(file.fileno(), offset, size)
+        except OSError:  # the next try opens the file afresh: this descriptor may be stale
+            with self._lock:
+                if self._files.get(name) is file:
+                    del self._files[name]
+            raise
 
     def open(self, name: str) -> BinaryIO:
-        return open(self.path / name, "rb")
+        return open_patiently(self.path / name)
 
     def folder(self, name: str) -> Path:
         refuse_replaced(self.location, self.get, self._version)
@@ -53,3 +60,13 @@ class LocalStore:
     def close(self) -> None:
         with self._lock:
             self._files.clear()
+
+
+def _range(file: int, offset: int, size: int) -> bytes:
+    """A range of an open file, which some file systems give piece by piece."""
+    parts = []
+    while size > 0 and (part := os.pread(file, size, offset)):
+        parts.append(part)
+        offset += len(part)
+        size -= len(part)
+    return b"".join(parts)

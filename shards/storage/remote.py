@@ -1,9 +1,11 @@
 """A dataset at a URL: read by ranges at first, from this node's copies once they are made."""
 
+import errno
 import io
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -11,10 +13,11 @@ from typing import BinaryIO, cast
 
 from shards.storage.cache import Cache, CacheError, Copies
 from shards.storage.local import LocalStore
-from shards.storage.requests import MOST, Remote, RemoteFile
+from shards.storage.requests import MOST, Remote, RemoteFile, Result
 from shards.storage.store import Manifest, refuse_replaced
-from t5vae.common.errors import DamageError, UserError
+from t5vae.common.errors import DamageError, StorageError, UserError
 from t5vae.common.progress import say
+from t5vae.common.storage import patiently
 
 BUSY = 0.1  # seconds until a file is tried again that another process copies
 
@@ -54,8 +57,11 @@ class RemoteStore:
             source = partial(RemoteFile, self._remote, name)
             self._copies.make(name, self._manifest.sha256[name], source)
             self._copies.mark_used(name)
+        except (CacheError, FileNotFoundError):
+            return self._remote.get(name)
+        try:
             return self._local.get(name)
-        except (CacheError, FileNotFoundError):  # the latter: removed by another process just now
+        except OSError:  # removed by another process just now, or the node's disk fails
             return self._remote.get(name)
 
     def read(self, name: str, offset: int, size: int) -> bytes:
@@ -68,7 +74,7 @@ class RemoteStore:
         return content
 
     def open(self, name: str) -> BinaryIO:
-        return cast(BinaryIO, io.BufferedReader(RemoteFile(self._remote, name), MOST))
+        return cast(BinaryIO, io.BufferedReader(RemoteFile(self._remote, name, patiently), MOST))
 
     def folder(self, name: str) -> Path:
         return self._copies.make_folder(name, partial(self._contents, name))
@@ -122,8 +128,21 @@ def _copy(
     stop: threading.Event,
 ) -> None:
     """The thread: it does not know the store, so that a dropped store can end it."""
+
+    def request(attempt: Callable[[], Result], name: str) -> Result:
+        def unless_stopped() -> Result:
+            try:
+                if not stop.is_set():
+                    return attempt()
+            except OSError:  # it may be for the end that it failed
+                if not stop.is_set():
+                    raise
+            raise OSError(errno.ECANCELED, f"stopped reading {name}")
+
+        return patiently(unless_stopped, name)
+
     while (name := wanted.get()) is not None:
-        source = partial(RemoteFile, remote, name, stop)
+        source = partial(RemoteFile, remote, name, request)
         try:
             if not copies.make(name, manifest.sha256[name], source, wait=False):
                 wanted.put(name)
@@ -133,11 +152,15 @@ def _copy(
             return
         except DamageError as error:
             try:
-                refuse_replaced(remote.url, remote.get, manifest.version)
+                with suppress(OSError):
+                    refuse_replaced(remote.url, remote.get, manifest.version)
             except UserError:  # whoever reads it says so
                 return
             say(f"{error}; its blocks are read from there, one by one")
-        except OSError:  # whoever reads the file will meet it too, and can name the block
+        except (
+            OSError,
+            StorageError,
+        ):  # whoever reads the file will meet it too, and can name the block
             asked.discard(name)
 
 

@@ -1,20 +1,32 @@
-"""The files under a URL of any protocol that fsspec knows: requests, tried again when they fail."""
+"""The files under a URL of any protocol that fsspec knows: requests, and what fails them."""
 
 import errno
 import io
-import threading
-import time
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import fsspec
 
-from t5vae.common.errors import UserError
+from t5vae.common.errors import UserError, first_line
+from t5vae.common.storage import WEATHER
 
-DENIED = (401, 403)  # answers of HTTP servers
-PAUSES = (0.2, 0.8)  # seconds between the tries of a request
+# Statuses of HTTP servers, which object stores tell too
+MISSING = (404,)
+DENIED = (401, 403)
+BEYOND = (416,)
+LATER = (408, 425, 429)  # besides those of 500 and more
+WITHOUT_CREDENTIALS = ("DefaultCredentialsError", "NoCredentialsError", "PartialCredentialsError")
+FAULTS = (  # of what was asked for, or of the program: another try is no use
+    AttributeError,
+    ImportError,
+    IsADirectoryError,
+    LookupError,
+    NotADirectoryError,
+    NotImplementedError,
+    TypeError,
+    ValueError,  # a certificate that does not hold, too
+)
 MOST = 16 * 2**20  # bytes of a range
 UNLISTED = (  # what the folder of a tokenizer may hold, where a server lists no folders
     "added_tokens.json",
@@ -30,9 +42,11 @@ UNLISTED = (  # what the folder of a tokenizer may hold, where a server lists no
 
 
 class Remote:
-    """The files under a URL. A request that fails is tried three times.
+    """The files under a URL, each request made once.
 
-    Every method raises FileNotFoundError where there is no file, OSError where it cannot be read.
+    Every method raises FileNotFoundError where there is no file, PermissionError where access is
+    denied, OSError with a number of `WEATHER` where the server or the way to it fails, and any
+    other OSError where the file cannot be read.
 
     Raises:
         UserError: an unknown protocol, or one whose package is not installed.
@@ -55,54 +69,114 @@ class Remote:
 
     def read(self, name: str, offset: int, size: int) -> bytes:
         """A range of a file, shorter than asked for where the file ends."""
-        content = self._try(name, partial(self._fs.cat_file, start=offset, end=offset + size))
-        if len(content) > size:
-            raise OSError(
-                errno.EIO,
-                f"{self.url} sends only whole files: serve the dataset by another server (one that "
-                "answers range requests) or copy it here",
-            )
+        content = b""
+        while len(content) < size and (
+            part := self._range(name, offset + len(content), size - len(content))
+        ):
+            content += part
         return content
 
     def size(self, name: str) -> int:
         """Bytes of a file."""
-        self.read(name, 0, 1)  # over HTTP, to fsspec's size() every failure is a missing file
-        size = self._try(name, self._fs.size)
+        self.read(name, 0, 1)
+        try:
+            size = self._try(name, self._fs.size)
+        except FileNotFoundError:  # over HTTP every failure is one to fsspec's size()
+            raise OSError(errno.EIO, f"{self.url}/{name}: its size cannot be told now") from None
         if size is None:
-            raise OSError(errno.EIO, f"the server of {self.url} does not tell the size of {name}")
+            raise OSError(
+                errno.EOPNOTSUPP, f"the server of {self.url} does not tell the size of {name}"
+            )
         return size
 
     def folder(self, name: str) -> dict[str, bytes]:
         """The files of a folder and their contents."""
         try:
             paths = self._try(name, partial(self._fs.ls, detail=False))
-        except OSError:
+        except OSError as error:
+            if error.errno in WEATHER:
+                raise
             paths = UNLISTED
         files = {path.removeprefix(f"{self._root}/{name}/") for path in paths}
         contents = {}
+        missing: OSError = FileNotFoundError(errno.ENOENT, f"{self.url}/{name} does not exist")
         for file in files:
             if file and not {"/", "?"} & set(file):  # what else a server's page links to
-                with suppress(FileNotFoundError, PermissionError):
+                try:
                     contents[file] = self.get(f"{name}/{file}")
+                except FileNotFoundError:
+                    pass
+                except PermissionError as error:
+                    missing = error
         if not contents:
-            raise FileNotFoundError(errno.ENOENT, f"{self.url}/{name} does not exist")
+            raise missing
         return contents
 
+    def _range(self, name: str, offset: int, size: int) -> bytes:
+        try:
+            content = self._try(name, partial(self._fs.cat_file, start=offset, end=offset + size))
+        except OSError as error:
+            if error.errno == errno.ERANGE:
+                return b""
+            raise
+        if len(content) > size:
+            raise OSError(
+                errno.EOPNOTSUPP,
+                f"{self.url} sends only whole files: serve the dataset by another server (one that "
+                "answers range requests) or copy it here",
+            )
+        return content
+
     def _try(self, name: str, call: Callable[[str], Any]) -> Any:
-        url = f"{self.url}/{name}"
-        pauses = list(PAUSES)
-        while True:
-            try:
-                return call(f"{self._root}/{name}")
-            except FileNotFoundError:
-                raise FileNotFoundError(errno.ENOENT, f"{url} does not exist") from None
-            except Exception as error:  # each protocol raises its own
-                denied = isinstance(error, PermissionError) or getattr(error, "status", 0) in DENIED
-                if denied or not pauses:
-                    code = errno.EACCES if denied else errno.EIO
-                    reason = str(error) or type(error).__name__
-                    raise OSError(code, reason) from None
-            time.sleep(pauses.pop(0))
+        try:
+            return call(f"{self._root}/{name}")
+        except Exception as error:  # each protocol raises its own
+            number = _number(error)
+            missing = number == errno.ENOENT
+            reason = f"{self.url}/{name} does not exist" if missing else first_line(error)
+            raise OSError(number, reason) from None
+
+
+def _number(error: Exception) -> int:
+    """The number of an OSError that says what a protocol's exception means."""
+    status = _status(error)
+    if isinstance(error, FileNotFoundError) or status in MISSING:
+        return errno.ENOENT
+    denied = isinstance(error, PermissionError) or type(error).__name__ in WITHOUT_CREDENTIALS
+    if denied or status in DENIED or str(error).startswith("Forbidden: "):  # the last is gcsfs's
+        return errno.EACCES
+    if status in BEYOND:
+        return errno.ERANGE
+    if isinstance(error, TimeoutError | ConnectionError) or status in LATER:
+        return errno.EIO
+    refused = 300 <= status < 500 or isinstance(error, FAULTS)
+    return errno.EINVAL if refused else errno.EIO
+
+
+def _status(error: Exception) -> int:
+    """The HTTP status that an exception tells; 0 where none."""
+    answer = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
+    if isinstance(answer, dict):  # botocore's
+        return answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    for told in (error, answer):
+        for name in ("status", "status_code", "code"):
+            status = str(getattr(told, name, ""))
+            if status.isdecimal():
+                return int(status)
+    return 0
+
+
+Result = TypeVar("Result")
+
+
+class Request(Protocol):
+    """What makes a request, perhaps several times."""
+
+    def __call__(self, attempt: Callable[[], Result], name: str, /) -> Result: ...
+
+
+def _once(attempt: Callable[[], Result], name: str) -> Result:
+    return attempt()
 
 
 class RemoteFile(io.RawIOBase):
@@ -111,28 +185,25 @@ class RemoteFile(io.RawIOBase):
     Args:
         remote: where it lies.
         name: its name there.
-        stop: an event that makes reading raise OSError.
+        request: makes a request, as `patiently` does; by default once.
 
     Attributes:
         url: the file's.
         size: its bytes.
     """
 
-    def __init__(self, remote: Remote, name: str, stop: threading.Event | None = None):
+    def __init__(self, remote: Remote, name: str, request: Request = _once):
         self.url = f"{remote.url}/{name}"
-        self.size = remote.size(name)
-        self._read = partial(remote.read, name)
-        self._stop = stop or threading.Event()
+        self.size = request(partial(remote.size, name), self.url)
+        self._read, self._request = partial(remote.read, name), request
         self._at = 0
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        if self._stop.is_set():
-            raise OSError(errno.ECANCELED, f"stopped reading {self.url}")
         size = min(len(buffer), MOST, self.size - self._at)
-        content = self._read(self._at, size) if size else b""
+        content = self._request(partial(self._read, self._at, size), self.url) if size else b""
         buffer[: len(content)] = content
         self._at += len(content)
         return len(content)

@@ -1,17 +1,25 @@
 """What a store is: the files of one dataset, wherever they lie."""
 
+import errno
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol
 
-from t5vae.common.errors import UserError
+from t5vae.common.errors import UserError, first_line
+from t5vae.common.storage import WEATHER
+
+
+class UnreadableError(UserError):
+    """A file that cannot be read until its user mends something, such as its permissions."""
 
 
 class Store(Protocol):
     """The files of one dataset, by their names; any thread may use it.
 
-    Every method raises OSError where a file cannot be read, FileNotFoundError where there is none.
+    Every method tries once, with all that it needs opened afresh: its caller tries again,
+    `patiently`, what the storage fails to do for a while. It raises OSError where a file cannot be
+    read, its number one of `WEATHER` where that may change, FileNotFoundError where there is none.
     `folder` and `forget` raise UserError where another dataset lies there by now.
     """
 
@@ -28,7 +36,10 @@ class Store(Protocol):
         """A range of a file, shorter than asked for where the file ends."""
 
     def open(self, name: str) -> BinaryIO:
-        """A file, to be read from its beginning to its end: from where it lies, not from a copy."""
+        """A file, to be read from its beginning to its end: from where it lies, not from a copy.
+
+        Reading is patient.
+        """
 
     def folder(self, name: str) -> Path:
         """A folder of small files as a folder of this machine."""
@@ -63,6 +74,7 @@ def refuse_replaced(location: str, get: Callable[[str], bytes], version: str) ->
 
     Raises:
         UserError: another index.json lies there, or none.
+        OSError: whether it was replaced cannot be told now, for it is the weather.
     """
     if not version:
         return
@@ -70,11 +82,20 @@ def refuse_replaced(location: str, get: Callable[[str], bytes], version: str) ->
         content = get("index.json")
     except FileNotFoundError:
         content = b""
-    except OSError:  # whether it was replaced cannot be told
-        return
+    except OSError as error:
+        if error.errno in WEATHER:
+            raise
+        return  # it cannot be told at all
     if hashlib.sha256(content).hexdigest() != version:
         raise UserError(
             f"{location} was replaced while it was read (its index.json is "
             f"{'another' if content else 'gone'}): bring back what was there to go on, or start a "
             "new run"
         )
+
+
+def unreadable(name: str, error: OSError) -> UnreadableError:
+    """What is said of a file that cannot be read, though it is there and the weather is fine."""
+    denied = error.errno in (errno.EACCES, errno.EPERM)
+    mend = ": see to its permissions, or to your credentials" if denied else ""
+    return UnreadableError(f"cannot read {name}: {first_line(error)}{mend}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from shards.cli import app as shards_app
-from t5vae.common.errors import DISK_FULL, UserError, check_arguments
+from t5vae.common.errors import DISK_FULL, StorageError, UserError, check_arguments
 from t5vae.common.paths import expand
 from t5vae.common.versions import versions
 
@@ -101,17 +101,20 @@ def quiet_transformers() -> None:
 
 
 def main() -> None:
-    """Run a command; a user's mistake is one line and exit code 2 (--debug shows where)."""
+    """Run a command; what goes wrong is one line (--debug shows where) and an exit code.
+
+    2: a user's mistake. 1: storage that does not answer.
+    """
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     try:
         check_arguments(sys.argv)
         app(obj={"debug": debug})
-    except (UserError, OSError) as error:
+    except (UserError, StorageError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in DISK_FULL:
             raise
         if debug:
             traceback.print_exc()
         else:
             print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(1 if isinstance(error, StorageError) else 2)

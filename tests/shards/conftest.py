@@ -84,7 +84,7 @@ def digests() -> Callable[[Path], dict[str, str]]:
 def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The node's cache."""
     monkeypatch.setenv("T5VAE_CACHE", str(tmp_path / "node"))
-    monkeypatch.setattr("shards.storage.requests.PAUSES", (0.01, 0.02))
+    monkeypatch.setattr("t5vae.common.storage.SHORTEST", 0.01)
     return tmp_path / "node"
 
 

@@ -202,7 +202,7 @@ def test_skipped_blocks_become_rows_of_weight_0(copy):
     whole, _ = epoch(copy)
     flip_a_token(copy)
     batch, quarantined = epoch(copy, on_corrupt="skip")
-    assert quarantined == 1
+    assert quarantined == 32
     assert batch.sequence.tolist() == whole.sequence.tolist()
     bad = batch.weights == 0
     assert bad.sum() == 32
@@ -216,8 +216,47 @@ def test_skipped_blocks_become_rows_of_weight_0(copy):
 def test_blocks_that_cannot_be_read_are_counted(copy, damage):
     damage(copy)
     batch, quarantined = epoch(copy, on_corrupt="skip")
-    assert quarantined > 1
-    assert 32 < (batch.weights == 0).sum() < len(batch.weights)
+    assert 32 < quarantined == (batch.weights == 0).sum() < len(batch.weights)
+
+
+@pytest.mark.parametrize("sort_by_length", [False, True])
+@pytest.mark.parametrize(("world", "micro"), [(1, 20), (2, 5), (4, 5)])
+def test_quarantined_counts_rows_once_and_goes_on_after_a_resume(
+    copy, world, micro, sort_by_length
+):
+    for damage in (flip_a_token, lambda copy: flip(copy / "train-00002.tar", 3000)):
+        damage(copy)
+    steps, total = 100, 0
+    for rank in range(world):
+        options = {"seed": 1, "global_batch_size": 20, "on_corrupt": "skip"}
+        options |= {"rank": rank, "world_size": world, "micro_batch_size": micro}
+        options |= {"sort_by_length": sort_by_length}
+        own, state = 0, None
+        for _ in range(4):  # two epochs and some
+            with ShardStream(copy, **options) as stream:
+                if state:
+                    stream.load_state_dict(state)
+                for _ in range(steps // 4 * (20 // world // micro)):
+                    own += int((next(stream).weights == 0).sum())
+                assert stream.quarantined == own
+                state = stream.state_dict()
+                next(stream)  # is not of the state
+                stream.close()  # within a step, which is dealt again
+                if 20 // world > micro:
+                    assert stream.state_dict() == state
+        total += own
+    with ShardStream(copy, seed=1, global_batch_size=20, on_corrupt="skip") as stream:
+        rows = sum(int((batch.weights == 0).sum()) for batch in islice(stream, steps))
+        assert total == rows == stream.quarantined > 64
+
+
+def test_a_state_that_does_not_tell_of_quarantine_counts_from_0(copy):
+    with ShardStream(copy, seed=0, global_batch_size=8) as stream:
+        next(stream)
+        state = stream.state_dict()
+        del state["quarantined"]
+        stream.load_state_dict(state)
+        assert (stream.consumed, stream.quarantined) == (8, 0)
 
 
 @pytest.mark.parametrize("by_rename", [True, False], ids=["renamed", "overwritten"])

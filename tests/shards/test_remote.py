@@ -1,21 +1,30 @@
 """Datasets at URLs."""
 
+import errno
 import json
 import re
 import shutil
+import time
 from itertools import islice
+from socket import gaierror
+from ssl import SSLCertVerificationError
 
+import aiohttp
 import fsspec
 import numpy as np
 import pytest
+from botocore.exceptions import ClientError
+from fsspec.exceptions import FSTimeoutError
 from fsspec.registry import known_implementations
+from s3fs.errors import translate_boto_error
 from typer.testing import CliRunner
 
 import shards
 from shards import ShardStream
 from shards.cli import app
 from shards.storage.cache import Cache
-from t5vae.common.errors import DamageError, UserError
+from shards.storage.requests import Remote
+from t5vae.common.errors import DamageError, StorageError, UserError
 from tests.shards.site import everything
 
 pytestmark = pytest.mark.usefixtures("node")
@@ -26,6 +35,18 @@ def epoch(path) -> list[list[int]]:
     n = shards.open_index(path).sequences("train")
     with ShardStream(path, seed=0, global_batch_size=100) as stream:
         return [ids for batch in islice(stream, n // 100) for ids in batch.ids.tolist()]
+
+
+def until(condition) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def impatient(node, monkeypatch) -> None:
+    monkeypatch.setattr("t5vae.common.storage._patience", 0.2)
 
 
 @pytest.fixture
@@ -201,15 +222,166 @@ def test_a_folder_with_braces_in_its_name_is_opened(dataset, tmp_path):
         assert shards.open_index(tmp_path / name).sequences("train") > 800
 
 
-@pytest.mark.parametrize("fault", [500, 503, "cut"])
-def test_requests_that_fail_are_tried_three_times(site, dataset, node, fault):
-    name = ("train-00000.tar", "part")
-    site.faults = {name: [fault, fault]}
-    assert everything(shards.open_index(site.url)) == everything(shards.open_index(dataset))
-    site.faults = {name: [fault] * 9}
-    message = rf"{site.url}/{name[0]}, block \d+: "
-    with pytest.raises(DamageError, match=message):
-        everything(shards.open_index(site.url, Cache(node / "another")))
+def skipping(site) -> ShardStream:
+    n = shards.open_index(site.url).sequences("train")
+    return ShardStream(site.url, seed=0, global_batch_size=n, on_corrupt="skip")
+
+
+@pytest.mark.parametrize("fault", [500, 502, 503, 504, 408, 425, 429, "cut"])
+def test_requests_that_fail_for_a_while_are_made_again(site, dataset, node, fault):
+    for name in ("train-00000.tar", "blocks.npy", "index.json", "tokenizer/tokenizer.json"):
+        site.faults |= {(name, "part"): [fault] * 4, (name, "whole"): [fault] * 4}
+    index, local = shards.open_index(site.url), shards.open_index(dataset)
+    numbers = np.arange(local.sequences("train"))
+    assert index.texts("train", numbers) == local.texts("train", numbers)
+    assert not site.faults["train-00000.tar", "part"]
+    assert not site.faults["tokenizer/tokenizer.json", "whole"]
+    until(lambda: [*node.rglob("train-00000.tar")])  # copies are patient too
+    for name in ("train-00000.tar", "blocks.npy", "index.json"):
+        site.faults |= {(name, "part"): [fault] * 4, (name, "whole"): [fault] * 4}
+    assert shards.verify(site.url).problems == []
+
+
+@pytest.mark.parametrize("fault", [500, 503, 429, "cut"])
+def test_a_server_that_fails_for_ever_is_no_damage(site, impatient, t5vae, fault):
+    name = "train-00000.tar"
+    site.faults = {(name, "part"): [fault] * 9999}
+    with skipping(site) as stream, pytest.raises(StorageError) as caught:
+        next(stream)
+    assert re.match(rf"{site.url}/{name}, block \d+: the storage fails \(", str(caught.value))
+    assert len(str(caught.value).splitlines()) == 1
+    assert stream.quarantined == 0
+    code, out, err = t5vae("shards", "verify", site.url)
+    assert (code, out) == (1, "")
+    assert f"error: {site.url}/{name}: the storage fails (" in err
+
+
+def test_a_server_that_is_not_there_is_no_missing_dataset(site, impatient):
+    site.gone.set()
+    with pytest.raises(StorageError, match=rf"{site.url}/index\.json: the storage fails"):
+        shards.open_index(site.url)
+    with pytest.raises(StorageError, match=r"index\.json: the storage fails \(Connect call failed"):
+        shards.open_index("http://127.0.0.1:9/data")
+
+
+@pytest.mark.parametrize("fault", [401, 403, 400, 409])
+def test_access_denied_is_the_users_to_mend(site, t5vae, fault):
+    name = "train-00000.tar"
+    site.faults = {(name, "part"): [fault] * 9999}
+    with skipping(site) as stream, pytest.raises(UserError) as caught:
+        next(stream)
+    assert not isinstance(caught.value, DamageError)
+    line = str(caught.value)
+    assert re.match(rf"cannot read {site.url}/{name}, block \d+: {fault}, ", line)
+    assert ("credentials" in line) is (fault in (401, 403))
+    assert len(line.splitlines()) == 1
+    code, out, err = t5vae("shards", "verify", site.url)
+    assert (code, out) == (2, "")
+    assert f"error: cannot read {site.url}/{name}: {fault}, " in err
+
+
+def test_a_range_beyond_a_files_end_is_damage(site):
+    site.faults = {("train-00000.tar", "part"): [416] * 9999}
+    with pytest.raises(DamageError, match=r"train-00000\.tar, block \d+ is cut off"):
+        everything(shards.open_index(site.url))
+
+
+class NoCredentialsError(Exception):
+    """As botocore's."""
+
+
+def of_boto(status: int, code: str) -> Exception:
+    answer = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    return translate_boto_error(ClientError(answer, "GetObject"))
+
+
+def with_status(name: str, status: int | str) -> Exception:
+    error = Exception("refused\nmore of it")
+    setattr(error, name, status)
+    return error
+
+
+WHERE = aiohttp.client_reqrep.ConnectionKey("host", 80, False, True, None, None, None)
+UNRESOLVED = aiohttp.ClientConnectorDNSError(WHERE, gaierror(-3, "Temporary failure"))
+FAILURES = [
+    (UNRESOLVED, errno.EIO),
+    (aiohttp.ServerDisconnectedError(), errno.EIO),
+    (aiohttp.ClientPayloadError("cut"), errno.EIO),
+    (TimeoutError(), errno.EIO),
+    (FSTimeoutError(), errno.EIO),
+    (ConnectionResetError(104, "reset"), errno.EIO),
+    (BrokenPipeError(32, "broken"), errno.EIO),
+    (of_boto(503, "SlowDown"), errno.EIO),
+    (of_boto(500, "InternalError"), errno.EIO),
+    (of_boto(400, "RequestTimeout"), errno.EIO),
+    (of_boto(403, "AccessDenied"), errno.EACCES),
+    (of_boto(400, "ExpiredToken"), errno.EACCES),
+    (of_boto(404, "NoSuchKey"), errno.ENOENT),
+    (of_boto(400, "InvalidBucketName"), errno.EINVAL),
+    (with_status("code", "429"), errno.EIO),  # gcsfs's
+    (with_status("code", 401), errno.EACCES),
+    (OSError("Forbidden: bucket/file\nno right"), errno.EACCES),
+    (with_status("status_code", 503), errno.EIO),  # adlfs's
+    (with_status("status_code", 404), errno.ENOENT),
+    (NoCredentialsError("Unable to locate credentials"), errno.EACCES),
+    (NotImplementedError(), errno.EINVAL),
+    (SSLCertVerificationError(1, "certificate verify failed"), errno.EINVAL),
+]
+
+
+@pytest.mark.parametrize(("failure", "number"), FAILURES, ids=lambda each: repr(each)[:40])
+def test_what_each_protocol_raises_is_told_apart(monkeypatch, failure, number):
+    remote = Remote("memory://bucket")
+
+    def fail(*_, **__):
+        raise failure
+
+    monkeypatch.setattr(remote._fs, "cat_file", fail)
+    for request in (lambda: remote.get("file"), lambda: remote.read("file", 0, 9)):
+        with pytest.raises(OSError) as caught:  # noqa: PT011 any
+            request()
+        assert caught.value.errno == number
+        assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_size_or_a_list_that_cannot_be_told_now_is_weather(monkeypatch):
+    fs = fsspec.filesystem("memory")
+    fs.pipe("/told/tokenizer/tokenizer.json", b"{}")
+    remote = Remote("memory://told")
+
+    def fail_with(error):
+        def fail(*_, **__):
+            raise error
+
+        return fail
+
+    monkeypatch.setattr(remote._fs, "size", fail_with(FileNotFoundError()))
+    with pytest.raises(OSError, match="cannot be told now") as caught:
+        remote.size("tokenizer/tokenizer.json")
+    assert caught.value.errno == errno.EIO
+    for error in (NotImplementedError(), PermissionError(), FileNotFoundError()):
+        monkeypatch.setattr(remote._fs, "ls", fail_with(error))
+        assert remote.folder("tokenizer") == {"tokenizer.json": b"{}"}
+    monkeypatch.setattr(remote._fs, "ls", fail_with(TimeoutError()))
+    with pytest.raises(OSError) as caught:  # noqa: PT011 any
+        remote.folder("tokenizer")
+    assert caught.value.errno == errno.EIO
+    monkeypatch.setattr(remote._fs, "ls", fail_with(PermissionError()))
+    monkeypatch.setattr(remote._fs, "cat_file", fail_with(PermissionError("denied")))
+    with pytest.raises(PermissionError, match="denied"):
+        remote.folder("tokenizer")
+
+
+@pytest.mark.parametrize("most", [1, 7, 100])
+def test_a_range_that_comes_piece_by_piece_is_whole(monkeypatch, most):
+    fsspec.filesystem("memory").pipe("/pieces/file", bytes(range(50)))
+    remote = Remote("memory://pieces")
+    cat = remote._fs.cat_file
+    monkeypatch.setattr(
+        remote._fs, "cat_file", lambda path, start, end: cat(path, start, min(end, start + most))
+    )
+    assert remote.read("file", 5, 20) == bytes(range(5, 25))
+    assert remote.read("file", 40, 20) == bytes(range(40, 50))
 
 
 def test_a_missing_shard_is_named(site):
@@ -226,8 +398,14 @@ def test_a_missing_shard_is_named(site):
 
 def test_a_server_without_ranges_is_named(site):
     site.ranges = False
-    with pytest.raises(UserError, match=f"{site.url} sends only whole files"):
+    with pytest.raises(UserError, match=f"{site.url} sends only whole files") as caught:
         everything(shards.open_index(site.url))
+    assert not isinstance(caught.value, DamageError)
+    site.ranges = True
+    with skipping(site) as stream:
+        site.ranges = False
+        with pytest.raises(UserError, match=r"train-\d+\.tar, block .* sends only whole files"):
+            next(stream)
 
 
 @pytest.mark.parametrize("listed", [True, False])

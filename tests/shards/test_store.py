@@ -1,3 +1,4 @@
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -30,6 +31,17 @@ def test_ranges_end_with_the_file(store):
     assert store.read("3", 9, 4) == b""
     with pytest.raises(FileNotFoundError):
         store.read("none", 0, 4)
+
+
+@pytest.mark.parametrize("most", [1, 4, 7])
+def test_a_range_that_comes_piece_by_piece_is_whole(tmp_path, monkeypatch, most):
+    content = bytes(range(100))
+    (tmp_path / "file").write_bytes(content)
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda file, size, at: pread(file, min(size, most), at))
+    store = LocalStore(tmp_path)
+    for begin, size in [(0, 100), (13, 41), (90, 50), (100, 5), (3, 0)]:
+        assert store.read("file", begin, size) == content[begin : begin + size]
 
 
 def test_few_files_are_held_open_and_none_after_close(store, tmp_path):

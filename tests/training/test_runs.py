@@ -259,8 +259,7 @@ def test_the_losses_do_not_depend_on_how_the_batch_is_split_over_ranks(
     for left, right in pairs:
         for name in ("consumed", "epoch", f"epoch/{dataset}", f"epoch/{damaged_dataset}"):
             assert left[name] == right[name], name
-        assert left["quarantined"] >= 1
-        assert right["quarantined"] >= 1
+        assert left["quarantined"] == right["quarantined"] > 0
         for name in ("loss", "reconstruction", "mmd", "nats_per_token", "nats_per_sequence"):
             assert left[name] == pytest.approx(right[name], rel=1e-3), (left["step"], name)
         held_out = [line.get("eval/nats_per_token") for line in (left, right)]
