@@ -209,13 +209,13 @@ def _delete_each(paths: Iterable[Path], report: Callable[[str], None]) -> None:
 
 
 def delete(path: Path) -> None:
-    """Delete a checkpoint, or what is left of one; it is renamed first, so that none is ever half
-    there.
+    """Delete a checkpoint, which is renamed first, so that none is ever half there; or what is left
+    of one.
 
     Raises:
         OSError: it is not deleted, or not all of it.
     """
-    if path.suffix != DELETED:
+    if path.suffix not in (UNFINISHED, DELETED):
         path = path.rename(doomed(path))
     shutil.rmtree(path)
 

@@ -310,7 +310,7 @@ def test_what_a_crash_left_and_cannot_be_deleted_is_told_and_the_run_goes_on(
 ):
     save(run / "checkpoints", 10, IDENTITY)
     (run / "checkpoints/step-00000020.tmp").mkdir()
-    failing("rmdir", ".deleted", errno.ENOTEMPTY)
+    failing("rmdir", ".tmp", errno.ENOTEMPTY)
     began = begin(2)
     assert began.where == (10, None)
     assert "step-00000020.tmp could not be deleted (Directory not empty)" in began.said[0]
