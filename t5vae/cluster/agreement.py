@@ -11,6 +11,7 @@ import torch.distributed as dist
 from t5vae.cluster.errors import SharedError, SharedStorageError
 from t5vae.cluster.scheduler import host_name
 from t5vae.common.errors import StorageError, UserError
+from t5vae.common.storage import patiently
 
 
 def raise_together(problem: UserError | StorageError | None) -> None:
@@ -39,9 +40,10 @@ def check_shared(file: Path) -> None:
 
     Raises:
         SharedError: naming those that do not find it.
+        StorageError: on a rank whose storage failed for minutes.
     """
     try:
-        found = file.read_text()
+        found = patiently(file.read_text, str(file))
     except OSError:
         found = None
     everyone: list[str | None] = [None] * dist.get_world_size()

@@ -43,6 +43,10 @@ class StopRequest:
         """
         for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._handle)
+        self.arrived, written = os.pipe()
+        for end in (self.arrived, written):
+            os.set_blocking(end, False)
+        signal.set_wakeup_fd(written, warn_on_full_buffer=False)
         runner = open_runner()
         if runner is not None:
             self.runner.register(runner, select.POLLIN)
@@ -53,7 +57,13 @@ class StopRequest:
         return self.told or bool(self.runner.poll(0))
 
     def lets_requeue(self) -> bool:
-        """Whether a job that failed may be run again: not where its end was asked for."""
+        """Whether a job that failed may be run again: not where its end was asked for.
+
+        Any thread may ask, while the main one waits for others and no handler runs.
+        """
+        with contextlib.suppress(BlockingIOError):
+            for number in os.read(self.arrived, 1024):
+                self._note(number)
         return self.requeue or not self.requested
 
     @property
@@ -67,8 +77,12 @@ class StopRequest:
         if number == signal.SIGINT and self.interrupted:
             sys.exit(130)
         self.interrupted = self.interrupted or number == signal.SIGINT
-        self.told = True
-        self.requeue = self.requeue or number == signal.SIGUSR2
+        self._note(number)
+
+    def _note(self, number: int) -> None:
+        if number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
+            self.told = True
+            self.requeue = self.requeue or number == signal.SIGUSR2
 
 
 def signals_come_too_late() -> None:

@@ -92,6 +92,7 @@ class Together:
         self.may_requeue = may_requeue
         self.store: dist.Store | None = None
         self.failure: Failure | None = None
+        self.again: bool | None = None
         self.decisions = 0
         self.ended = False
         self.ending = threading.Lock()
@@ -125,7 +126,7 @@ class Together:
             return
         if error is None or isinstance(error, UnhealthyError):
             return self._leave(self.ranks.world_size)
-        failure = self.failure or self._find(error)
+        failure = self._end_by(self.failure or self._find(error))
         self.ending.acquire()  # for ever, where the watching thread ends this process
         code = self._end(failure)
         _after(GRACE, lambda: _exit(code))  # threads that write to a disk may hold it up
@@ -171,7 +172,7 @@ class Together:
                 if self.ended:
                     return
                 failure = self._lost([0])
-        self.failure = failure
+        self._end_by(failure)
         time.sleep(GRACE)
         if self.ending.acquire(blocking=False):
             _exit(self._end(failure))
@@ -271,13 +272,21 @@ class Together:
 
     # The end.
 
+    def _end_by(self, failure: Failure) -> Failure:
+        """Know of it; whether the job is to run again is settled now: what started the ranks tells
+        the others to end once one has."""
+        self.failure = failure
+        if self.again is None:
+            self.again = failure.requeue and self.ranks.is_first and self.may_requeue()
+        return failure
+
     def _end(self, failure: Failure) -> int:
         """Say what is wrong if that is this rank's to do, let the others go, and have the job run
         again if that helps; the exit code."""
         self._tell(failure)
         self._leave(self.ranks.world_size - len(failure.lost))
         # A first host that is lost takes the job's script with it, which the scheduler sees itself.
-        if failure.requeue and self.ranks.is_first and self.may_requeue():
+        if self.again:
             try:
                 queue_again()
             except SystemExit as asked:

@@ -23,6 +23,7 @@ from t5vae.cluster.errors import SharedError
 from t5vae.cluster.phases import begin_step, phase
 from t5vae.cluster.process_group import free_port
 from t5vae.cluster.ranks import Ranks
+from t5vae.cluster.stopping import StopRequest
 from t5vae.cluster.together import Together
 from t5vae.common.errors import StorageError, UserError
 from t5vae.training.main import exit_code_of
@@ -94,9 +95,11 @@ def be_rank(rank: int, port: int, request: dict) -> int:
     ranks = Ranks(rank, world, rank % 2, min(2, world), "127.0.0.1", port, HOSTS[:world])
     does = request["does"].get(str(rank), request["does"].get("others"))
     module.queue_again = lambda: (folder / "queued").write_text(str(rank))
+    stop = StopRequest()
+    stop.install()
 
     def work() -> None:
-        with Together(ranks, folder, request["timeout"]) as together:
+        with Together(ranks, folder, request["timeout"], stop.lets_requeue) as together:
             if does == "decides":
                 value = together.from_first(lambda: {"rank": rank, "finished": True})
                 print(json.dumps(value), flush=True)
@@ -129,6 +132,8 @@ def answer(request: dict) -> dict:
         for rank, pid in enumerate(pids):
             if rank not in codes:
                 codes |= _ended(rank, pid)
+        if any(codes.values()):
+            _end_the_rest(pids, codes)
         time.sleep(0.01)
     took = time.monotonic() - began
     for rank, pid in enumerate(pids):
@@ -144,6 +149,13 @@ def answer(request: dict) -> dict:
         "seconds": took,
         "outputs": told,
     }
+
+
+def _end_the_rest(pids: list[int], codes: dict[int, int]) -> None:
+    """As srun does where a task has ended badly, and DeepSpeed's launcher."""
+    for rank, pid in enumerate(pids):
+        if rank not in codes:
+            os.kill(pid, signal.SIGTERM)
 
 
 def _ended(rank: int, pid: int) -> dict[int, int]:
