@@ -131,13 +131,13 @@ class Remote:
         try:
             return call(f"{self._root}/{name}")
         except Exception as error:  # each protocol raises its own
-            number = _number(error)
+            number = error_number(error)
             missing = number == errno.ENOENT
             reason = f"{self.url}/{name} does not exist" if missing else first_line(error)
             raise OSError(number, reason) from None
 
 
-def _number(error: Exception) -> int:
+def error_number(error: Exception) -> int:
     """The number of an OSError that says what a protocol's exception means."""
     status = _status(error)
     if isinstance(error, FileNotFoundError) or status in MISSING:

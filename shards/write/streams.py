@@ -128,7 +128,9 @@ def storage_errors() -> Iterator[None]:
     except OSError:
         raise
     except Exception as error:
-        raise OSError(first_line(error)) from error
+        from shards.storage.requests import error_number
+
+        raise OSError(error_number(error), first_line(error)) from error
 
 
 def decompressed(raw: io.RawIOBase, path: str) -> IO[bytes]:

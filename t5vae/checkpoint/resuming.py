@@ -12,8 +12,8 @@ from t5vae.checkpoint.files import exists, free, move, names, reach
 from t5vae.checkpoint.fragments import Fragments
 from t5vae.checkpoint.manifest import MANIFEST, check_identity, read_manifest, verify
 from t5vae.checkpoint.randomness import seed_everything, set_random_state
-from t5vae.cluster.agreement import from_first, raise_together
-from t5vae.common.errors import StorageError, UserError, first_line
+from t5vae.cluster.agreement import from_first
+from t5vae.common.errors import UserError, first_line
 from t5vae.config import Checkpoint
 from t5vae.metrics.runlog import RunLog
 
@@ -73,16 +73,13 @@ def resume(
         StorageError: if its storage failed for minutes.
     """
     seed_everything(identity["seed"] + dist.get_rank())
-    found = _Found(None, {})
-    problem: UserError | StorageError | None = None
-    if log.enabled:
-        try:
-            found = _find(folder, settings, identity, log)
-            log.drop_after(0 if found.weights_alone else found.manifest.get("step", 0))
-        except (UserError, StorageError) as error:
-            problem = error
-    raise_together(problem)
-    newest, manifest, weights_alone = from_first(found)
+
+    def begin() -> _Found:
+        found = _find(folder, settings, identity, log)
+        log.drop_after(0 if found.weights_alone else found.manifest.get("step", 0))
+        return found
+
+    newest, manifest, weights_alone = from_first(begin)
     if newest is None:
         return Start()
     saved = Fragments([newest / name for name in manifest["files"]])

@@ -81,7 +81,7 @@ class Saver:
                 _make_empty(self.tmp)
             except FAILURES as error:
                 problem = _told(error)
-        self.problem = from_first(problem)
+        self.problem = from_first(lambda: problem)
         tensors = fragments(engine)
         generators, plain = random_state()
         tensors |= {f"random/{name}/0": state for name, state in generators.items()}
@@ -122,7 +122,7 @@ class Saver:
                 _commit(self.tmp, self.target, self.manifest)
             except FAILURES as error:
                 problem = _told(error)
-        problem = from_first(problem)
+        problem = from_first(lambda: problem)
         if problem:
             if dist.get_rank() == 0:
                 shutil.rmtree(self.tmp, ignore_errors=True)

@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,23 +14,29 @@ from t5vae.cluster.scheduler import host_name
 from t5vae.common.errors import StorageError, UserError
 from t5vae.common.storage import patiently
 
+Result = TypeVar("Result")
+_Told = tuple[str, bool]
+
 
 def raise_together(problem: UserError | StorageError | None) -> None:
     """Raise on all ranks what any rank has to complain of; all ranks call it.
 
     Raises:
-        SharedError, SharedStorageError: the first rank's that has one, with its host where others
-            have none.
+        SharedError, SharedStorageError: the first rank's that has one, with its name and host
+            unless all have one.
     """
-    own = None if problem is None else str(problem)
-    found: list[tuple[str, str | None, bool]] = [("", None, False)] * dist.get_world_size()
-    dist.all_gather_object(found, (host_name(), own, isinstance(problem, StorageError)))
-    broken = {host: (text, kind) for host, text, kind in reversed(found) if text is not None}
-    if broken:
-        host, (text, weather) = next(reversed(broken.items()))
-        if {host for host, _, _ in found} != set(broken):
-            text = f"{host}: {text}"
-        raise (SharedStorageError if weather else SharedError)(text)
+    found: list[tuple[str, _Told | None]] = [("", None)] * dist.get_world_size()
+    dist.all_gather_object(found, (host_name(), _told(problem)))
+    broken = {rank: (host, told) for rank, (host, told) in enumerate(found) if told}
+    for rank, (host, (text, weather)) in broken.items():
+        everywhere = len(broken) == len(found)
+        named = text if everywhere else f"rank {rank} of {len(found)} on {host}: {text}"
+        raise (SharedStorageError if weather else SharedError)(named)
+
+
+def _told(problem: Exception | None) -> _Told | None:
+    """What an error says, and whether it is the storage's."""
+    return None if problem is None else (str(problem), isinstance(problem, StorageError))
 
 
 def check_shared(file: Path) -> None:
@@ -98,8 +105,20 @@ def all_max(*values: float) -> list[float]:
     return largest.tolist()
 
 
-def from_first(value: Any) -> Any:
-    """Rank 0's value, on all ranks."""
-    found = [value]
+def from_first(decide: Callable[[], Result]) -> Result:
+    """What rank 0 decides, on all ranks; all of them call it together.
+
+    Raises:
+        SharedError, SharedStorageError: what it has to complain of.
+    """
+    found: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            found[0] = decide()
+        except (UserError, StorageError) as error:
+            found[1] = _told(error)
     dist.broadcast_object_list(found, src=0)
+    if found[1]:
+        text, weather = found[1]
+        raise (SharedStorageError if weather else SharedError)(text)
     return found[0]

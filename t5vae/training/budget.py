@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from t5vae.checkpoint.saving import Saver
+from t5vae.checkpoint.saving import FAILURES, Saver
 from t5vae.cluster.agreement import all_max, from_first
 from t5vae.common.progress import process_seconds
 from t5vae.config import Config
@@ -80,13 +80,13 @@ def fix_steps(
     Raises:
         UserError: where the data cannot be read.
     """
-    job = replace(job, config=from_first(job.config))
+    job = replace(job, config=from_first(lambda: job.config))
     config, minutes = job.config, job.config.train.minutes
-    if minutes is None or from_first(job.ranks.is_first and train_before(config) is not None):
+    if minutes is None or from_first(lambda: train_before(config) is not None):
         return job, []
     pace = _trial(job, device, build)
     _forget(device, compiled=config.model.compile)
-    spent = from_first(process_seconds())
+    spent = from_first(process_seconds)
     steps = pace.steps_in(minutes * 60 - spent, config)
     parts = [f"{spent:.0f} s are spent", f"a step takes {pace.step:.3g} s"]
     if config.eval.every:
@@ -135,7 +135,7 @@ def _save_seconds(engine: Any, folder: Path) -> float:
     """Of a checkpoint, which is deleted; 0 where it cannot be saved, which the run will tell."""
     saver = Saver(folder, asynchronous=False)
     seconds = 0.0
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(*FAILURES):
         saver.start(engine, 0, {})
         seconds = saver.finish().seconds
     saver.close()

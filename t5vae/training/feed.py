@@ -49,7 +49,7 @@ def open_feed(job: Job, device: torch.device) -> "Feed":
         pad_to=None if job.config.model.mask_padding else job.dataset.max_length,
         pin_memory=device.type == "cuda",
     )
-    return Feed(stream, job.split, work_of(job.settings), device)
+    return Feed(stream, job.split, work_of(job.settings))
 
 
 class Feed:
@@ -59,7 +59,6 @@ class Feed:
         stream: of this rank.
         split: how the global batch is dealt.
         work: counts the operations of a batch.
-        device: this rank's.
 
     Attributes:
         position: of the stream before the batches that were read last.
@@ -72,9 +71,8 @@ class Feed:
         stream: ShardStream,
         split: BatchSplit,
         work: Callable[[Batch], float],
-        device: torch.device,
     ):
-        self.stream, self.split, self.work, self.device = stream, split, work, device
+        self.stream, self.split, self.work = stream, split, work
         self.position, self.waited = stream.consumed, 0.0
         self.problem: UserError | StorageError | None = None
         self.quarantined = 0
@@ -100,7 +98,7 @@ class Feed:
             written: whether it has written its file of the checkpoint that was started.
 
         Raises:
-            UserError: where any rank could not read.
+            SharedError, SharedStorageError: where any rank could not read.
         """
         tokens, flops, stops, unread, quarantined, written_by = all_sum(
             sum(map(real_tokens, batches)),

@@ -11,11 +11,10 @@ import torch.distributed as dist
 from t5vae.checkpoint.randomness import be_deterministic
 from t5vae.checkpoint.retention import newest_manifest
 from t5vae.cluster import attempts
-from t5vae.cluster.agreement import check_same, check_shared, from_first, raise_together
+from t5vae.cluster.agreement import check_same, check_shared, from_first
 from t5vae.cluster.preflight import Preflight
 from t5vae.cluster.process_group import limit_waiting, start_process_group
 from t5vae.cluster.run_folder import LOCK, lock_run, make_folder
-from t5vae.common.errors import StorageError, UserError
 from t5vae.common.quiet import log_libraries_to, quiet_start
 from t5vae.metrics.runlog import RunLog
 from t5vae.training.budget import fix_steps
@@ -49,7 +48,7 @@ def started(job: Job, preflight: Preflight) -> Iterator[tuple[Job, torch.device,
         )
         lock, attempt = _claim(job)
         health = preflight.report(device)
-        before = from_first((ranks.is_first and manifest_before(config)) or {}).get("layout", {})
+        before = from_first(lambda: (manifest_before(job.config) or {}).get("layout", {}))
         config, reasons = settle(config, job.settings, job.split, device, before)
         job, fixed = fix_steps(replace(job, config=config), device, build)
         engine = build(job, device)
@@ -82,25 +81,24 @@ def build(job: Job, device: torch.device) -> Any:
 
 
 def _claim(job: Job) -> tuple[IO[str] | None, int]:
-    """Lock the run's folder, or refuse on all ranks: one that left alone would hang the rest.
+    """Have rank 0 lock the run's folder, and see that all ranks share it and train the same.
 
     Returns:
         On rank 0 the lock, and the number of this attempt.
     """
-    lock, attempt, problem = None, 0, None
-    if job.ranks.is_first:
-        try:
-            lock = lock_run(job.folder, anew=job.config.checkpoint.resume == "never")
-            newest = newest_manifest(job.folder / "checkpoints")
-            attempt = attempts.begin(
-                job.folder,
-                newest["step"] if newest else 0,
-                job.ranks.hosts,
-                max_restarts=job.config.launcher.max_restarts,
-            )
-        except (UserError, StorageError) as error:
-            problem = error
-    raise_together(problem)
+    locks = []
+
+    def claim() -> int:
+        locks.append(lock_run(job.folder, anew=job.config.checkpoint.resume == "never"))
+        newest = newest_manifest(job.folder / "checkpoints")
+        return attempts.begin(
+            job.folder,
+            newest["step"] if newest else 0,
+            job.ranks.hosts,
+            max_restarts=job.config.launcher.max_restarts,
+        )
+
+    attempt = from_first(claim)
     check_shared(job.folder / LOCK)
     check_same(job.identity)
-    return lock, attempt
+    return next(iter(locks), None), attempt

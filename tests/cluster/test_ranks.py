@@ -231,8 +231,9 @@ def test_a_problem_of_one_host_is_told_with_its_name(together, monkeypatch):
         return {str(future.exception()) for future in seen}
 
     assert told(None, None, None) == {"None"}
-    assert told(None, None, "no room") == {"node2: no room"}
-    assert told(None, "no lock", None) == {"node1: no lock"}
+    assert told(None, None, "no room") == {"rank 2 of 3 on node2: no room"}
+    assert told(None, "no lock", None) == {"rank 1 of 3 on node1: no lock"}
+    assert told(None, "one", "another") == {"rank 1 of 3 on node1: one"}
     assert told("same", "same", "same") == {"same"}
 
 
