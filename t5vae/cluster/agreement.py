@@ -51,7 +51,7 @@ def check_shared(file: Path) -> None:
     """
     try:
         found = patiently(file.read_text, str(file))
-    except OSError:
+    except FileNotFoundError:
         found = None
     everyone: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, found)

@@ -105,6 +105,9 @@ def start_process_group(
         device = torch.device(kind, device_index(ranks.local_rank))
         torch.accelerator.set_device_index(device.index)
         backend = f"cpu:gloo,{kind}:{dist.get_default_backend_for_device(kind)}"
+    # Those that DeepSpeed makes would wait for half an hour.
+    dist.distributed_c10d.default_pg_timeout = timedelta(seconds=timeout)
+    dist.distributed_c10d.default_pg_nccl_timeout = timedelta(seconds=timeout + LONGER)
     deepspeed.init_distributed(
         dist_backend=backend,
         auto_mpi_discovery=False,
@@ -120,7 +123,7 @@ def device_index(local_rank: int) -> int:
 
 
 def limit_waiting(timeout: float) -> None:
-    """Limit how long collectives wait; some of DeepSpeed's would wait for half an hour.
+    """Limit how long collectives wait from now on.
 
     Those of an accelerator wait longer than those of the CPU, whose end can be told: that of NCCL's
     is its watchdog's, which aborts the process.

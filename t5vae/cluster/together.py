@@ -13,8 +13,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -125,7 +125,7 @@ class Together:
         if self.store is None:
             return
         if error is None or isinstance(error, UnhealthyError):
-            return self._leave(self.ranks.world_size)
+            return self._leave(self.ranks.world_size, judge(error).code if error else 0)
         failure = self._end_by(self.failure or self._find(error))
         self.ending.acquire()  # for ever, where the watching thread ends this process
         code = self._end(failure)
@@ -148,9 +148,9 @@ class Together:
                 value = decide()
             except UserError as error:
                 raise SharedError(str(error)) from error
-            self.store.set(key, json.dumps(value))
-        self.store.wait([key], timedelta(seconds=self.patience))
-        return json.loads(self.store.get(key))
+            self._store.set(key, json.dumps(value))
+        self._store.wait([key], timedelta(seconds=self.patience))
+        return json.loads(self._store.get(key))
 
     # The watching thread.
 
@@ -177,17 +177,30 @@ class Together:
         if self.ending.acquire(blocking=False):
             _exit(self._end(failure))
 
+    @property
+    def _store(self) -> dist.Store:
+        assert self.store is not None
+        return self.store
+
     # What is wrong.
 
     def _find(self, error: BaseException) -> Failure:
         """Find out what an exception of this rank means, and tell the others."""
+        # The store of a process that is stopped, or of a host without power, never answers.
+        guard = _after(ANSWER + SKEW + 1, self._give_up)
         try:
-            with self._within(ANSWER + SKEW + 1):
-                if _is_of_a_collective(error):
-                    return self._ask_around(error)
-                return self._report(self._own(error))
+            if _is_of_a_collective(error):
+                return self._ask_around(error)
+            return self._report(self._own(error))
         except RuntimeError:
             return self._lost([0])
+        finally:
+            guard.cancel()
+
+    def _give_up(self) -> None:
+        failure = self._lost([0])
+        self._tell(failure)
+        _exit(failure.code)
 
     def _own(self, error: BaseException) -> Failure:
         verdict = judge(error)
@@ -211,15 +224,14 @@ class Together:
 
     def _ask_around(self, error: BaseException) -> Failure:
         """After a collective failed: which ranks are lost, or hold the others up."""
-        assert self.store is not None
-        self.store.set(f"failed/{self.ranks.rank}", "")
+        self._store.set(f"failed/{self.ranks.rank}", "")
         self._wake()
         if lost := self._silent("alive", ANSWER):
             return self._report(self._lost(lost))
         timed_out = "timed out" in str(error).lower()
         held_up = self._silent("failed", SKEW if timed_out else GRACE)
         if timed_out and held_up:
-            where = self.store.get(f"alive/{held_up[0]}").decode()
+            where = self._store.get(f"alive/{held_up[0]}").decode()
             why = f"{self._name(held_up)} did not answer within {self.patience:g} s, in {where}"
         else:
             own = f"{self._name([self.ranks.rank])}, {failed_in(error)}"
@@ -228,24 +240,21 @@ class Together:
 
     def _silent(self, what: str, seconds: float) -> list[int]:
         """The ranks that have not said something after so long."""
-        assert self.store is not None
         keys = [f"{what}/{rank}" for rank in range(self.ranks.world_size)]
         with suppress(dist.DistStoreError):
-            self.store.wait(keys, timedelta(seconds=seconds))
+            self._store.wait(keys, timedelta(seconds=seconds))
             return []
-        return [rank for rank, key in enumerate(keys) if not self.store.check([key])]
+        return [rank for rank, key in enumerate(keys) if not self._store.check([key])]
 
     def _report(self, failure: Failure) -> Failure:
         """Tell all ranks, unless another was faster; what they then end with."""
-        assert self.store is not None
-        told = self.store.compare_set("failure", "", json.dumps(asdict(failure)))
+        told = self._store.compare_set("failure", "", json.dumps(asdict(failure)))
         self._wake()
         return Failure(**json.loads(told))
 
     def _wake(self) -> None:
-        assert self.store is not None
         keys = [f"wake/{rank}" for rank in range(self.ranks.world_size)]
-        self.store.multi_set(keys, ["1"] * len(keys))
+        self._store.multi_set(keys, ["1"] * len(keys))
 
     def _lost(self, lost: list[int]) -> Failure:
         return Failure(
@@ -266,9 +275,9 @@ class Together:
             return ranks.hosts[rank]
         if rank == ranks.rank or not ranks.spans_hosts:
             return host_name()
-        if rank == 0 or not (self.store and self.store.check([f"host/{rank}"])):
+        if rank == 0 or not self._store.check([f"host/{rank}"]):
             return ranks.master_addr if rank == 0 else "another host"
-        return self.store.get(f"host/{rank}").decode()
+        return self._store.get(f"host/{rank}").decode()
 
     # The end.
 
@@ -284,7 +293,7 @@ class Together:
         """Say what is wrong if that is this rank's to do, let the others go, and have the job run
         again if that helps; the exit code."""
         self._tell(failure)
-        self._leave(self.ranks.world_size - len(failure.lost))
+        self._leave(self.ranks.world_size - len(failure.lost), failure.code)
         # A first host that is lost takes the job's script with it, which the scheduler sees itself.
         if self.again:
             try:
@@ -303,35 +312,20 @@ class Together:
             shown = "\n\x1b[?25h" if os.isatty(self.terminal) else ""  # after a bar; a cursor again
             os.write(self.terminal, f"{shown}error: {failure.text}\n".encode())
 
-    def _leave(self, others: int) -> None:
+    def _leave(self, others: int, code: int) -> None:
         """End the watching thread; rank 0 then stays until the others have left."""
-        store = self.store
-        assert store is not None
         self.ended = True
-        with suppress(RuntimeError), self._within(2 * LINGER):
+        guard = _after(2 * LINGER, lambda: _exit(code))
+        with suppress(RuntimeError):
             if threading.current_thread() is not self.watcher:
-                store.set(f"wake/{self.ranks.rank}", "1")
+                self._store.set(f"wake/{self.ranks.rank}", "1")
                 self.watcher.join(ANSWER)
-            left = store.add("left", 1)
+            left = self._store.add("left", 1)
             end = time.monotonic() + LINGER
             while self.ranks.is_first and left < others and time.monotonic() < end:
                 time.sleep(0.02)
-                left = store.add("left", 0)
-
-    @contextmanager
-    def _within(self, seconds: float) -> Iterator[None]:
-        """A store of a process that is stopped, or of a host without power, never answers."""
-
-        def give_up() -> None:
-            failure = self._lost([0])
-            self._tell(failure)
-            _exit(failure.code)
-
-        guard = _after(seconds, give_up)
-        try:
-            yield
-        finally:
-            guard.cancel()
+                left = self._store.add("left", 0)
+        guard.cancel()
 
 
 def _after(seconds: float, act: Callable[[], object]) -> threading.Timer:

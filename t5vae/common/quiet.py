@@ -9,6 +9,8 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+from t5vae.common.storage import patiently
+
 
 def log_file_of(run: Path, rank: int) -> Path:
     """A rank's file in a run's folder."""
@@ -27,7 +29,7 @@ def quiet_start(log_file: Path) -> Iterator[None]:
     sys.stdout.flush()
     sys.stderr.flush()
     saved = [os.dup(1), os.dup(2)]
-    with open(log_file, "a") as file:
+    with patiently(lambda: open(log_file, "a"), str(log_file)) as file:
         file.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
         file.flush()
         os.dup2(file.fileno(), 1)
@@ -44,7 +46,8 @@ def quiet_start(log_file: Path) -> Iterator[None]:
 
 def log_libraries_to(log_file: Path) -> None:
     """Send what libraries log from now on to a file, at every level they chose."""
-    handler = logging.FileHandler(log_file)
+    logging.raiseExceptions = False  # what cannot be written is not worth a traceback each time
+    handler = patiently(lambda: logging.FileHandler(log_file), str(log_file))
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     for name in ("DeepSpeed", "py.warnings", "shards", "transformers", "torch.distributed"):
         logger = logging.getLogger(name)

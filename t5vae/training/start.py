@@ -1,8 +1,9 @@
 """The start of a job: its ranks meet, its folder is locked, what was left open is settled."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from threading import Thread
 from typing import IO, Any
 
 import torch
@@ -22,6 +23,8 @@ from t5vae.training.build import build_model
 from t5vae.training.engine import build_engine, sharded
 from t5vae.training.job import Job, manifest_before
 from t5vae.training.precision import settle
+
+SECONDS = 5.0  # until a lock is left to itself
 
 
 @contextmanager
@@ -62,8 +65,7 @@ def started(job: Job, preflight: Preflight) -> Iterator[tuple[Job, torch.device,
     log.close()
     dist.destroy_process_group()
     if lock:
-        lock.truncate(0)
-        lock.close()
+        _release(lock)
 
 
 def build(job: Job, device: torch.device) -> Any:
@@ -78,6 +80,18 @@ def build(job: Job, device: torch.device) -> Any:
             device=device,
         )
     return build_engine(model, job.deepspeed, job.config.optim)
+
+
+def _release(lock: IO[str]) -> None:
+    """Give a lock back; what is trained and saved ends well, whatever its disk does now."""
+
+    def release() -> None:
+        with suppress(OSError), lock:
+            lock.truncate(0)
+
+    thread = Thread(target=release, name="unlock", daemon=True)
+    thread.start()
+    thread.join(SECONDS)
 
 
 def _claim(job: Job) -> tuple[IO[str] | None, int]:
