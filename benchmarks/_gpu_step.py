@@ -27,6 +27,7 @@ from shards import Batch
 from t5vae.cluster.process_group import start_process_group
 from t5vae.cluster.ranks import find_ranks
 from t5vae.cluster.stopping import StopRequest
+from t5vae.cluster.together import Together
 from t5vae.config import Config, load_config
 from t5vae.metrics.reading import read_metrics
 from t5vae.training.budget import take_apart
@@ -132,7 +133,7 @@ def measure(config: Config) -> Found:
     folder = config.run_dir
     shutil.rmtree(folder, ignore_errors=True)
     before = release(device)
-    run(config, ALONE, StopRequest())
+    run(config, Together(ALONE, config.run_dir, config.train.timeout), StopRequest())
     release(device)
     job, steps = resolve(config, ALONE), config.train.steps - PROFILED
     timed = [line for line in read_metrics(folder) if WARM_UP < line["step"] <= steps]

@@ -5,7 +5,6 @@ from t5vae.checkpoint.resuming import resume
 from t5vae.cluster.agreement import all_sum
 from t5vae.cluster.phases import begin_step, phase
 from t5vae.cluster.preflight import Preflight
-from t5vae.cluster.ranks import Ranks
 from t5vae.cluster.scheduler import queue_again
 from t5vae.cluster.stopping import StopRequest
 from t5vae.cluster.together import Together
@@ -21,20 +20,20 @@ from t5vae.training.start import started
 from t5vae.training.step import Loss
 
 
-def run(config: Config, ranks: Ranks, stop: StopRequest, together: Together) -> None:
+def run(config: Config, together: Together, stop: StopRequest) -> None:
     """Train a T5-VAE; called once in each process of the run.
 
     Args:
         config: the run's.
-        ranks: which process this is.
+        together: its ranks, and which of them this process is.
         stop: set by signals; looked at between steps, and between the batches of an evaluation.
-        together: the ranks, once they have met.
 
     Raises:
         UserError: for anything a user can mend: no shards, a batch that does not divide, a run
             that cannot be resumed, no disk space, losses that stay not finite.
         StorageError: where shards or the run's folder could not be read or written for minutes.
     """
+    ranks = together.ranks
     with Preflight(ranks, config.run_dir, config.train.timeout, together.store) as preflight:
         job = resolve(config, ranks)
     if together.from_first(job.is_finished):

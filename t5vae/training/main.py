@@ -126,7 +126,7 @@ def train(config: Config) -> None:
     limit_patience(timeout / 2)  # so that the other ranks outwait it
     try:
         with Together(ranks, config.run_dir, timeout, stop.lets_requeue) as together:
-            run(config, ranks, stop, together)
+            run(config, together, stop)
     except (UserError, StorageError) as error:
         leave_process_group()  # gloo's threads abort a process that ends without it
         if isinstance(error, StorageError):

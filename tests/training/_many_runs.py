@@ -28,6 +28,7 @@ from t5vae.checkpoint.fragments import fragments
 from t5vae.cluster.process_group import free_port
 from t5vae.cluster.ranks import Ranks
 from t5vae.cluster.stopping import StopRequest
+from t5vae.cluster.together import Together
 from t5vae.common.errors import UserError
 from t5vae.config import Config, load_config
 from t5vae.training import loop, start
@@ -111,7 +112,7 @@ def seen_of(run: Run, config: Config, ranks: Ranks) -> Seen:
         contextlib.redirect_stderr(output),
     ):
         try:
-            loop.run(config, ranks, stop)
+            loop.run(config, Together(ranks, config.run_dir, 60), stop)  # which have not met
         except UserError as error:
             found.error = str(error)
     found.output = output.getvalue()

@@ -136,6 +136,7 @@ def rank_main(rank: int, folder: Path) -> None:
     """
     from t5vae.cluster.ranks import Ranks
     from t5vae.cluster.stopping import StopRequest
+    from t5vae.cluster.together import Together
     from t5vae.training import loop, start
 
     ranks = Ranks(rank, 2, rank, 2, "127.0.0.1", int(os.environ["PORT"]))
@@ -160,7 +161,7 @@ def rank_main(rank: int, folder: Path) -> None:
 
     def run(*settings: str) -> Train:
         config = load_config(case, settings)
-        loop.run(config, ranks, StopRequest())
+        loop.run(config, Together(ranks, config.run_dir, 60), StopRequest())
         made.clear()
         return load_config(config.run_dir / "config.yaml").train
 

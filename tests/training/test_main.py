@@ -261,7 +261,7 @@ def test_storage_that_fails_has_the_job_queued_again_unless_it_was_ended(
     asked = []
     monkeypatch.setattr(program, "queue_again", lambda: asked.append(1))
 
-    def run(config, ranks, stop, together):
+    def run(config, together, stop):
         if told:
             os.kill(os.getpid(), told)
         raise StorageError("train-0.tar: the storage fails")
