@@ -131,11 +131,11 @@ def limit_waiting(timeout: float) -> None:
     Args:
         timeout: seconds.
     """
+    cpu, limit = torch.device("cpu"), timedelta(seconds=timeout)
     for group in list(dist.distributed_c10d._world.pg_map):
-        for device in group._device_types:
-            more = 0 if device.type == "cpu" else LONGER
-            limit = timedelta(seconds=timeout + more)
-            group._get_backend(device)._set_default_timeout(limit)
+        dist.distributed_c10d._set_pg_timeout(limit + timedelta(seconds=LONGER), group)
+        if cpu in group._device_types:
+            group._get_backend(cpu)._set_default_timeout(limit)
 
 
 def leave_process_group() -> None:
