@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from t5vae.checkpoint.files import ABSENT, reach
-from t5vae.checkpoint.fragments import WEIGHT, Fragments
+from t5vae.checkpoint.fragments import WEIGHT
+from t5vae.checkpoint.rank_files import Fragments
 from t5vae.common.cpus import cpus
 from t5vae.common.errors import UserError
 

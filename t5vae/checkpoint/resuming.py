@@ -9,9 +9,9 @@ import torch.distributed as dist
 
 from t5vae.checkpoint import fragments, retention
 from t5vae.checkpoint.files import exists, free, move, names, reach
-from t5vae.checkpoint.fragments import Fragments
 from t5vae.checkpoint.manifest import MANIFEST, check_identity, read_manifest, verify
 from t5vae.checkpoint.randomness import seed_everything, set_random_state
+from t5vae.checkpoint.rank_files import Fragments
 from t5vae.cluster.agreement import from_first
 from t5vae.common.errors import UserError, first_line
 from t5vae.config import Checkpoint

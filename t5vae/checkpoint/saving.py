@@ -17,9 +17,10 @@ from torch import Tensor
 
 from t5vae.checkpoint import retention
 from t5vae.checkpoint.files import exists, move
-from t5vae.checkpoint.fragments import fragments, scalars, write
+from t5vae.checkpoint.fragments import fragments, scalars
 from t5vae.checkpoint.manifest import MANIFEST, seal
 from t5vae.checkpoint.randomness import random_state
+from t5vae.checkpoint.rank_files import write
 from t5vae.cluster.agreement import from_first
 from t5vae.common.errors import StorageError, UserError, first_line
 from t5vae.common.files import fsync

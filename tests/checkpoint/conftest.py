@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from t5vae.checkpoint import saving
-from t5vae.checkpoint.fragments import write
+from t5vae.checkpoint.rank_files import write
 from tests.failing import failing  # noqa: F401
 from tests.small_runs import (  # noqa: F401
     damaged_dataset,

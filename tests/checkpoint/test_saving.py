@@ -13,9 +13,9 @@ import torch
 from safetensors import safe_open
 
 from t5vae.checkpoint import retention, saving
-from t5vae.checkpoint.fragments import write
 from t5vae.checkpoint.manifest import consolidated_weights, open_fragments, read_manifest, verify
 from t5vae.checkpoint.randomness import set_random_state
+from t5vae.checkpoint.rank_files import write
 from t5vae.common.errors import StorageError
 
 RANK_1 = "rank-00001.safetensors"

@@ -78,7 +78,7 @@ def _fill(ballast: Path) -> None:
 
 
 def _pause_in_saves(pause: dict[str, Any] | None, saves: SimpleNamespace) -> None:
-    from t5vae.checkpoint import fragments, retention, saving
+    from t5vae.checkpoint import rank_files, retention, saving
 
     def here(point: str) -> None:
         assert point in POINTS
@@ -121,7 +121,7 @@ def _pause_in_saves(pause: dict[str, Any] | None, saves: SimpleNamespace) -> Non
     saving.write = around(saving.write, "before the write", "before the gather")
     saving._commit = around(saving._commit, "before the manifest")
     saving.fsync = sync_folder
-    fragments.open = lambda path, mode: HalfWritten(io.FileIO(path, mode))
+    rank_files.open = lambda path, mode: HalfWritten(io.FileIO(path, mode))
     retention.shutil = SimpleNamespace(rmtree=rmtree)
 
 
