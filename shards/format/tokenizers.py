@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, chain
 from pathlib import Path
+from stat import S_ISREG
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
@@ -89,7 +90,7 @@ def _read(name: str) -> bool:
 def _try_read(folder: str) -> None:
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.name.endswith(FILES) and entry.is_file():
+            if entry.name.endswith(FILES) and S_ISREG(entry.stat().st_mode):
                 Path(entry).read_bytes()
 
 

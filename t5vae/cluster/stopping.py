@@ -34,7 +34,7 @@ class StopRequest:
         self.told = False
         self.requeue = False
         self.interrupted = False
-        self.runner = select.poll()  # its answers: a runner that has ended
+        self.runner: list[int] = []  # its pidfd, readable once it has ended
 
     def install(self) -> None:
         """Take over the signals and find the runner, while it is there; before heavy imports.
@@ -48,13 +48,12 @@ class StopRequest:
             os.set_blocking(end, False)
         signal.set_wakeup_fd(written, warn_on_full_buffer=False)
         runner = open_runner()
-        if runner is not None:
-            self.runner.register(runner, select.POLLIN)
+        self.runner = [] if runner is None else [runner]
 
     @property
     def requested(self) -> bool:
-        """Whether to stop at the next step boundary; asking takes a microsecond."""
-        return self.told or bool(self.runner.poll(0))
+        """Whether to stop at the next step boundary; asking takes a microsecond, in any thread."""
+        return self.told or bool(self.runner and select.select(self.runner, [], [], 0)[0])
 
     def lets_requeue(self) -> bool:
         """Whether a job that failed may be run again: not where its end was asked for.

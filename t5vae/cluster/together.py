@@ -43,7 +43,6 @@ GRACE = 2.0  # seconds in which a main thread may come to its end by itself
 LINGER = 8.0  # seconds that rank 0, whose process has the store, stays for the others
 ANSWER = 3.0  # seconds in which a process that lives answers
 SKEW = 5.0  # seconds between the first and the last of those who wait for the same rank in vain
-HOUR = timedelta(hours=1)
 GO_ON = "the same command goes on from the newest checkpoint"
 COLLECTIVE = ("gloo", "nccl", "process group", "processgroup", "timed out", "connection")
 
@@ -155,23 +154,18 @@ class Together:
     # The watching thread.
 
     def _watch(self, store: dist.Store) -> None:
-        wake = f"wake/{self.ranks.rank}"
         failure = None
         while failure is None:
+            # That the store answers at all is told by its silence, which ends in time.
+            guard = _after(2 * self.patience + ANSWER, self._give_up)
             try:
-                with suppress(dist.DistStoreError):  # an hour is over
-                    store.wait([wake], HOUR)
-                store.delete_key(wake)
-                if self.ended:
-                    return
-                if store.check(["failure"]):
-                    failure = Failure(**json.loads(store.get("failure")))
-                else:
-                    store.set(f"alive/{self.ranks.rank}", present())
+                failure = self._next(store)
             except RuntimeError:  # torch's, of a store that is gone
-                if self.ended:
-                    return
                 failure = self._lost([0])
+            finally:
+                guard.cancel()
+            if self.ended:
+                return
         self._end_by(failure)
         time.sleep(GRACE)
         if self.ending.acquire(blocking=False):
@@ -181,6 +175,20 @@ class Together:
     def _store(self) -> dist.Store:
         assert self.store is not None
         return self.store
+
+    def _next(self, store: dist.Store) -> Failure | None:
+        """Wait until another rank wakes this one, or for as long as it has patience; why the run
+        ends, if it does."""
+        wake = f"wake/{self.ranks.rank}"
+        try:
+            store.wait([wake], timedelta(seconds=self.patience))
+        except dist.DistStoreError:
+            return None
+        store.delete_key(wake)
+        if store.check(["failure"]):
+            return Failure(**json.loads(store.get("failure")))
+        store.set(f"alive/{self.ranks.rank}", present())
+        return None
 
     # What is wrong.
 
