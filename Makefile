@@ -38,10 +38,11 @@ train: .venv/.installed
 
 PARALLEL := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
 
-# Slow tests share what their file starts; those that start ranks take all cores, one at a time.
+# Slow tests share what their file starts. Those that start ranks wait for each other half of their
+# time: two files at once take all of two cores.
 test: test-fast
 	$(PARALLEL) --dist loadfile -m 'slow and not distributed and not soak and not cluster'
-	$(BIN)/python -m pytest -m 'distributed and not soak and not cluster'
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m 'distributed and not soak and not cluster'
 
 test-fast: setup
 	$(PARALLEL) -m 'not soak and not cluster and not distributed and not slow'

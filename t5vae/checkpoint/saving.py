@@ -22,6 +22,7 @@ from t5vae.checkpoint.manifest import MANIFEST, seal
 from t5vae.checkpoint.randomness import random_state
 from t5vae.checkpoint.rank_files import write
 from t5vae.cluster.agreement import from_first
+from t5vae.cluster.scheduler import host_name
 from t5vae.common.errors import StorageError, UserError, first_line
 from t5vae.common.files import fsync
 from t5vae.common.storage import patiently
@@ -138,7 +139,7 @@ class Saver:
 
 def _told(error: Exception) -> Exception:
     """The same of this rank, for all of them."""
-    text = f"rank {dist.get_rank()}: {first_line(error)}"
+    text = f"rank {dist.get_rank()} on {host_name()}: {first_line(error)}"
     return OSError(error.errno, text) if isinstance(error, OSError) else type(error)(text)
 
 

@@ -10,6 +10,7 @@ import pytest
 from t5vae.checkpoint import saving
 from t5vae.checkpoint.checkpoints import Checkpoints
 from t5vae.checkpoint.manifest import read_manifest
+from t5vae.cluster.scheduler import host_name
 from t5vae.common.errors import StorageError, UserError
 from t5vae.config import Checkpoint
 
@@ -115,7 +116,9 @@ def test_a_save_waits_for_the_one_before_and_the_last_for_itself(begin, last):
 def test_a_save_that_fails_ends_the_run(begin, monkeypatch):
     monkeypatch.setattr(saving, "write", no_space)
     run = begin()
-    with pytest.raises(UserError, match=r"step-00000010 could not be saved \(rank 0: No space"):
+    with pytest.raises(
+        UserError, match=r"step-00000010 could not be saved \(rank 0 on \S+: No "
+    ):
         run.save(10)
 
 
@@ -137,7 +140,7 @@ def test_storage_that_fails_ends_a_run_as_such_or_goes_on_if_that_is_asked_for(
     assert len(str(caught.value).splitlines()) == 1
     run = begin(on_error="continue")
     run.save(20)
-    assert run.log.said[0].startswith("step-00000020 could not be saved (rank 0: ")
+    assert run.log.said[0].startswith("step-00000020 could not be saved (rank 0 on ")
     assert run.log.said[0].endswith("; training goes on without it")
     with pytest.raises(StorageError):
         run.save(30, last=True)
@@ -161,8 +164,8 @@ def test_a_save_that_fails_ends_no_run_that_is_to_go_on_but_for_the_last(begin, 
         patched.setattr(saving, "write", no_space)
         run.save(10)
         assert run.log.said == [
-            "step-00000010 could not be saved (rank 0: No space left on device); training goes on "
-            "without it"
+            f"step-00000010 could not be saved (rank 0 on {host_name()}: No space left on device); "
+            "training goes on without it"
         ]
         assert names(run.folder) == []
         with pytest.raises(UserError, match="step-00000020 could not be saved"):

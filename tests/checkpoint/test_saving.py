@@ -16,10 +16,11 @@ from t5vae.checkpoint import retention, saving
 from t5vae.checkpoint.manifest import consolidated_weights, open_fragments, read_manifest, verify
 from t5vae.checkpoint.randomness import set_random_state
 from t5vae.checkpoint.rank_files import write
+from t5vae.cluster.scheduler import host_name
 from t5vae.common.errors import StorageError
 
 RANK_1 = "rank-00001.safetensors"
-FULL = r"rank 0: No space left on device$"
+FULL = r"rank 0 on \S+: No space left on device$"
 
 
 def names(folder):
@@ -160,7 +161,7 @@ def test_a_file_that_failed_is_not_waited_for(make_saver, make_engine, monkeypat
     saver.start(make_engine(), 10, {})
     saver.pending.exception(60)
     assert saver.written
-    with pytest.raises(OSError, match="rank 0: No space"):
+    with pytest.raises(OSError, match=r"rank 0 on \S+: No space"):
         saver.finish()
     assert saver.pending is None
 
@@ -184,7 +185,7 @@ def test_a_rank_whose_disk_is_full_is_named_on_all_ranks_and_nothing_is_left(
 
     for told in together(3).run(save_rank):
         assert isinstance(told.exception(), OSError)
-        assert told.exception().strerror == "rank 1: No space left on device"
+        assert told.exception().strerror == f"rank 1 on {host_name()}: No space left on device"
     assert names(folder) == ["step-00000030"]
     assert verify(folder / "step-00000030") is None
 
@@ -218,7 +219,7 @@ def test_a_folder_that_cannot_be_made_is_told_by_the_first_rank(folder, save, mo
 
 def test_a_file_in_the_folders_place_is_told_and_left(tmp_path, save):
     (tmp_path / "checkpoints").write_text("something")
-    with pytest.raises(OSError, match="rank 0: "):
+    with pytest.raises(OSError, match="rank 0 on "):
         save(tmp_path / "checkpoints", 10)
     assert (tmp_path / "checkpoints").read_text() == "something"
 
@@ -303,7 +304,7 @@ def test_a_save_that_fails_on_one_rank_fails_alike_on_all(
     assert [type(error) for error in errors] == [type(errors[0])] * 3
     assert isinstance(errors[0], kind)
     (text,) = {str(error) for error in errors}
-    assert f"rank {int(ending == RANK_1)}: " in text
+    assert f"rank {int(ending == RANK_1)} on " in text
     assert os.strerror(number) in text
     monkeypatch.undo()
     assert names(folder) == ["step-00000030"]

@@ -90,6 +90,9 @@ def test_a_fault_ends_all_ranks_alike_or_none(outcomes, golden, case):
     assert bool(case.end.code) <= len(told) <= case.end.lines * bool(case.end.code), output
     assert set(outcome.checkpoints.values()) == {None}
     assert max(outcome.checkpoints) >= f"step-{HALF:08d}"
+    if told and case.rank and not case.place.path.startswith("socket:"):
+        assert f"rank {case.rank} " in told[0]
+        assert host_name() in told[0]
     if told:
         assert case.end.says.format(rank=case.rank, host=host_name()) in told[0]
         assert outcome.seconds < WITHIN + (TIMEOUT if case.fault == HANG else 0)
