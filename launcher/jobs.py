@@ -209,7 +209,7 @@ def _is_locked(path: Path) -> bool:
 
     try:
         return patiently(look, str(path))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
 
 
