@@ -94,6 +94,7 @@ class Together:
         self.again: bool | None = None
         self.decisions = 0
         self.ended = False
+        self.listens = False  # the watching thread, to the store
         self.ending = threading.Lock()
 
     def __enter__(self) -> "Together":
@@ -124,10 +125,12 @@ class Together:
         if self.store is None:
             return
         if error is None or isinstance(error, UnhealthyError):
-            return self._leave(self.ranks.world_size, judge(error).code if error else 0)
+            self._leave(self.ranks.world_size, judge(error).code if error else 0)
+            return None if error else self._stop_listening(0)
         failure = self._end_by(self.failure or self._find(error))
         self.ending.acquire()  # for ever, where the watching thread ends this process
         code = self._end(failure)
+        self._stop_listening(code)
         _after(GRACE, lambda: _exit(code))  # threads that write to a disk may hold it up
         leave_process_group()
         raise FailedTogetherError(code) from error
@@ -158,11 +161,13 @@ class Together:
         while failure is None:
             # That the store answers at all is told by its silence, which ends in time.
             guard = _after(2 * self.patience + ANSWER, self._give_up)
+            self.listens = True
             try:
                 failure = self._next(store)
             except RuntimeError:  # torch's, of a store that is gone
                 failure = self._lost([0])
             finally:
+                self.listens = False
                 guard.cancel()
             if self.ended:
                 return
@@ -265,12 +270,10 @@ class Together:
         self._store.multi_set(keys, ["1"] * len(keys))
 
     def _lost(self, lost: list[int]) -> Failure:
-        return Failure(
-            f"{self._name(lost)} is lost: it ended, or its host did; {GO_ON}",
-            code=1,
-            requeue=True,
-            lost=tuple(lost),
-        )
+        why = "is lost: it ended, or its host did"
+        if self.ranks.rank in lost:  # the first, whose own store is out of reach
+            why = "reaches the other ranks no more"
+        return Failure(f"{self._name(lost)} {why}; {GO_ON}", 1, requeue=True, lost=tuple(lost))
 
     def _name(self, some: list[int]) -> str:
         """Ranks and where they are, for people."""
@@ -313,12 +316,15 @@ class Together:
     def _tell(self, failure: Failure) -> None:
         """Rank 0 speaks for all; without it, the first of each host does."""
         is_beside_first = self.ranks.rank == self.ranks.local_rank
-        speaks = self.ranks.is_first
-        if 0 in failure.lost:
-            speaks = self.ranks.local_rank == (1 if is_beside_first else 0)
-        if speaks:
+        first_of_others = self.ranks.local_rank == (1 if is_beside_first else 0)
+        if self.ranks.is_first or (0 in failure.lost and first_of_others):
             shown = "\n\x1b[?25h" if os.isatty(self.terminal) else ""  # after a bar; a cursor again
             os.write(self.terminal, f"{shown}error: {failure.text}\n".encode())
+
+    def _stop_listening(self, code: int) -> None:
+        """A thread that could not be told to end waits in torch, which would abort this process."""
+        if self.listens:
+            _exit(code)
 
     def _leave(self, others: int, code: int) -> None:
         """End the watching thread; rank 0 then stays until the others have left."""

@@ -51,12 +51,12 @@ class End:
     """How a run ends.
 
     Attributes:
-        code: of all ranks.
+        code: of all ranks; None where each may have found it, 1, or be done before it does, 0.
         says: what its line holds; of a run that ends well, what it is told to lack.
         lines: that say what went wrong, at most.
     """
 
-    code: int
+    code: int | None
     says: str = ""
     lines: int = 1
 
@@ -90,9 +90,8 @@ PARTED = {RESET: End(1, lines=2), HANG: End(1, lines=2)}
 PEERS = {RESET: End(1), HANG: End(1)}
 """What only another start can mend."""
 
-
-LEAVING = {RESET: GOES_ON, HANG: GOES_ON}
-"""What ranks say as they leave, when all is done and saved."""
+LEAVING = dict.fromkeys((RESET, HANG), End(None, lines=2))
+"""What a rank hears from the store now and then, and says as it leaves, when all is saved."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +162,7 @@ PLACES = (
     Place("step", "run/metrics.jsonl", ("stat", "open", "write"), FIRST, KEPT),
     Place("step", "run/samples", ("stat", "mkdir"), FIRST, SPARED),
     Place("step", f"samples/{STEP}.json.*.tmp", NEW, FIRST, SPARED),
-    Place("step", "run/.lock", ("truncate",), FIRST, SPARED | LEAVING),
+    Place("step", "run/.lock", ("truncate",), FIRST, SPARED | {HANG: GOES_ON}),
     Place("step", "socket:store", ("send", "recv"), BOTH, LEAVING),
     Place("step", "socket:peer", ("send", "recv"), BOTH, PEERS),
     # An evaluation.

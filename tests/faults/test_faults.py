@@ -4,6 +4,7 @@ Two ranks go on from half of a run, with a library between them and the system t
 (faults.c); the table is places.py. Cases run a few at a time, since most of their time is waiting.
 """
 
+import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +16,7 @@ import pytest
 from t5vae.checkpoint.manifest import verify
 from t5vae.checkpoint.retention import list_checkpoints
 from t5vae.cluster.scheduler import host_name
+from t5vae.common.cpus import cpus
 from tests.faults.conftest import HALF, TIMEOUT, Trial, going_on
 from tests.faults.places import ALL_CASES, HANG, PLACES, SHORT, Case, some_of_each
 from tests.launching import exact_metrics
@@ -23,7 +25,7 @@ pytestmark = pytest.mark.distributed
 
 OFTEN = some_of_each()  # by `make test`; a third of those that end is started again
 AT_ONCE = 4
-WITHIN = 15  # seconds until all ranks have ended, once one has failed, or has not answered in time
+WITHIN = 15  # seconds on free cores until all have ended, once one has failed or did not answer
 GUARD = 90  # seconds until a rank that never ends is given up
 
 
@@ -34,6 +36,7 @@ class Outcome:
     Attributes:
         codes: exit codes of the ranks; None of one that had to be killed.
         seconds: from the first call that failed until all had ended.
+        load: of each core then, other cases included.
         checkpoints: what is wrong with each that was there then, by name; None where it is whole.
         again: the next start of a run that ended too early, where it was started.
     """
@@ -41,6 +44,7 @@ class Outcome:
     trial: Trial
     codes: list[int | None]
     seconds: float
+    load: float
     checkpoints: dict[str, str | None]
     again: Trial | None
     metrics: list[str]
@@ -57,12 +61,13 @@ def outcomes(request, golden, try_out, tmp_path_factory) -> Iterator[dict[str, F
         codes = trial.end(GUARD)
         failed = trial.failed()
         seconds = trial.ended() - failed if failed else 0.0
+        load = os.getloadavg()[0] / cpus()
         checkpoints = {path.name: verify(path) for path in list_checkpoints(run / "checkpoints")}
         again = None
         if codes != [0, 0] and (case not in OFTEN or case in OFTEN[::3]):
             again = try_out(golden.config, *going_on(run))
             again.end(GUARD)
-        return Outcome(trial, codes, seconds, checkpoints, again, exact_metrics(run))
+        return Outcome(trial, codes, seconds, load, checkpoints, again, exact_metrics(run))
 
     asked = [item.callspec.params["case"] for item in request.session.items if _is_case(item)]
     with ThreadPoolExecutor(AT_ONCE) as threads:
@@ -85,9 +90,13 @@ def test_a_fault_ends_all_ranks_alike_or_none(outcomes, golden, case):
     outcome = outcomes[str(case)].result()
     output, told = outcome.trial.output(), outcome.trial.errors()
     assert outcome.trial.failed(), f"no such call was made\n{output}"
-    assert outcome.codes == [case.end.code] * 2, output
+    if case.end.code is None:
+        assert set(outcome.codes) <= {0, 1}, output
+    else:
+        assert outcome.codes == [case.end.code] * 2, output
     assert "Traceback" not in output
-    assert bool(case.end.code) <= len(told) <= case.end.lines * bool(case.end.code), output
+    bad = max(outcome.codes) > 0
+    assert bad <= len(told) <= case.end.lines * bad, output
     assert set(outcome.checkpoints.values()) == {None}
     assert max(outcome.checkpoints) >= f"step-{HALF:08d}"
     if told and case.rank and not case.place.path.startswith("socket:"):
@@ -95,13 +104,14 @@ def test_a_fault_ends_all_ranks_alike_or_none(outcomes, golden, case):
         assert host_name() in told[0]
     if told:
         assert case.end.says.format(rank=case.rank, host=host_name()) in told[0]
-        assert outcome.seconds < WITHIN + (TIMEOUT if case.fault == HANG else 0)
+        limit = WITHIN + (TIMEOUT if case.fault == HANG else 0)
+        assert outcome.seconds < limit * max(1, outcome.load)
     if outcome.again:
         assert outcome.again.end() == [0, 0], outcome.again.output()
     if case.end == SHORT:
         assert SHORT.says in output
         assert outcome.metrics == exact_metrics(golden.run)[: len(outcome.metrics)]
-    elif outcome.again or not case.end.code:
+    elif outcome.again or outcome.codes == [0, 0]:
         assert outcome.metrics == exact_metrics(golden.run)
 
 
