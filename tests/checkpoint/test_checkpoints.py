@@ -116,9 +116,7 @@ def test_a_save_waits_for_the_one_before_and_the_last_for_itself(begin, last):
 def test_a_save_that_fails_ends_the_run(begin, monkeypatch):
     monkeypatch.setattr(saving, "write", no_space)
     run = begin()
-    with pytest.raises(
-        UserError, match=r"step-00000010 could not be saved \(rank 0 on \S+: No "
-    ):
+    with pytest.raises(UserError, match=r"step-00000010 could not be saved \(rank 0 on \S+: No "):
         run.save(10)
 
 
