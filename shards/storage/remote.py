@@ -157,10 +157,8 @@ def _copy(
             except UserError:  # whoever reads it says so
                 return
             say(f"{error}; its blocks are read from there, one by one")
-        except (
-            OSError,
-            StorageError,
-        ):  # whoever reads the file will meet it too, and can name the block
+        # Whoever reads the file will meet it too, and can name the block.
+        except (OSError, StorageError):
             asked.discard(name)
 
 

@@ -127,6 +127,10 @@ class Preflight:
         weather = bool(found) and all(row["weather"] for row in found)
         if {row["host"] for row in self.rows} <= set(problems):
             first = problems[self.rows[0]["host"]]
+            if 0 < len(found) < len(self.rows):
+                row = found[-1]
+                name = f"rank {row['rank']} of {len(self.rows)} on {row['host']}"
+                first = f"{name}: {row['problem']}"
             return {"problem": first, "hosts": [], "weather": weather}
         return _verdict(problems, weather=weather)
 

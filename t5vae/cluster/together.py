@@ -248,7 +248,7 @@ class Together:
             why = f"{self._name(held_up)} did not answer within {self.patience:g} s, in {where}"
         else:
             own = f"{self._name([self.ranks.rank])}, {failed_in(error)}"
-            why = f"{own}: the ranks lost touch ({judge(error).text})"
+            why = f"{own}: the ranks lost touch ({judge(error).text}{self._write_down(error)})"
         return self._report(Failure(f"{why}; {GO_ON}", code=1, requeue=True))
 
     def _silent(self, what: str, seconds: float) -> list[int]:

@@ -84,6 +84,12 @@ def test_a_mistake_that_all_hosts_see_is_the_users(meet):
     assert not any(isinstance(error, UnhealthyError) for error in told)
 
 
+def test_a_rank_that_cannot_train_where_others_of_its_host_can_is_named(meet):
+    told, _ = meet(None, "no shards at x", None, "no shards at y")
+    assert [str(error) for error in told] == ["rank 1 of 4 on node1: no shards at x"] * 4
+    assert not any(isinstance(error, UnhealthyError) for error in told)
+
+
 def test_a_host_that_does_not_come_is_named_in_time(meet):
     told, _ = meet(None, None, "absent", "absent", patience=5)
     assert [str(error) for error in told] == ["node2: did not come within 5 s"] * 2
