@@ -21,17 +21,14 @@ import pyarrow.compute as pc
 
 from shards.format.index import Altered, Index, open_index
 from shards.format.tokenizers import (
-    LONG,
-    TextEncoder,
-    TokenEncoder,
     fingerprint,
     load_tokenizer,
-    make_encoder,
     pieces_to_train,
     train_tokenizer,
 )
 from shards.read.order import CHUNK
 from shards.write.corpora import Corpus, combine
+from shards.write.encoders import LONG, TextEncoder, TokenEncoder, make_encoder
 from shards.write.halted import forget, is_of_use, take_up
 from shards.write.pack import write_splits
 from shards.write.spool import Spool, open_spool

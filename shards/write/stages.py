@@ -22,7 +22,7 @@ from t5vae.common.files import written
 from t5vae.common.progress import Advance
 
 if TYPE_CHECKING:
-    from shards.format.tokenizers import Encoder, TextEncoder, TokenEncoder
+    from shards.write.encoders import Encoder, TextEncoder, TokenEncoder
 
 BATCH_BYTES = 2**19  # of items encoded at once
 # Reasons to drop.

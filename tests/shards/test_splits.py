@@ -18,7 +18,8 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerFast, T5Tokenizer
 
 import shards
-from shards.format.tokenizers import make_text_encoder, train_tokenizer
+from shards.format.tokenizers import train_tokenizer
+from shards.write.encoders import make_text_encoder
 from shards.write.stages import in_valid
 from tests.shards.sources import write_tar
 

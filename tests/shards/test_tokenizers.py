@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from transformers import CanineTokenizer, PreTrainedTokenizerFast, T5Tokenizer
 
 from shards import load_tokenizer
-from shards.format.tokenizers import fingerprint, make_encoder, train_tokenizer
+from shards.format.tokenizers import fingerprint, train_tokenizer
+from shards.write.encoders import make_encoder
 from t5vae.common.errors import UserError
 
 LINES = [f"self.assertEqual(value[{i}], {i % 7}):" for i in range(200)]
