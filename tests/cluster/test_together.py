@@ -1,6 +1,7 @@
 """Ranks that fail together; without a model, forked by a process that has all imports."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from t5vae.common.cpus import cpus
 from tests.launching import environment
 
 pytestmark = pytest.mark.distributed
@@ -32,6 +34,11 @@ class Ended:
     def lines(self) -> list[tuple[int, str]]:
         told = enumerate(map(str.splitlines, self.outputs))
         return [(r, line) for r, lines in told for line in lines if line.startswith("error: ")]
+
+
+def busy() -> float:
+    """The load of a core, where that is more than 1."""
+    return max(1.0, os.getloadavg()[0] / cpus())
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +67,7 @@ def end(server, tmp_path):
         server.stdin.write(json.dumps(request | {"does": {"others": others} | wanted}) + "\n")
         server.stdin.flush()
         ended = Ended(**json.loads(server.stdout.readline()))
-        assert ended.seconds < 20, ended
+        assert ended.seconds < 20 * busy(), ended
         assert any("Traceback" in output for output in ended.outputs) is traceback, ended
         return ended
 
@@ -84,7 +91,7 @@ def test_what_one_rank_refuses_ends_all_whatever_they_are_at(end, failing, other
     host = ("node1", "node1", "node2")[failing]
     line = f"error: rank {failing} of 3 on {host}, step 12, data: no such shard"
     assert ended.lines == [(0, line)]
-    assert ended.seconds < 15
+    assert ended.seconds < 15 * busy()
 
 
 def test_two_ranks_that_fail_at_once_end_with_the_line_of_one(end):
