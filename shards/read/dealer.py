@@ -102,7 +102,8 @@ class Dealer:
         """The micro batches of a plan."""
         rows = plan.rows
         per_step = len(rows.sequence) // plan.steps
-        widths = np.minimum(-(-rows.lengths.max(axis=1) // ROUND) * ROUND, self.max_length)
+        longest = rows.lengths.max(axis=1).astype(np.int64)  # may be more than 16 bits once rounded
+        widths = np.minimum(-(-longest // ROUND) * ROUND, self.max_length)
         lengths, weights, sequence, source = (
             torch.from_numpy(column).unbind()
             for column in (

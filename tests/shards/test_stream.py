@@ -6,6 +6,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
+import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,6 +26,19 @@ def many_blocks(dataset, tmp_path_factory):
     (folder / "lines.txt").write_text("\n".join(lines))
     options = {"tokenizer": dataset / "tokenizer", "max_length": 40, "block_size": 16}
     shards.build(folder / "lines.txt", folder / "data", **options, valid_fraction=0.1)
+    return folder / "data"
+
+
+@pytest.fixture(scope="module")
+def long_rows(tmp_path_factory):
+    """Eight sequences of 65,528 to 65,535 tokens."""
+    folder = tmp_path_factory.mktemp("long")
+    with webdataset.TarWriter(str(folder / "ids.tar")) as writer:
+        for length in range(65_528, 65_536):
+            ids = np.arange(length, 2 * length - 1) % 200 + 10
+            writer.write({"__key__": str(length), "ids.npy": ids})
+    options = {"format": "webdataset", "tokenizer": "byte", "max_length": 65_535}
+    shards.build(folder / "ids.tar", folder / "data", **options, valid_fraction=0)
     return folder / "data"
 
 
@@ -224,6 +238,25 @@ def test_a_split_shorter_than_a_batch_wraps(dataset):
 def test_fixed_width(dataset):
     with stream(dataset, pad_to=40) as batches:
         assert next(batches).ids.shape == (G, 40)
+
+
+@pytest.mark.parametrize("by_length", [False, True])
+def test_the_longest_sequences_that_a_block_can_hold_are_delivered_whole(long_rows, by_length):
+    index = shards.open_index(long_rows)
+    with stream(long_rows, global_batch_size=8, sort_by_length=by_length) as batches:
+        batch = next(batches)
+    for ids, length, number in zip(batch.ids, batch.lengths, batch.sequence, strict=True):
+        expected, _ = index.read("train", number[None].numpy())
+        assert ids[:length].equal(torch.from_numpy(expected[0, :length]))
+        assert not ids[length:].any()
+    assert batch.ids.shape[1] == 65_535
+    assert sorted(batch.lengths.tolist()) == list(range(65_528, 65_536))
+
+
+def test_a_width_is_rounded_up_beyond_what_a_length_can_be(long_rows):
+    with stream(long_rows, global_batch_size=8, micro_batch_size=1) as batches:
+        widths = {int(b.lengths[0]): b.ids.shape[1] for b in islice(batches, 8)}
+    assert widths == {65_528: 65_528, **dict.fromkeys(range(65_529, 65_536), 65_535)}
 
 
 def test_closed_and_dropped_streams_end_their_threads(dataset):
