@@ -38,6 +38,11 @@ def test_the_shards_folder_is_all_that_must_be_given(write):
     assert "data is missing" in refusal(write("train: {steps: 5}"))
 
 
+@pytest.mark.parametrize("seed", [2**64, 2**70, -(2**63) - 1])
+def test_a_seed_beyond_64_bits_is_refused(write, seed):
+    assert "run.seed" in refusal(write(f"{MINIMAL}run: {{seed: {seed}}}"))
+
+
 @pytest.mark.parametrize(
     ("key", "default"),
     [
@@ -358,7 +363,7 @@ def test_a_batch_that_ranks_cannot_share_is_refused_in_one_line(batch, micro, wo
     shards=st.text(st.characters(codec="utf-8"), min_size=1, max_size=20),
     name=st.text(st.characters(codec="utf-8"), min_size=1, max_size=20),
     lr=st.floats(1e-12, 1e3),
-    seed=st.integers(0, 2**63),
+    seed=st.integers(-(2**63), 2**64 - 1),
     config=st.none() | st.text(max_size=9) | st.dictionaries(st.text(), st.integers()),
     betas=st.tuples(st.floats(0, 0.999), st.floats(0, 0.999)),
     micro=st.sampled_from([None, 1, 16]),

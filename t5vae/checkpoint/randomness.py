@@ -15,10 +15,10 @@ from torch import Tensor
 
 
 def seed_everything(seed: int) -> None:
-    """Seed python's, numpy's and torch's generators."""
+    """Seed python's, numpy's and torch's generators, with any integer."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    torch.manual_seed(seed % 2**64)
 
 
 def be_deterministic() -> None:

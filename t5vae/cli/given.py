@@ -12,12 +12,20 @@ from t5vae.cli.app import quiet_transformers
 from t5vae.common.errors import UserError
 from t5vae.common.files import reading
 from t5vae.common.paths import expand
+from t5vae.common.seeds import FIRST_SEED, LAST_SEED
 
 if TYPE_CHECKING:
     from t5vae.latent import LatentSpace
 
 PANEL = "The latent space"
 STDIN = ("-", "/dev/stdin")
+
+
+def _check_seed(seed: int) -> int:
+    if not FIRST_SEED <= seed <= LAST_SEED:
+        raise UserError(f"--seed is {seed}: choose one from -2^63 to 2^64 - 1")
+    return seed
+
 
 Space = Annotated[
     str, typer.Argument(help="A run folder, or an exported model's.", callback=expand)
@@ -38,7 +46,7 @@ Check = Annotated[
     str | None,
     typer.Option(help="Keep only valid ones: python, json, smiles, regex:..., pkg.func."),
 ]
-Seed = Annotated[int, typer.Option(help="Of what is random.")]
+Seed = Annotated[int, typer.Option(help="Of what is random.", callback=_check_seed)]
 Temperature = Annotated[
     float,
     typer.Option(help="0 decodes the likeliest token at each step, above 0 draws.", min=0),

@@ -8,6 +8,7 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from t5vae.common.errors import UserError
 from t5vae.common.section import Interval, Place, Section
+from t5vae.common.seeds import FIRST_SEED, LAST_SEED
 
 if TYPE_CHECKING:
     from shards import Dataset
@@ -18,7 +19,7 @@ class Run(Section):
     """Name of the run; empty takes the configuration file's."""
     output_dir: Place = ""
     """The run's folder; empty means runs/NAME."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=FIRST_SEED, le=LAST_SEED)
     """Seeds weights, data order and noise."""
 
     @field_validator("name", "output_dir", mode="before")

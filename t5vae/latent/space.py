@@ -159,7 +159,7 @@ class LatentSpace(Codec):
             missing = n - len(texts)
             count = missing if check is None else min(max(2 * missing, 64), limit - drawn)
             z_ND = source.draw(count, generator)
-            ids = self.decode_ids(z_ND, temperature=temperature, seed=seed + drawn)
+            ids = self.decode_ids(z_ND, temperature=temperature, seed=(seed + drawn) % 2**64)
             for text in self.detokenize(ids):
                 drawn += 1
                 if is_valid(text):

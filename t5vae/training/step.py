@@ -10,8 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shards import Batch
+from shards.read.order import key_state
 from t5vae.cluster.agreement import all_sum
 from t5vae.cluster.phases import phase
+from t5vae.common.seeds import FIRST_SEED, LAST_SEED
 from t5vae.config import BatchSplit, Objective
 from t5vae.model import Regularisers, row_keys
 from t5vae.objective import Codes, Gathering, start_gather
@@ -87,7 +89,7 @@ class Loss:
             output.latent,
             weights_B,
             scale=self.objective.scale,
-            seed=(self.seed << 40) + self.position + micro,
+            seed=seed_at(self.seed, self.position + micro),
             gathering=gathering.started,
             mean_BD=output.mean,
             log_variance_BD=output.log_variance,
@@ -171,6 +173,17 @@ class Loss:
             "latent_square": z_BD.square().mean().item(),
             "latent_saturated": ((size > 0.99) & (size <= 1)).float().mean().item(),
         }
+
+
+def seed_at(seed: int, position: int) -> int:
+    """Of what terms draw in a micro batch, no more than the 64 bits that torch takes.
+
+    Args:
+        seed: of the run.
+        position: in the stream, another in every micro batch.
+    """
+    own = (seed << 40) + position
+    return own if FIRST_SEED <= own <= LAST_SEED else int(key_state(seed, position))
 
 
 def real_tokens(batch: Batch) -> float:

@@ -25,6 +25,14 @@ def space(run):
     return LatentSpace.load(run, device="cpu")
 
 
+SEEDED = {
+    "decode": ["RUN", "-", "--temperature", "1"],
+    "sample": ["RUN", "-n", "2", "--temperature", "1", "--check", "regex:(?s).*"],
+    "neighbors": ["RUN", "x = 1", "-n", "2"],
+    "optimize": ["RUN", "x = 1", "--property", "length", "-n", "1"],
+}
+
+
 @pytest.fixture
 def lines(tmp_path):
     path = tmp_path / "lines.txt"
@@ -44,6 +52,20 @@ def test_texts_come_from_arguments_a_file_or_standard_input(ok, run, lines, tmp_
     table.write_text("".join(json.dumps({"n": 1, "code": text}) + "\n" for text in full))
     assert ok("encode", run, "--file", table, "--column", "code")[0] == expected
     assert ok("encode", run / "export", *full)[0] == expected
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**63, 2**64 - 1, -(2**63)])
+@pytest.mark.parametrize("command", SEEDED)
+def test_a_seed_of_64_bits_is_one(ok, used_run, command, seed):
+    arguments = [used_run if word == "RUN" else word for word in SEEDED[command]]
+    ok(command, *arguments, "--seed", seed, stdin=json.dumps([[0.0] * 6]).encode())
+
+
+@pytest.mark.parametrize("seed", [2**64, -(2**63) - 1])
+@pytest.mark.parametrize("command", SEEDED)
+def test_a_seed_of_more_is_refused(error_line, used_run, command, seed):
+    arguments = [used_run if word == "RUN" else word for word in SEEDED[command]]
+    assert f"--seed is {seed}" in error_line(command, *arguments, "--seed", seed)
 
 
 def test_codes_go_out_and_come_back_in_every_form(ok, document, run, space, lines, tmp_path):

@@ -73,6 +73,14 @@ def test_build_inspect_and_verify(corpus, tmp_path):
     assert set(document["examples"]["train"]) <= set(corpus.read_text().splitlines())
 
 
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**64, -(2**70)])
+def test_any_integer_is_a_seed(corpus, dataset, tmp_path, seed):
+    options = ["--tokenizer", "byte", "--max-length", "40", "--workers", "1"]
+    built = run(app, ["build", str(corpus), "--out", str(tmp_path), *options, "--seed", str(seed)])
+    assert built.exit_code == 0, built.output
+    assert len(replay(dataset, "--position", 300, "--batch", BATCH, "--seed", seed)) == BATCH
+
+
 @pytest.mark.parametrize(
     ("overflow", "fate"), [("drop", "dropped"), ("truncate", "truncated"), ("split", "pieces")]
 )
