@@ -16,7 +16,7 @@ from launcher.submission import submit as submit_jobs
 from launcher.table import table
 from t5vae.common.errors import UserError, check_arguments
 from t5vae.common.paths import expand
-from t5vae.config import Config, Launcher, load_config
+from t5vae.config import Config, Launcher, load_config, refuse_choices
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -128,7 +128,7 @@ def resume(
     Example: `t5vae-launch resume runs/large train.steps=200000 launcher.nodes=4`
     """
     here = {"run.output_dir": str(run), "checkpoint.resume": "auto"}
-    config = load_config(run / "config.yaml", overrides or [], here)
+    config = load_config(run / "config.yaml", overrides or [], here, of_run=True)
     _submit([config], cluster, config.run_dir / "jobs", dry_run, force)
 
 
@@ -153,6 +153,7 @@ def script(config: ConfigFile, overrides: Overrides = None) -> None:
     Example: `t5vae-launch script large launcher.nodes=8 > train.sh && sbatch train.sh`
     """
     loaded = load_config(config, overrides or [])
+    refuse_choices(loaded, "launcher")
     typer.echo(job_script(loaded, [config, *(overrides or [])]), nl=False)
 
 

@@ -13,7 +13,7 @@ from launcher.backends import BACKENDS
 from launcher.jobs import Job, holder, queue
 from launcher.task import Training
 from t5vae.common.errors import UserError
-from t5vae.config import Config, load_config, read_values
+from t5vae.config import Config, load_config, read_values, refuse_choices
 
 BASE_FILES = ["*.json", "*.model", "*.txt"]
 
@@ -93,8 +93,10 @@ def check(config: Config) -> None:
     """Refuse what training would refuse, as far as that can be told without a compute node.
 
     Raises:
-        UserError: for shards that are missing, or a batch that cannot be dealt to the ranks.
+        UserError: for shards that are missing, a batch that cannot be dealt to the ranks, or what
+            is not a run's to choose.
     """
+    refuse_choices(config, "data", "deepspeed", "eval", "launcher")
     config.data.open()
     config.data.split(config.launcher.nodes * ranks_per_node(config))
 

@@ -9,7 +9,7 @@ from launcher.jobs import Job
 from t5vae.cluster.attempts import ATTEMPTS
 from t5vae.common.errors import UserError
 from t5vae.common.files import read_records
-from t5vae.config import load_config
+from t5vae.config import read_run
 
 COLUMNS = (
     *("job", "state", "nodes", "step", "loss", "tokens/s", "checkpoint", "restarts", "left", "run"),
@@ -59,7 +59,7 @@ def last_metrics(run: Path) -> dict[str, Any]:
 def _steps(run: Path) -> int | None:
     """How many are to be done; None where the run's configuration is of another version."""
     try:
-        return load_config(run / "config.yaml").train.steps
+        return read_run(run).train.steps
     except UserError:
         return None
 

@@ -72,6 +72,22 @@ def t5vae(monkeypatch, capsys):
 
 
 @pytest.fixture
+def launch(monkeypatch, capsys):
+    """The same for `t5vae-launch ...`."""
+
+    def run(*arguments) -> tuple[int, str, str]:
+        from launcher.cli import main
+
+        monkeypatch.setattr(sys, "argv", ["t5vae-launch", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            main()
+        return (caught.value.code or 0, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
 def error_line(t5vae):
     """Runs `t5vae ...` that must be refused; returns the one line that says why."""
 

@@ -20,13 +20,14 @@ from t5vae.checkpoint.manifest import read_manifest
 from t5vae.common.errors import UserError
 from t5vae.common.files import read_records, write_whole
 from t5vae.common.kinds import TERMS
-from t5vae.config import Config, load_config
+from t5vae.config import Config, read_run
 from t5vae.evaluation.evaluate import SCHEMA_VERSION
 from t5vae.evaluation.run import REPORT
 from t5vae.evaluation.tables import ROWS, table, value_at
 from t5vae.latent.workspace import Workspace
 from t5vae.metrics.reading import METRICS
 from t5vae.model import T5VAE, T5VAEConfig, parameter_counts
+from t5vae.model.files import known, read_settings
 
 TAGS = ["t5-vae", "t5vae", "latent-space", "variational-autoencoder"]
 SETTINGS: Any = {"run": {"seed"}, "data": {"global_batch_size"}}
@@ -94,7 +95,7 @@ def write_card(run: Path, export: Path) -> None:
         run: the run's folder, with its config.yaml.
         export: the exported model, with its tokenizer and SOURCE, "step-NNNNNNNN ...".
     """
-    config, model = load_config(run / "config.yaml"), T5VAEConfig.from_pretrained(export)
+    config, model = read_run(run), known(read_settings(export))
     source = (export / "SOURCE").read_text().split()[0]
     report = _report(run, export)
     body = CARD.format(

@@ -3,17 +3,19 @@
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from t5vae.checkpoint import retention
 from t5vae.checkpoint.card import write_card
-from t5vae.checkpoint.fragments import fill_model
+from t5vae.checkpoint.fragments import WEIGHT, fill_model
 from t5vae.checkpoint.manifest import digest, open_fragments, read_manifest
-from t5vae.common.errors import UserError
+from t5vae.common.errors import UserError, first_line
 from t5vae.common.quiet import quiet_start
-from t5vae.config import load_config
-from t5vae.model import T5VAE, T5VAEConfig
+from t5vae.config import read_run
+from t5vae.model import T5VAE
+from t5vae.model.files import check, known
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -49,7 +51,7 @@ def export(
             f"{folder} has no valid checkpoint of step {step}; there are: "
             f"{', '.join(map(str, there)) or 'none'}"
         )
-    config = load_config(folder / "config.yaml")
+    config = read_run(folder)
     done = retention.step_of(newest)
     if finished and done < config.train.steps:
         raise UserError(
@@ -68,12 +70,10 @@ def export(
             f"{dataset.path} has another tokenizer than the one {folder} was trained with; "
             "restore those shards before you export"
         )
-    model = T5VAE(T5VAEConfig.from_dict(manifest["model"]))
     log_file = folder / "logs" / "export.log"
     log_file.parent.mkdir(exist_ok=True)
     with quiet_start(log_file):
-        fill_model(model, open_fragments(newest))
-    model.tie_weights()
+        model = _model(newest, manifest)
     model.to(DTYPES[dtype])
 
     for left in folder.glob("export.*.tmp"):
@@ -89,3 +89,24 @@ def export(
     tmp.rename(target)
     shutil.rmtree(old, ignore_errors=True)  # who has a file of it open may keep some of it there
     return target, newest.name, False
+
+
+def _model(checkpoint: Path, manifest: dict[str, Any]) -> T5VAE:
+    saved = open_fragments(checkpoint)
+    held = {
+        name: (sum(piece.length for piece in pieces),)
+        for (kind, name), pieces in saved.ranges.items()
+        if kind == WEIGHT
+    }
+    try:
+        settings = known(manifest["model"])
+        check(settings, held)
+        model = T5VAE(settings)
+        fill_model(model, saved)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"{checkpoint} does not hold the model that its manifest describes "
+            f"({first_line(error)})"
+        ) from None
+    model.tie_weights()
+    return model

@@ -86,18 +86,21 @@ class Fragments:
         Raises:
             ValueError: where elements of it are in no file.
         """
-        read = torch.empty(length, dtype=self.dtype(kind, name))
-        covered = 0
-        for piece in self.ranges[kind, name]:
+        parts = []
+        for piece in sorted(self.ranges[kind, name], key=lambda piece: piece.start):
             low = max(start, piece.start)
             high = min(start + length, piece.start + piece.length)
             if low < high:
-                content = read[low - start : high - start].view(torch.uint8).numpy()
-                at = piece.offset + (low - piece.start) * piece.dtype.itemsize
-                _read(piece.path, at, memoryview(content))
-                covered += high - low
-        if covered != length:
+                parts.append((low, high, piece))
+        begins, ends = [low for low, _, _ in parts], [high for _, high, _ in parts]
+        if length and [*begins, start + length] != [start, *ends]:
+            covered = sum(ends) - sum(begins)
             raise ValueError(f"{kind} of {name}: {covered} of {length} elements are saved")
+        read = torch.empty(length, dtype=self.dtype(kind, name))
+        for low, high, piece in parts:
+            content = read[low - start : high - start].view(torch.uint8).numpy()
+            at = piece.offset + (low - piece.start) * piece.dtype.itemsize
+            _read(piece.path, at, memoryview(content))
         return read
 
 
@@ -108,7 +111,7 @@ def _contents(path: Path) -> tuple[dict[str, str], list[tuple[tuple[str, str], P
         UserError: it is no such file, or names what it does not hold.
     """
     size = _reach(path, path.stat).st_size
-    pieces = []
+    pieces, held = [], 0
     try:
         length = int.from_bytes(_bytes(path, 0, 8), "little")
         if length > min(size - 8, LARGEST_HEADER):
@@ -125,6 +128,9 @@ def _contents(path: Path) -> tuple[dict[str, str], list[tuple[tuple[str, str], P
                 raise ValueError(f"{key} lies elsewhere")
             piece = Piece(int(start), elements, dtype, path, first + begin)
             pieces.append(((kind, name), piece))
+            held += end - begin
+        if held > size - first:
+            raise ValueError("more than the file holds")
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
         raise _damaged(path) from None
     return metadata, pieces

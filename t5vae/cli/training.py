@@ -91,7 +91,7 @@ def quickstart(
 
     Example: `t5vae quickstart train.minutes=20`
     """
-    from t5vae.config import load_config
+    from t5vae.config import load_config, names_function
 
     settings = ["train.minutes=7", *(overrides or [])]
     loaded = load_config(config, settings)
@@ -99,11 +99,14 @@ def quickstart(
     if not isinstance(shards, str):
         raise UserError("quickstart builds one folder of shards: give data.shards a path")
     how = ["--format", "python", "--out", shards, "--tokenizer", "train:4096", "--max-length", "16"]
+    # Those of a run's folder are refused; these are its user's own.
+    named = {"check": loaded.eval.check, "measure": loaded.eval.measure}
+    functions = [f"--{key}={name}" for key, name in named.items() if names_function(name)]
     for command in (
         ["shards", "build", *how],
         ["train", config, *settings, "--ranks", str(_accelerators() or ON_CPU)],
         ["export", "--finished", run],
-        ["eval", run],
+        ["eval", run, *functions],
         ["interpolate", run, "x = a - 1", "x = a + 10 * 2", "--steps", "11"],
         ["sample", run, "-n", "10"],
     ):

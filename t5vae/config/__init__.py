@@ -4,9 +4,10 @@ Imports nothing heavy: a launcher on a login node reads configurations too.
 """
 
 from t5vae.config.config import Config, add_term
+from t5vae.config.handed import as_option, names_function, refuse_choices
 from t5vae.config.launching import Launcher
 from t5vae.config.learning import T5, Model, Objective, Optim
-from t5vae.config.loading import keys, load_config, presets
+from t5vae.config.loading import keys, load_config, presets, read_run
 from t5vae.config.reading import read_values
 from t5vae.config.running import (
     BatchSplit,
@@ -37,8 +38,12 @@ __all__ = [
     "Source",
     "Train",
     "add_term",
+    "as_option",
     "keys",
     "load_config",
+    "names_function",
     "presets",
+    "read_run",
     "read_values",
+    "refuse_choices",
 ]

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 from pydantic.fields import FieldInfo
 
 from t5vae.common.files import write_whole
@@ -34,6 +34,8 @@ class Config(Section):
     eval: Eval = Eval()
     log: Log = Log()
     launcher: Launcher = Launcher()
+
+    _of_run: dict[str, Any] = PrivateAttr({})
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Config":

@@ -11,7 +11,8 @@ from pydantic import BaseModel, ValidationError
 from t5vae.common.errors import UserError
 from t5vae.common.paths import expanded
 from t5vae.config.config import Config
-from t5vae.config.moved import find_again
+from t5vae.config.handed import chosen, refuse_variables
+from t5vae.config.moved import find_again, is_of_run
 from t5vae.config.reading import read, read_value
 
 PRESETS = Path(__file__).parent / "presets"
@@ -28,16 +29,20 @@ def load_config(
     path: str | Path,
     overrides: list[str] | tuple[str, ...] = (),
     settings: Mapping[str, Any] | None = None,
+    *,
+    of_run: bool = False,
 ) -> Config:
     """Read a YAML file and apply `dotted.key=value` overrides, of which a later one wins.
 
-    A run's own config.yaml, in its folder, is the run's that lies there now: see `find_again`.
+    A run's own config.yaml, in its folder, is the run's that lies there now: see `find_again`. What
+    it chooses that only its user may is known to `refuse_choices`.
 
     Args:
         path: of the file; or the bare name of a preset, such as quickstart. In text `~` and
             variables are expanded.
         overrides: as they are typed: see `read_value`.
         settings: values by dotted key, which are taken as they are; they win.
+        of_run: the file is a run's own, whatever it looks like.
 
     Raises:
         UserError: for a missing or malformed file, a key that is given twice, an unknown key (the
@@ -47,12 +52,17 @@ def load_config(
     given = Path(expanded(path)) if isinstance(path, str) else path
     path = presets().get(str(path)) or given
     tree = _tree(path)
+    of_run = of_run or is_of_run(tree, path)
+    if of_run:
+        refuse_variables(tree, path)
     missing = find_again(tree, path)
+    typed = [*(settings or {})]
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
             raise UserError(f"{override!r} is not an override; write section.key=value")
         _put(tree, key, read_value(value, key))
+        typed.append(key)
     for key, value in (settings or {}).items():
         _put(tree, key, value)
     try:
@@ -62,10 +72,32 @@ def load_config(
     config.data._looked_for = tuple(
         place for shards in config.data.paths for place in missing.get(shards, ())
     )
+    if of_run:
+        its = chosen(config)
+        config._of_run = {key: its[key] for key in its if not _is_typed(key, typed)}
     if config.run.name:
         return config
     run = config.run.model_copy(update={"name": path.stem})
     return config.model_copy(update={"run": run})
+
+
+def read_run(run: Path, settings: Mapping[str, Any] | None = None) -> Config:
+    """The configuration of a run that is looked at: it is that of this folder, and its shards are
+    kept in the cache of whoever looks.
+
+    Args:
+        run: its folder.
+        settings: values by dotted key, in place of its own.
+
+    Raises:
+        UserError: as `load_config`.
+    """
+    here = {"run.output_dir": str(run), "data.cache_dir": None}
+    return load_config(run / "config.yaml", settings={**here, **(settings or {})}, of_run=True)
+
+
+def _is_typed(key: str, typed: list[str]) -> bool:
+    return any(key == each or key.startswith(f"{each}.") for each in typed)
 
 
 def _tree(path: Path) -> dict[Any, Any]:

@@ -23,10 +23,9 @@ def find_again(tree: dict[str, Any], file: Path) -> dict[str, list[str]]:
     run, missing = tree.get("run"), dict[str, list[str]]()
     if not isinstance(run, dict):
         return missing
-    started = run.pop(STARTED_IN, None)
+    is_own, started = is_of_run(tree, file), run.pop(STARTED_IN, None)
     name, given = run.get("name"), run.get("output_dir")
     then, folder = started or os.getcwd(), os.path.abspath(file.parent)
-    is_own = file.name == "config.yaml" and (started or (file.parent / "checkpoints").is_dir())
     if not (is_own and isinstance(name, str) and isinstance(given, str) and isinstance(then, str)):
         return missing
     place = given or os.path.join("runs", name)
@@ -48,9 +47,21 @@ def find_again(tree: dict[str, Any], file: Path) -> dict[str, list[str]]:
         missing[path] = places
         return path
 
-    for section in tree.keys() - {"run"}:
-        tree[section] = _changed(tree[section], within(Config, section), found)
+    change_paths(tree, found)
     return missing
+
+
+def is_of_run(tree: dict[str, Any], file: Path) -> bool:
+    """Whether a configuration is a run's own, in its folder."""
+    run = tree.get("run")
+    started = isinstance(run, dict) and run.get(STARTED_IN)
+    return file.name == "config.yaml" and bool(started or (file.parent / "checkpoints").is_dir())
+
+
+def change_paths(tree: dict[str, Any], change: Callable[[str], str]) -> None:
+    """Change every path of a configuration but those of its section `run`."""
+    for section in tree.keys() - {"run"}:
+        tree[section] = _changed(tree[section], within(Config, section), change)
 
 
 def _changed(value: Any, held: Any, change: Callable[[str], str]) -> Any:

@@ -11,7 +11,7 @@ from shards import Dataset, open_dataset
 from shards.format.tokenizers import fingerprint
 from t5vae.common.errors import UserError
 from t5vae.common.files import write_whole
-from t5vae.config import Eval, load_config
+from t5vae.config import Eval, as_option, read_run, refuse_choices
 from t5vae.evaluation.evaluate import SCHEMA_VERSION, evaluate
 from t5vae.evaluation.page import page
 from t5vae.latent import LatentSpace
@@ -38,15 +38,18 @@ def evaluate_run(
         whether it was already there, made from this export with these settings.
 
     Raises:
-        UserError: no export or shards; another tokenizer than the shards were made with.
+        UserError: no export or shards; another tokenizer than the shards were made with; a function
+            that the run names to check or measure texts by.
     """
     workspace = Workspace(Path(run_or_export))
     home = workspace.home
-    own = home / "config.yaml"
-    config = load_config(own) if own.is_file() else None
+    given = {name: value for name, value in overrides.items() if value is not None}
+    config = None
+    if (home / "config.yaml").is_file():
+        config = read_run(home, {f"eval.{name}": value for name, value in given.items()})
+        refuse_choices(config, "eval", typed=as_option)
     dataset = _shards(workspace, shards)
-    settings = (config.eval if config else Eval()).model_dump(exclude={"every", "decoded"})
-    settings |= {name: value for name, value in overrides.items() if value is not None}
+    settings = (config.eval if config else Eval(**given)).model_dump(exclude={"every", "decoded"})
     if settings["samples"] is None:
         fast = torch.accelerator.is_available()
         settings["samples"] = SAMPLES_ON_AN_ACCELERATOR if fast else SAMPLES

@@ -9,7 +9,7 @@ import numpy as np
 
 from shards import Dataset
 from t5vae.common.errors import UserError
-from t5vae.config import load_config
+from t5vae.config import read_run
 from t5vae.latent.codec import Codec
 from t5vae.latent.corpus import Corpus, SplitTexts, encode_corpus, read_manifest
 from t5vae.latent.folders import export_folder
@@ -58,7 +58,7 @@ class Workspace:
                 f"{self.home} has no run beside it, so its training sequences are unknown: give "
                 "a run folder, or your own texts"
             )
-        return load_config(config).data.open()
+        return read_run(self.home).data.open()
 
     def training(self, codec: Codec) -> Corpus:
         """Training sequences with their codes, a million at most, encoded if they are not yet.

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from t5vae.common.errors import UserError
 from t5vae.common.files import read_records
-from t5vae.config import Config, load_config
+from t5vae.config import Config, read_run
 
 Tables = Mapping[str, list[dict[str, Any]]]
 """Texts of an evaluation: the rows of each table, all of one table with the same columns."""
@@ -113,13 +113,11 @@ def track(run: Path, say: Callable[[str], None], **to: bool) -> int:
     """
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run} is not a run folder: it has no config.yaml")
-    config = load_config(run / "config.yaml")
+    config = read_run(run)
     records = read_records(run / "metrics.jsonl")
     if not records:
         raise UserError(f"{run} has no metrics yet")
-    here = config.run.model_copy(update={"output_dir": str(run)})
-    log = config.log.model_copy(update=to)
-    trackers = Trackers(config.model_copy(update={"run": here, "log": log}), say)
+    trackers = Trackers(config.with_("log", **to), say)
     trackers.start(0)
     for record in records:
         trackers.metrics(record)

@@ -7,24 +7,8 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedModel, Pre
 
 from shards.format.tokenizers import load_tokenizer
 from t5vae.common.errors import UserError
-from t5vae.model.configuration import ARCHITECTURES, T5VAEConfig
+from t5vae.model.configuration import ARCHITECTURES, SHAPE, T5VAEConfig
 from t5vae.model.head import untie
-
-SHAPE = (
-    "vocab_size",
-    "d_model",
-    "d_kv",
-    "d_ff",
-    "num_layers",
-    "num_decoder_layers",
-    "num_heads",
-    "relative_attention_num_buckets",
-    "relative_attention_max_distance",
-    "dropout_rate",
-    "layer_norm_epsilon",
-    "initializer_factor",
-    "feed_forward_proj",
-)
 
 
 def t5_settings(t5: dict[str, Any]) -> dict[str, Any]:

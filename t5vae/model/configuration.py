@@ -7,13 +7,31 @@ from transformers import AutoConfig, PreTrainedConfig
 from t5vae.common.kinds import BOTTLENECKS
 
 ARCHITECTURES = ("t5", "mt5", "umt5")
+SHAPE = (
+    "vocab_size",
+    "d_model",
+    "d_kv",
+    "d_ff",
+    "num_layers",
+    "num_decoder_layers",
+    "num_heads",
+    "relative_attention_num_buckets",
+    "relative_attention_max_distance",
+    "dropout_rate",
+    "layer_norm_epsilon",
+    "initializer_factor",
+    "feed_forward_proj",
+)
+OF_T5 = {"model_type", "pad_token_id", "eos_token_id", "decoder_start_token_id", *SHAPE}
+LONGEST = 2**16 - 1
+"""Tokens of a sequence that shards can hold."""
 
 
 class T5VAEConfig(PreTrainedConfig):
     """Everything needed to build a :class:`~t5vae.model.T5VAE`.
 
     Args:
-        t5: the configuration of the T5 inside, as a dictionary of transformers' names with its
+        t5: the configuration of the T5 inside, as a dictionary of the names in `OF_T5` with its
             `model_type`: "t5" (default; also T5 v1.1, Flan-T5 and ByT5), "mt5" or "umt5".
         tie_word_embeddings: let the output layer share the embedding's weights and scale its
             input by d_model^-0.5, as in T5. False gives it weights of its own and no scale, as in
@@ -39,7 +57,8 @@ class T5VAEConfig(PreTrainedConfig):
 
     Raises:
         ValueError: for an unknown `bottleneck`, `squash`, `posterior` or `model_type`, sizes below
-            one, or a posterior of codes that are squashed or normalized.
+            one, longer sequences than shards hold, or a posterior of codes that are squashed or
+            normalized.
     """
 
     model_type = "t5vae"
@@ -74,6 +93,8 @@ class T5VAEConfig(PreTrainedConfig):
         for name in ("latent_size", "sequence_length", "token_size", "memory_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.sequence_length > LONGEST:
+            raise ValueError(f"sequence_length is {self.sequence_length}; {LONGEST:,} is the most")
         if self.expansion_rank is not None and self.expansion_rank < 1:
             raise ValueError(f"expansion_rank is {self.expansion_rank}; it must be at least 1")
         if self.squash_scale <= 0:
@@ -89,8 +110,9 @@ class T5VAEConfig(PreTrainedConfig):
 
     @property
     def t5_config(self) -> PreTrainedConfig:
-        """The configuration object of the T5 inside."""
-        return AutoConfig.for_model(**(self.t5 or {}))
+        """The configuration object of the T5 inside; of `t5`, only what is in `OF_T5` counts."""
+        t5 = self.t5 or {}
+        return AutoConfig.for_model(**{name: t5[name] for name in OF_T5 & t5.keys()})
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None):
         """The T5's configuration: it describes the layers that `generate` caches."""

@@ -16,7 +16,7 @@ from t5vae.checkpoint.retention import newest_manifest
 from t5vae.cluster.ranks import Ranks
 from t5vae.common.errors import UserError
 from t5vae.common.quiet import log_file_of
-from t5vae.config import BatchSplit, Config, Eval, Train, load_config
+from t5vae.config import BatchSplit, Config, Eval, Train, read_run
 from t5vae.latent import checker
 from t5vae.model import T5VAE, T5VAEConfig, parameter_counts
 from t5vae.training.build import check_base, is_installed, model_config
@@ -238,7 +238,7 @@ def train_before(config: Config) -> Train | None:
     if manifest_before(config) is None:
         return None
     try:
-        return load_config(config.run_dir / "config.yaml").train
+        return read_run(config.run_dir).train
     except UserError:
         return None
 

@@ -12,7 +12,7 @@ from t5vae.cluster.scheduler import is_first_of_host, queue_again
 from t5vae.cluster.stopping import StopRequest, signals_come_too_late
 from t5vae.common.errors import StorageError, UserError, check_arguments
 from t5vae.common.storage import limit_patience
-from t5vae.config import Config, load_config
+from t5vae.config import Config, load_config, refuse_choices
 
 DEFAULT_CONFIG = "quickstart"
 PATIENCE = 60  # seconds in which a launcher ends the other ranks, once one has told what is wrong
@@ -114,6 +114,7 @@ def train(config: Config) -> None:
         StorageError: the same.
         FailedTogetherError: on every rank, whatever went wrong on any.
     """
+    refuse_choices(config, "data", "deepspeed", "eval")
     stop = StopRequest()
     stop.install()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its store warns of every end

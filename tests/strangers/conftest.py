@@ -77,18 +77,30 @@ def command(handed, t5vae, monkeypatch) -> Callable[..., Done]:
 
 
 @pytest.fixture
-def refused(command) -> Callable[..., str]:
-    """Runs `t5vae ...` that must be refused and do nothing; returns the one line that says why."""
+def launched(handed, launch) -> Callable[..., Done]:
+    """The same for `t5vae-launch ...`."""
 
-    def run(*arguments: Any, **how: Any) -> str:
-        done = command(*arguments, **how)
-        assert done.deeds == []
-        assert done.code == 2, done.out + done.err
-        assert len(done.err.splitlines()) == 1, done.err
-        assert done.err.startswith("error: ")
-        return done.err
+    def run(*arguments: Any) -> Done:
+        with watched(handed.folder, handed.secret) as watch:
+            code, out, err = launch(*arguments)
+        return Done(code, out, err, watch.deeds)
 
     return run
+
+
+def refusal(done: Done) -> str:
+    """The one line in which a command was refused that did nothing."""
+    assert done.deeds == []
+    assert done.code == 2, done.out + done.err
+    assert len(done.err.splitlines()) == 1, done.err
+    assert done.err.startswith("error: ")
+    return done.err
+
+
+@pytest.fixture
+def refused(command) -> Callable[..., str]:
+    """Runs `t5vae ...` that must be refused and do nothing; returns the one line that says why."""
+    return lambda *arguments, **how: refusal(command(*arguments, **how))
 
 
 @pytest.fixture
