@@ -166,7 +166,8 @@ def sharded(settings: dict[str, Any], *, pretrained: bool) -> Iterator[None]:
     """At ZeRO stage 3, deal every layer's weights to the ranks as soon as it is made.
 
     So no rank ever holds the whole of a model with random weights, which are those that it would
-    have at any other stage.
+    have at any other stage: a layer is made, and drawn, on the CPU, whose generator gives other
+    numbers than an accelerator's, and goes to the device to be dealt.
 
     Args:
         settings: DeepSpeed's configuration.
@@ -176,6 +177,7 @@ def sharded(settings: dict[str, Any], *, pretrained: bool) -> Iterator[None]:
         yield
         return
     from deepspeed.runtime.zero import GatheredParameters, Init
+    from deepspeed.runtime.zero.partition_parameters import DeepSpeedTensorOverride
 
     draw = PreTrainedModel._initialize_weights
 
@@ -183,16 +185,19 @@ def sharded(settings: dict[str, Any], *, pretrained: bool) -> Iterator[None]:
         layers = [module, *module.children()]
         weights = [weight for layer in layers for weight in layer.parameters(recurse=False)]
         with GatheredParameters(weights, modifier_rank=0):
-            dtypes = [weight.dtype for weight in weights]
-            for weight in weights:
-                weight.data = weight.data.float()  # other numbers are drawn in half precision
+            places = [(weight.device, weight.dtype) for weight in weights]
+            for weight in weights:  # other numbers are drawn in half precision, and elsewhere
+                weight.data = weight.data.to("cpu", torch.float32)
             draw(self, module, *args)
-            for weight, dtype in zip(weights, dtypes, strict=True):
-                weight.data = weight.data.to(dtype)
+            for weight, place in zip(weights, places, strict=True):
+                weight.data = weight.data.to(*place)
 
     PreTrainedModel._initialize_weights = draw_gathered
     try:
-        with Init(config_dict_or_path=settings):
+        with Init(
+            config_dict_or_path=settings,
+            tensor_overrides=[DeepSpeedTensorOverride.dtype],  # by default the device too
+        ):
             yield
     finally:
         PreTrainedModel._initialize_weights = draw
@@ -214,6 +219,8 @@ def build_engine(model: nn.Module, settings: dict[str, Any], optim: Optim) -> An
 
     if settings.get("fp16", {}).get("enabled") and not get_accelerator().is_fp16_supported():
         raise UserError("this device does not compute in fp16: set train.precision to bf16 or fp32")
+    for buffer in model.buffers():  # which DeepSpeed leaves where they are if weights are sharded
+        buffer.data = buffer.data.to(get_accelerator().current_device_name())
     elements = sum(getattr(weight, "ds_numel", weight.numel()) for weight in model.parameters())
     # More of the buffer that this makes in every step would stay empty.
     bucket = {"reduce_bucket_size": min(BUCKET, elements)}
