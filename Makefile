@@ -55,10 +55,12 @@ test-cluster: setup
 test-versions: setup
 	$(BIN)/python -m pytest -m soak tests/wheel/test_versions.py
 
-# All that is long: the cluster, the versions, and runs killed at random moments, KILLS times.
+# All that is long: the cluster, the versions, and a run that is killed KILLS times, as root. Killing
+# goes on in runs/kills where it was.
 KILLS ?= 20
 soak: setup
-	T5VAE_SOAK_KILLS=$(KILLS) $(BIN)/python -m pytest -m 'soak or cluster'
+	$(BIN)/python -m pytest -m 'soak or cluster'
+	$(BIN)/python -m tests.soak.kills --kills $(KILLS) runs/kills
 
 # That cluster for trying things by hand: sbatch in any shell reaches it.
 NODES ?= 3

@@ -180,14 +180,14 @@ class Ranks:
 
 
 @contextlib.contextmanager
-def rank_starter(folder: Path) -> Iterator[Callable[..., Ranks]]:
+def rank_starter(folder: Path, **more: str) -> Iterator[Callable[..., Ranks]]:
     """What starts ranks by their environment alone, their output under `folder`.
 
     They are forked by a process that has imported everything, which makes a start ten times as
     fast; all else is theirs: signals, process group, exit.
     """
     started: list[Ranks] = []
-    env = environment() | {"TORCHDYNAMO_DISABLE": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    env = environment() | {"TORCHDYNAMO_DISABLE": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"} | more
     if sys.platform == "linux":  # elsewhere the loopback has another name
         env["GLOO_SOCKET_IFNAME"] = "lo"
     command = [sys.executable, str(SLOW_SAVES), "serve"]

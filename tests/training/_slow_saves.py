@@ -1,10 +1,12 @@
-"""train.py, with pauses inside its saves, a disk that fills up, and a record of what it read.
+"""train.py, with pauses in saves and evaluations, a disk that fills up, a record of what it read.
 
 The environment variable SLOW_SAVES holds a JSON object, all of whose keys may be left out:
 
     record: a folder; `sequences-RANK.jsonl` there gets the step and `batch.sequence` of each batch.
     pause: {point, save, rank, marker}: in the save of that number of this process (from 1), this
-        rank makes the file `marker` at that point, one of POINTS, and sleeps until it is killed.
+        rank makes the file `marker` at that point, one of POINTS, and sleeps while it is there.
+        At one of EVALUATION, `save` counts evaluations.
+    brake: a file; while it is there, each step takes a second longer.
     stop_at: {step, rank, marker}: the same in a step, outside of any save.
     disk: {SAVE: "full" | "free"}: before that save, rank 0 fills the disk of the run's folder, or
         makes room on it again.
@@ -37,6 +39,7 @@ POINTS = (
     "while the old one is deleted",
 )
 RANK_0_ALONE = POINTS[3:]
+EVALUATION = ("before an evaluation", "while an evaluation decodes", "after an evaluation")
 
 
 def run(arguments: list[str]) -> int:
@@ -47,7 +50,8 @@ def run(arguments: list[str]) -> int:
     if wanted:
         saves = _count_saves(wanted.get("disk", {}))
         _pause_in_saves(wanted.get("pause"), saves)
-        _watch_steps(wanted.get("record"), wanted.get("stop_at"))
+        _pause_in_evaluations(wanted.get("pause"))
+        _watch_steps(wanted.get("record"), wanted.get("stop_at"), wanted.get("brake"))
     return main(arguments)
 
 
@@ -60,7 +64,7 @@ def _count_saves(disk: dict[str, str]) -> SimpleNamespace:
     def counted(self: Saver, *args: Any) -> None:
         saves.started += 1
         ballast = self.folder.parents[1] / "ballast"
-        what = disk.get(str(saves.started)) if os.environ["RANK"] == "0" else None
+        what = disk.get(str(saves.started)) if _rank() == 0 else None
         if what == "full":
             _fill(ballast)
         elif what == "free":
@@ -81,7 +85,6 @@ def _pause_in_saves(pause: dict[str, Any] | None, saves: SimpleNamespace) -> Non
     from t5vae.checkpoint import rank_files, retention, saving
 
     def here(point: str) -> None:
-        assert point in POINTS
         if pause and (point, saves.started) == (pause["point"], pause["save"]):
             _sleep(pause)
 
@@ -125,7 +128,32 @@ def _pause_in_saves(pause: dict[str, Any] | None, saves: SimpleNamespace) -> Non
     retention.shutil = SimpleNamespace(rmtree=rmtree)
 
 
-def _watch_steps(record: str | None, stop_at: dict[str, Any] | None) -> None:
+def _pause_in_evaluations(pause: dict[str, Any] | None) -> None:
+    from t5vae.training.midrun import DealtSpace, MidRunEvaluation
+
+    begun = 0
+    look, decode = MidRunEvaluation.look, DealtSpace.decode_ids
+
+    def here(point: str) -> None:
+        if pause and (point, begun) == (pause["point"], pause["save"]):
+            _sleep(pause)
+
+    def looked(self: MidRunEvaluation) -> Any:
+        nonlocal begun
+        begun += 1
+        here("before an evaluation")
+        found = look(self)
+        here("after an evaluation")
+        return found
+
+    def decoded(*args: Any, **more: Any) -> Any:
+        here("while an evaluation decodes")
+        return decode(*args, **more)
+
+    MidRunEvaluation.look, DealtSpace.decode_ids = looked, decoded
+
+
+def _watch_steps(record: str | None, stop_at: dict[str, Any] | None, brake: str | None) -> None:
     from t5vae.training.step import Loss
 
     loss_of = Loss.__call__
@@ -134,19 +162,27 @@ def _watch_steps(record: str | None, stop_at: dict[str, Any] | None) -> None:
         step = self.position // self.split.sequences + 1
         if record:
             line = json.dumps({"step": step, "sequences": batch.sequence.tolist()})
-            with open(f"{record}/sequences-{os.environ['RANK']}.jsonl", "a") as file:
+            with open(f"{record}/sequences-{_rank()}.jsonl", "a") as file:
                 file.write(line + "\n")
         if stop_at and step == stop_at["step"]:
             _sleep(stop_at)
+        if brake and Path(brake).exists():
+            time.sleep(1)
         return loss_of(self, engine, batch, micro)
 
     Loss.__call__ = watched
 
 
 def _sleep(where: dict[str, Any]) -> None:
-    if int(os.environ["RANK"]) == where["rank"]:
-        Path(where["marker"]).touch()
-        time.sleep(3600)
+    if _rank() == where["rank"]:
+        marker = Path(where["marker"])
+        marker.touch()
+        while marker.exists():
+            time.sleep(0.01)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0"))
 
 
 def serve() -> int:

@@ -60,19 +60,6 @@ class Kill:
     seconds: float = 0.0
 
 
-def random_kill(chance: random.Random) -> Kill:
-    """At any time: while it starts, between saves, or inside one."""
-    kind = chance.choice(["start", "steps", "save"])
-    if kind == "start":
-        return Kill(seconds=chance.uniform(0, 1))
-    if kind == "steps":
-        return Kill(steps=chance.randint(1, EVERY + 2), seconds=chance.uniform(0, 0.02))
-    point = chance.choice(POINTS)
-    rank = 0 if point in RANK_0_ALONE else chance.randrange(WORLD)
-    save = 2 if point == "while the old one is deleted" else chance.choice([1, 2])
-    return Kill(point, save, rank)
-
-
 def start_and_kill(start_run: Callable[..., Any], config: Path, kill: Kill, saved: int) -> Any:
     """Start a run whose last checkpoint is of the step `saved`, and kill it."""
     marker = config.parent / "paused"
@@ -189,21 +176,6 @@ def test_training_goes_on_while_a_checkpoint_is_written(write_config, start_two)
     running.wait_until(lambda: marker.exists() and last_step(run_of(config)) == 3 * EVERY)
     assert steps_saved(run_of(config)) == [EVERY]
     running.kill()
-
-
-@pytest.mark.soak
-@pytest.mark.parametrize("asynchronous", [False, True])
-def test_a_run_killed_at_many_random_moments_ends_as_if_it_never_was(
-    golden_run, write_config, start_two, asynchronous
-):
-    number = int(os.environ.get("T5VAE_SOAK_KILLS", "20"))
-    chance = random.Random(os.urandom(8))
-    kills = [random_kill(chance) for _ in range(number)]
-    steps = 3 * EVERY * (number + 1)
-    settings = {"every": EVERY, "keep_last": 1, "asynchronous": asynchronous}
-    config = write_config(steps, checkpoint=settings)
-    most_lost = EVERY * (2 if asynchronous else 1)
-    kill_until_done(start_two, config, golden_run(steps), kills, most_lost)
 
 
 # Damaged files.
