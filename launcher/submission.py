@@ -13,6 +13,7 @@ from launcher.backends import BACKENDS
 from launcher.jobs import Job, holder, queue
 from launcher.task import Training
 from t5vae.common.errors import UserError
+from t5vae.common.links import refuse_links
 from t5vae.config import Config, load_config, read_values, refuse_choices
 
 BASE_FILES = ["*.json", "*.model", "*.txt"]
@@ -124,6 +125,7 @@ def make_ready(config: Config) -> Config:
     """
     base = config.model.base
     config.run_dir.mkdir(parents=True, exist_ok=True)
+    refuse_links(config.run_dir)
     if base is not None and not Path(base).exists():
         here = config.run_dir / "base"
         if not here.exists():

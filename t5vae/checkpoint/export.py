@@ -12,6 +12,7 @@ from t5vae.checkpoint.card import write_card
 from t5vae.checkpoint.fragments import WEIGHT, fill_model
 from t5vae.checkpoint.manifest import digest, open_fragments, read_manifest
 from t5vae.common.errors import UserError, first_line
+from t5vae.common.links import refuse_links
 from t5vae.common.quiet import quiet_start
 from t5vae.config import read_run
 from t5vae.model import T5VAE
@@ -70,6 +71,7 @@ def export(
             f"{dataset.path} has another tokenizer than the one {folder} was trained with; "
             "restore those shards before you export"
         )
+    refuse_links(folder)
     log_file = folder / "logs" / "export.log"
     log_file.parent.mkdir(exist_ok=True)
     with quiet_start(log_file):

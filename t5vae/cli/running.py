@@ -14,7 +14,7 @@ from t5vae.cli.app import (
     quiet_transformers,
 )
 from t5vae.cli.given import Space
-from t5vae.common.errors import UserError
+from t5vae.common.errors import UserError, printable
 from t5vae.common.paths import expand
 
 
@@ -32,10 +32,13 @@ def checkpoints(
     Example: `t5vae checkpoints runs/quickstart --verify`
     """
     from t5vae.checkpoint import retention
+    from t5vae.common.links import refuse_links
 
     folder = Path(run) / "checkpoints"
     if not folder.is_dir():
         raise UserError(f"{run} is not a run folder: it has no checkpoints/")
+    if remove:
+        refuse_links(Path(run), "checkpoints")
     for name in remove or []:
         typer.echo(f"removed {retention.remove(folder, name)}", err=True)
     found = retention.describe(folder, hashes=verify)
@@ -128,7 +131,7 @@ def evaluate(
         return
     console().print(table(report))
     for sentence in report["alarms"].values():
-        typer.secho(f"alarm: {sentence}", fg="red")
+        typer.secho(printable(f"alarm: {sentence}"), fg="red")
     typer.echo(f"{'already evaluated' if known else 'report'}: {home / 'eval.html'}")
 
 
@@ -154,4 +157,4 @@ def compare(
         typer.echo(f"not evaluated alike, they differ in: {', '.join(differ)}", err=True)
     for run, report in zip(runs, reports, strict=True):
         for sentence in report["alarms"].values():
-            typer.secho(f"alarm: {run}: {sentence}", fg="red")
+            typer.secho(printable(f"alarm: {run}: {sentence}"), fg="red")

@@ -11,6 +11,7 @@ from shards import Dataset, open_dataset
 from shards.format.tokenizers import fingerprint
 from t5vae.common.errors import UserError
 from t5vae.common.files import write_whole
+from t5vae.common.links import refuse_links
 from t5vae.config import Eval, as_option, read_run, refuse_choices
 from t5vae.evaluation.evaluate import SCHEMA_VERSION, evaluate
 from t5vae.evaluation.page import page
@@ -48,6 +49,7 @@ def evaluate_run(
     if (home / "config.yaml").is_file():
         config = read_run(home, {f"eval.{name}": value for name, value in given.items()})
         refuse_choices(config, "eval", typed=as_option)
+        refuse_links(home)
     dataset = _shards(workspace, shards)
     settings = (config.eval if config else Eval(**given)).model_dump(exclude={"every", "decoded"})
     if settings["samples"] is None:

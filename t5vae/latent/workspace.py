@@ -9,6 +9,7 @@ import numpy as np
 
 from shards import Dataset
 from t5vae.common.errors import UserError
+from t5vae.common.links import refuse_links
 from t5vae.config import read_run
 from t5vae.latent.codec import Codec
 from t5vae.latent.corpus import Corpus, SplitTexts, encode_corpus, read_manifest
@@ -16,6 +17,7 @@ from t5vae.latent.folders import export_folder
 from t5vae.latent.priors import Prior, fit_prior, load_prior, save_prior
 from t5vae.latent.properties import Property, load_property, save_property
 
+FOLDER = "latent"
 TRAINING = 1_000_000  # training sequences that are encoded
 FIT = 50_000  # of them, those that priors and properties are fitted on
 
@@ -35,7 +37,7 @@ class Workspace:
         above = self.export.resolve().parent
         in_run = self.export.name == "export" and (above / "config.yaml").is_file()
         self.home = above if in_run else self.export
-        self.folder = self.home / "latent"
+        self.folder = self.home / FOLDER
 
     @cached_property
     def model_sha256(self) -> str:
@@ -70,6 +72,7 @@ class Workspace:
         manifest = read_manifest(folder)
         if manifest is not None and manifest["model_sha256"] == self.model_sha256:
             return Corpus.open(folder, self.model_sha256)
+        refuse_links(self.home, FOLDER)
         source = SplitTexts(self.dataset(), "train", TRAINING)
         return encode_corpus(codec, source, folder, self.model_sha256)
 
@@ -86,6 +89,7 @@ class Workspace:
         if prior is None:
             corpus = self.training(codec)
             prior = fit_prior(name, corpus.codes_ND[self.fitting_rows(corpus)])
+            refuse_links(self.home, FOLDER)
             save_prior(name, prior, path, made_from)
         return prior
 
@@ -104,6 +108,7 @@ class Workspace:
             UserError: the name cannot be a file's.
         """
         path = self._property_path(fitted.name)
+        refuse_links(self.home, FOLDER)
         save_property(fitted, path, {"model_sha256": self.model_sha256})
         return path
 

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from t5vae.common.errors import UserError
 from t5vae.common.files import read_records
+from t5vae.common.links import refuse_links
 from t5vae.config import Config, read_run
 
 Tables = Mapping[str, list[dict[str, Any]]]
@@ -117,6 +118,7 @@ def track(run: Path, say: Callable[[str], None], **to: bool) -> int:
     records = read_records(run / "metrics.jsonl")
     if not records:
         raise UserError(f"{run} has no metrics yet")
+    refuse_links(run)
     trackers = Trackers(config.with_("log", **to), say)
     trackers.start(0)
     for record in records:

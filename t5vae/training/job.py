@@ -15,6 +15,7 @@ from t5vae.checkpoint.manifest import FORMAT, check_identity, verify
 from t5vae.checkpoint.retention import newest_manifest
 from t5vae.cluster.ranks import Ranks
 from t5vae.common.errors import UserError
+from t5vae.common.links import refuse_links
 from t5vae.common.quiet import log_file_of
 from t5vae.config import BatchSplit, Config, Eval, Train, read_run
 from t5vae.latent import checker
@@ -138,8 +139,11 @@ def resolve(config: Config, ranks: Ranks) -> Job:
 
     Raises:
         UserError: for missing or damaged shards, a batch that does not divide, a model that does
-            not fit the shards, or a disk too full for a checkpoint.
+            not fit the shards, a disk too full for a checkpoint, or a link out of the run's folder.
+        StorageError: shards or the run's folder could not be read for minutes.
     """
+    if ranks.is_first:
+        refuse_links(config.run_dir)
     dataset = config.data.open()
     settings = model_config(config.model, config.objective, dataset)
     with torch.device("meta"):

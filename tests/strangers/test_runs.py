@@ -1,6 +1,7 @@
 """A run's folder from a stranger: its config.yaml chooses no code, and nothing outside of it."""
 
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -100,3 +101,54 @@ def test_no_variable_of_the_environment_gets_into_a_path(refused, configure, mon
         ["config", "show", "run/config.yaml"],
     ):
         assert "has a variable in the path" in refused(*arguments)
+
+
+LINKS = {
+    "latent": ["sample", "run", "-n", "1", "--prior", "gaussian"],
+    "latent/priors": ["sample", "run", "-n", "1", "--prior", "gaussian"],
+    "latent/train.building": ["nearest", "run", "x = 1"],
+    "latent/properties": ["fit-property", "run", "length"],
+    "latent/priors/gaussian.safetensors.1.tmp": ["sample", "run", "-n", "1", "--prior", "gaussian"],
+    "eval.json.1.tmp": ["eval", "run", "--samples", "3"],
+    "logs": ["export", "run", "--dtype", "bf16"],
+    "logs/export.log": ["export", "run", "--dtype", "bf16"],
+    "checkpoints": ["checkpoints", "run", "--remove", "step-00000008"],
+    ".lock": ["train", "run/config.yaml", "train.steps=13"],
+    "metrics.jsonl": ["train", "run/config.yaml", "train.steps=13"],
+    "tensorboard": ["track", "run", "--tensorboard"],
+}
+
+
+@pytest.mark.parametrize("link", LINKS)
+def test_nothing_is_written_through_a_link_out_of_the_run(refused, handed, link):
+    outside = handed.secret.parent / "outside"
+    outside.mkdir()
+    (outside / "kept").write_text("kept")
+    path = handed.run / link
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+    path.symlink_to(outside if "." not in path.name or "building" in link else outside / "kept")
+    line = refused(*LINKS[link])
+    assert f"run/{link} is a link to {outside}" in line
+    assert [file.name for file in outside.iterdir()] == ["kept"]
+    assert (outside / "kept").read_text() == "kept"
+
+
+def test_links_within_a_run_and_to_one_are_followed(honest, handed):
+    (handed.run / "here").symlink_to("config.yaml")
+    handed.run.rename("elsewhere")
+    handed.run.symlink_to("elsewhere")
+    honest("sample", "run", "-n", 1, "--prior", "gaussian")
+    honest("eval", "run", "--samples", 2)
+
+
+def test_an_export_may_be_links_as_in_the_cache_of_the_hub(honest, handed):
+    blobs, snapshot = handed.folder / "blobs", handed.folder / "snapshot"
+    (handed.run / "export").rename(blobs)
+    snapshot.mkdir()
+    for file in blobs.iterdir():
+        (snapshot / file.name).symlink_to(file)
+    honest("reconstruct", "snapshot", "x = 1")
+    honest("eval", "snapshot", "--shards", "shards", "--samples", 2)

@@ -51,9 +51,7 @@ class Watch:
         elif event in STARTS:
             self.deeds.append(f"{event} {arguments[0]}")
         elif event in CALLS:
-            self.deeds.append(
-                f"{event} {arguments[-1] if event.endswith('connect') else arguments[0]}"
-            )
+            self._see_call(event, arguments[0] if event == "socket.getaddrinfo" else arguments[1])
         elif event == "pickle.find_class":
             self.deeds.append(f"unpickled {arguments[0]}.{arguments[1]}")
 
@@ -62,6 +60,11 @@ class Watch:
             self.deeds.append("read the secret")
         if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC) and not self._is_ours(path):
             self.deeds.append(f"wrote {path}")
+
+    def _see_call(self, event: str, address: Any) -> None:
+        host = address[0] if isinstance(address, tuple) else address
+        if host not in ("127.0.0.1", "::1", "localhost", None):
+            self.deeds.append(f"{event} {host}")
 
     def _see_change(self, event: str, path: Any) -> None:
         if isinstance(path, int):
