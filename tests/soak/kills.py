@@ -16,6 +16,7 @@ ends it with code 1, and all is left as it is.
 
 import argparse
 import json
+import os
 import random
 import shutil
 import sys
@@ -53,9 +54,9 @@ from tests.soak.launchers import (
     lines,
     name_of,
 )
-from tests.soak.rounds import EVERY, MOMENTS, Kill, Round, draw_round
+from tests.soak.rounds import BATCH, EVERY, MOMENTS, Kill, Round, draw_round
+from tests.soak.summary import summary
 
-BATCH = 24
 SEQUENCES = 400  # of the dataset, those held out included
 
 
@@ -83,9 +84,11 @@ class Soak:
         self.brake.unlink(missing_ok=True)
         if not self.log.exists():
             self.prepare()
+        os.truncate(self.log, self.log.read_bytes().rfind(b"\n") + 1)  # a line cut short
         self.config = folder / "small.yaml"
         self.run = run_of(self.config)
         self.seed = lines(self.log)[0]["seed"]
+        expect("why" not in lines(self.log)[-1], f"{self.log} ends with a failure: look into it")
         self.pending: list[dict[str, Any]] = []
         self.slurm: Slurm | None = None
         self.back: Timer | None = None  # a host's
@@ -142,15 +145,14 @@ class Soak:
         is_killed = round.is_killed and most is None
         if not is_killed:
             attempt = self.start(round, until, folder)
-            attempt.wait(lambda: attempt.first or not attempt.is_alive())
-            self.resolve(attempt)
             code = attempt.end()
+            self.resolve(attempt)
             expect(code in (0, "COMPLETED", [0] * round.world), f"ends with {code}")
             expect(not self.pending, f"nothing is known of {self.pending}")
             expect(last_step(self.run) == until, f"ends after step {last_step(self.run)}")
         elif self.slurm and self.slurm.job:
             Job(self.slurm, self.slurm.job, round.world, folder, folder).kill()
-        self.compare(round, folder, start)
+        found = self.compare(round, folder, start)
         self.write(
             round=round.number,
             **round.layout(),
@@ -158,6 +160,7 @@ class Soak:
             until=last_step(self.run),
             ended_by="a kill" if is_killed else "its last step",
             seconds=round_to(time.time() - plan["time"]),
+            **found,
             verdict="bit-equal",
         )
         shutil.rmtree(folder / "golden")
@@ -346,8 +349,12 @@ class Soak:
         steps = [line["step"] for line in read_metrics(self.run)] if lines_written(self.run) else []
         expect(steps == list(range(1, len(steps) + 1)), f"metrics.jsonl has steps {steps}")
 
-    def compare(self, round: Round, folder: Path, start: int) -> None:
-        """Compare a round with the golden one, and all that was read with the dataset's order."""
+    def compare(self, round: Round, folder: Path, start: int) -> dict[str, int]:
+        """Compare a round with the golden one, and all that was read with the dataset's order.
+
+        Returns:
+            How many sequences of the whole run are lost, and how many repeated.
+        """
         self.check_files()
         golden, until = folder / "golden/run", last_step(self.run)
         pairs = zip(exact_metrics(self.run), exact_metrics(golden), strict=False)
@@ -374,6 +381,7 @@ class Soak:
             found = Counter(each for part in read.get(step, {}).values() for each in part)
             lost, repeated = lost + (due - found).total(), repeated + (found - due).total()
         expect(lost == repeated == 0, f"{lost} sequences are lost, {repeated} repeated")
+        return {"sequences_lost": lost, "sequences_repeated": repeated}
 
 
 def served(attempts: list[Attempt]) -> dict[int, dict[int, list[int]]]:
@@ -405,45 +413,6 @@ def round_to(seconds: float) -> float:
     return round(seconds, 1)
 
 
-def summary(folder: Path) -> str:
-    """What was done, as Markdown."""
-    every = lines(folder / "kills.jsonl")
-    kills = [line for line in every if "kill" in line]
-    rounds = [line for line in every if "until" in line]
-    moments = sorted({line["moment"].split(" (")[0] for line in kills})
-    table = [f"| Killed | {' | '.join(moments)} | all |", "|---" * (len(moments) + 2) + "|"]
-    for victim in sorted({line["victim"] for line in kills}):
-        at = Counter(k["moment"].split(" (")[0] for k in kills if k["victim"] == victim)
-        cells = [victim, *(at[moment] for moment in moments), at.total()]
-        table.append("| " + " | ".join(map(str, cells)) + " |")
-    launchers = Counter(line["launcher"] for line in kills)
-    layouts = Counter(f"{r['ranks']} ranks, stage {r['zero_stage']}" for r in rounds)
-    seconds = sorted(line["seconds"] for line in kills if "seconds" in line)
-    lost = {name: [k["lost"] for k in kills if k["asynchronous"] == name] for name in (False, True)}
-    steps = rounds[-1]["until"] if rounds else 0
-    seen = {
-        "kills by launcher": ", ".join(f"{name} {n}" for name, n in sorted(launchers.items())),
-        "rounds, each bit-equal to one without kills": len(rounds),
-        "of them ended by a kill, another layout next": sum(
-            r["ended_by"] == "a kill" for r in rounds
-        ),
-        "layouts": len(layouts),
-        "steps trained": f"{steps:,}",
-        "sequences read": f"{steps * BATCH:,}",
-        "sequences lost or repeated": 0,
-        f"most steps lost, of {EVERY} between saves": max(lost[False], default=0),
-        "the same where saves are asynchronous": max(lost[True], default=0),
-        "second starts beside ranks without a launcher": sum(
-            not k.get("second_start", "not").startswith("not") for k in kills
-        ),
-        "of them refused": sum(k.get("second_start", "").startswith("refused") for k in kills),
-        "seconds until the rest had ended, median": seconds[len(seconds) // 2] if seconds else "",
-        "the longest": max(seconds, default=""),
-    }
-    more = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in seen.items())]
-    return "\n".join([*table, "", *more])
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
@@ -459,10 +428,17 @@ def main() -> int:
     (folder / "ranks").mkdir(parents=True)
     try:
         with rank_starter(folder / "ranks", **{MARK: f"{folder}/ranks/"}) as fork:
-            Soak(folder, fork).soak(chosen.kills)
-    except (UnmetError, AssertionError) as error:
+            soak = Soak(folder, fork)
+            try:
+                soak.soak(chosen.kills)
+            except (UnmetError, AssertionError) as error:
+                soak.write(verdict="failed", why=str(error))
+                raise
+    except (UnmetError, AssertionError, cluster.RefusalError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    if soak.slurm and not soak.slurm.was_up:
+        cluster.down()
     print(summary(folder))
     return 0
 

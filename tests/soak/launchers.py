@@ -228,6 +228,7 @@ class Slurm:
         command = f'exec {BIN}/python -u {SLOW_SAVES} "$@"'
         python.write_text(f'#!/bin/sh\nshift 5\nSLOW_SAVES=$(cat "{self.asked}") {command}\n')
         python.chmod(0o755)
+        self.was_up = cluster.is_up()
         cluster.packages()
         cluster.up()
         for name in cluster.node_names():

@@ -6,6 +6,7 @@ from typing import Any
 
 from tests.training._slow_saves import EVALUATION, POINTS, RANK_0_ALONE
 
+BATCH = 24  # sequences of a step
 EVERY = 6  # steps between checkpoints
 LAUNCHERS = ("ranks", "slurm", "deepspeed", "torchrun", "slurm", "deepspeed")
 WORLDS = {"slurm": (2, 3)}

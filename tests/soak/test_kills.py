@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from tests.launching import small_config, wait_until
-from tests.soak.kills import Soak, UnmetError, is_cut_short, served, summary
+from tests.soak.kills import Soak, UnmetError, is_cut_short, served
 from tests.soak.launchers import Attempt, lines
 from tests.soak.rounds import EVERY, MOMENTS, draw_round
+from tests.soak.summary import summary
 
 SEEDS = range(20)
 
@@ -82,7 +83,7 @@ def test_a_step_may_lack_its_evaluation_and_nothing_else():
 def soak(tmp_path) -> Soak:
     """One that has killed its run at step 20, which is about to go on."""
     small_config(tmp_path, tmp_path / "none")
-    (tmp_path / "kills.jsonl").write_text('{"seed": 1}\n')
+    (tmp_path / "kills.jsonl").write_text('{"seed": 1}\n{"kill": 1, "ro')
     begun = Soak(tmp_path, fork=None)
     begun.pending = [{"step": 20, "most": EVERY, "victim": "host", "moment": "starting"}]
     return begun
@@ -105,6 +106,12 @@ def test_a_kill_that_costs_more_than_it_may_or_less_than_nothing_is_refused(
         soak.resolve(attempt(tmp_path / "0", {0: [[goes_on_after + 1, [1]]]}))
     (line,) = soak.kills()
     assert line["verdict"] == "LOST"
+
+
+def test_a_soak_that_failed_does_not_go_on(soak, tmp_path):
+    soak.write(verdict="failed", why="a step differs")
+    with pytest.raises(UnmetError, match="ends with a failure"):
+        Soak(tmp_path, fork=None)
 
 
 @pytest.mark.parametrize(("steps", "fails"), [([1, 2, 3], False), ([1, 3], True), ([1, 1], True)])
