@@ -11,6 +11,8 @@ from t5vae.common.storage import patiently
 def refuse_links(folder: Path, *names: str) -> None:
     """Refuse to write into a folder with a symbolic link out of it; it may itself be one.
 
+    The folders in `wandb`, which makes links to its logs, are not looked into.
+
     Args:
         folder: that is going to be written into.
         names: what in it is; none for all.
@@ -43,3 +45,5 @@ def _links(folder: str, names: tuple[str, ...]) -> Iterator[str]:
         for name in (*folders, *files):
             if os.path.islink(path := os.path.join(parent, name)):
                 yield path
+        if parent == os.path.join(folder, "wandb"):
+            folders.clear()

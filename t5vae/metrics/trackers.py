@@ -5,7 +5,8 @@ import json
 import os
 import secrets
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -156,10 +157,11 @@ class WandB:
             "config": config.model_dump(mode="json"),
         }
         self.table = wandb.Table
-        if "WANDB_MODE" in os.environ:
-            self.run = wandb.init(**options)
-        else:
-            self.run = _online(options) or wandb.init(mode="offline", **options)
+        with _unseen("SLURM_JWT"):
+            if "WANDB_MODE" in os.environ:
+                self.run = wandb.init(**options)
+            else:
+                self.run = _online(options) or wandb.init(mode="offline", **options)
         self.run.config.update(dict(facts), allow_val_change=True)
 
     def metrics(self, record: Mapping[str, Any]) -> None:
@@ -209,6 +211,17 @@ def _online(options: dict[str, Any]) -> Any:
     except wandb.errors.Error as error:
         wandb.termwarn(f"going on offline, to be sent later by `wandb sync`: {error}")
         return None
+
+
+@contextmanager
+def _unseen(name: str) -> Iterator[None]:
+    """Hide a variable from programs that are started: wandb's writes down all of SLURM's."""
+    value = os.environ.pop(name, None)
+    try:
+        yield
+    finally:
+        if value is not None:
+            os.environ[name] = value
 
 
 def _numbers(record: Mapping[str, Any]) -> dict[str, float]:
