@@ -30,7 +30,7 @@ def read_base(base: str) -> tuple[dict[str, Any], bool]:
         UserError: if there is no such model, or it is no T5, mT5 or UMT5.
     """
     try:
-        config = AutoConfig.from_pretrained(base)
+        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
     except Exception as error:  # a wrong name or file raises a dozen kinds
         raise UserError(
             f"cannot read model.base {base!r}: give a folder with a pretrained T5, or a Hugging "
@@ -62,6 +62,7 @@ def load_base(base: str, config: T5VAEConfig) -> PreTrainedModel:
         t5, found = AutoModelForSeq2SeqLM.from_pretrained(
             base,
             config=t5_config,
+            trust_remote_code=False,
             dtype=torch.float32,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # told below

@@ -23,6 +23,7 @@ SHAPE = (
     "feed_forward_proj",
 )
 OF_T5 = {"model_type", "pad_token_id", "eos_token_id", "decoder_start_token_id", *SHAPE}
+DEEPEST = 10_000
 LONGEST = 2**16 - 1
 """Tokens of a sequence that shards can hold."""
 
@@ -93,6 +94,9 @@ class T5VAEConfig(PreTrainedConfig):
         for name in ("latent_size", "sequence_length", "token_size", "memory_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("num_layers", "num_decoder_layers"):
+            if (self.t5.get(name) or 0) > DEEPEST:
+                raise ValueError(f"{name} is {self.t5[name]}; {DEEPEST:,} is the most")
         if self.sequence_length > LONGEST:
             raise ValueError(f"sequence_length is {self.sequence_length}; {LONGEST:,} is the most")
         if self.expansion_rank is not None and self.expansion_rank < 1:

@@ -21,7 +21,8 @@ def model_config(model: Model, objective: Objective, dataset: Dataset | None) ->
             `model.vocab_size` and `model.sequence_length`.
 
     Raises:
-        UserError: where an explicit key cannot hold what the shards contain.
+        UserError: where an explicit key cannot hold what the shards contain, or a size is out of
+            reach.
     """
     vocabulary, length = model.vocab_size, model.sequence_length
     pad, eos, unknown = 0, 1, 2
@@ -43,13 +44,16 @@ def model_config(model: Model, objective: Objective, dataset: Dataset | None) ->
     own = {"vocab_size": vocabulary, "pad_token_id": pad, "eos_token_id": eos}
     elsewhere = {"base", "t5", "vocab_size", "sequence_length"}
     execution = {"gradient_checkpointing", "compile", "fused_cross_entropy"}
-    return T5VAEConfig(
-        t5={**t5, **own, "decoder_start_token_id": pad},
-        tie_word_embeddings=tied,
-        sequence_length=length,
-        unknown_token_id=unknown,
-        **model.model_dump(exclude=elsewhere | execution),
-    )
+    try:
+        return T5VAEConfig(
+            t5={**t5, **own, "decoder_start_token_id": pad},
+            tie_word_embeddings=tied,
+            sequence_length=length,
+            unknown_token_id=unknown,
+            **model.model_dump(exclude=elsewhere | execution),
+        )
+    except ValueError as error:
+        raise UserError(f"no such model can be made: {error}") from None
 
 
 def _special_tokens(objective: Objective, dataset: Dataset) -> tuple[int, int, int]:

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -209,3 +210,35 @@ def test_pieces_that_claim_more_than_their_file_holds_are_damage(tmp_path):
     far = rank_files.Fragments([write(**{f"weight/a/{2**60}": whole})])
     with pytest.raises(ValueError, match="of 1152921504606846978 elements are saved"):
         far.read("weight", "a", 0, far.length("weight", "a"))
+
+
+# A base, which is a folder or a name of the Hub's.
+
+
+def base(handed: Handed, **settings: Any) -> str:
+    folder = handed.folder / "base"
+    shutil.copytree(handed.shards / "tokenizer", folder)
+    (folder / "evil.py").write_text(MARK)
+    (folder / "config.json").write_text(json.dumps(settings))
+    return f"model.base={folder}"
+
+
+EVIL = {"auto_map": {"AutoConfig": "evil.Evil", "AutoModelForSeq2SeqLM": "evil.Evil"}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"model_type": "evil", **EVIL}, "cannot read model.base"),
+        ({"model_type": "t5", "num_layers": 2**40}, "num_layers is 1099511627776"),
+        ({"model_type": "t5", "vocab_size": 371, "d_ff": 2**40}, "free some space"),
+    ],
+    ids=["code", "deep", "wide"],
+)
+def test_a_base_runs_no_code_and_takes_no_memory(refused, handed, settings, says):
+    override = base(handed, **settings)
+    config = handed.folder / "mine.yaml"
+    config.write_text("data: {shards: shards, global_batch_size: 16}\n")
+    line = refused("train", config, override, "train.precision=fp32", stdin=b"y\n")
+    assert says in line
+    assert not Path("marked").exists()
