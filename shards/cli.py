@@ -212,7 +212,7 @@ def inspect(
     for split, lines in texts.items():
         typer.echo(f"\n{split}:")
         for line in lines:
-            typer.echo(f"  {line}")
+            typer.echo(f"  {_one_line(line)}")
 
 
 def _replay(
@@ -289,7 +289,7 @@ def _print_totals(index: "Index") -> None:
     table = Table(title=str(index.path), show_header=False, title_justify="left")
     for name, split in index.splits.items():
         table.add_row(name, f"{split.sequences:,} sequences")
-    overflow = index.recipe["overflow"]
+    overflow = str(index.recipe["overflow"])
     of = f"{kept:,} sequences" if overflow == "split" else f"{kept / unique:.1%}"
     table.add_row("kept", f"{of} of {unique:,} texts")
     fate = {"drop": "dropped", "truncate": "truncated", "split": "split into pieces"}[overflow]
@@ -304,7 +304,7 @@ def _print_totals(index: "Index") -> None:
     table.add_row("tokens", f"{tokens:,} ({tokens / kept:.1f} a sequence)")
     table.add_row("vocabulary", f"{index.vocab_size:,} pieces")
     table.add_row("shards", f"{sum(s.bytes for s in index.shards):,} bytes, {len(index.shards)}")
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)
 
 
 def _print_lengths(index: "Index") -> None:
@@ -319,6 +319,6 @@ def _print_lengths(index: "Index") -> None:
         count = sum(histogram[low : low + step])
         label = f"{low}" if step == 1 else f"{low} to {min(low + step - 1, index.max_length)}"
         table.add_row(label, f"{count:,}", "█" * round(40 * count / (most * step)))
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)
     shares = ", ".join(f"{n}: {index.share_within(n):.1%}" for n in LENGTHS)
     typer.echo(f"Share of texts within a max_length of {shares}")

@@ -1,5 +1,6 @@
 """Blocks: their table, and reading them: bytes at known offsets of a shard, checked."""
 
+import io
 import zlib
 from collections.abc import Sequence
 from functools import partial
@@ -20,6 +21,66 @@ BLOCK = np.dtype(
         ("crc32", "<u4"),  # of the lengths' bytes, then the tokens'
     ]
 )
+CHUNKS = 16  # rows of a full block are a multiple of it
+MOST_TOKENS = 2**26  # of a block
+SLACK = 2**16  # bytes between the arrays of a shard, and after the last, at most: tar's headers
+
+
+def read_table(content: bytes) -> np.ndarray:
+    """BLOCK [blocks] of a blocks.npy; nothing is allocated or unpickled.
+
+    Raises:
+        ValueError: it is none.
+    """
+    file = io.BytesIO(content)
+    try:
+        np.lib.format.read_magic(file)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    except Exception as error:  # numpy's header parser raises half a dozen kinds
+        raise ValueError(str(error)) from None
+    size = len(content) - file.tell()
+    if dtype != BLOCK or shape != (size // BLOCK.itemsize,) or size % BLOCK.itemsize:
+        raise ValueError("no table of blocks")
+    return np.frombuffer(content, BLOCK, offset=file.tell())
+
+
+def fit(
+    table: np.ndarray, sizes: Sequence[int], block_size: int, max_length: int, dtype: str
+) -> bool:
+    """Whether blocks lie one after the other in their shards, no larger than they can be.
+
+    Args:
+        table: BLOCK [blocks].
+        sizes: bytes of each shard.
+        block_size, max_length, dtype: of the index.
+    """
+    shard, rows, tokens = table["shard"], table["sequences"], table["tokens"]
+    begin, gap = table["lengths_offset"], table["tokens_offset"]
+    if not len(table) or shard[0] < 0 or shard[-1] >= len(sizes) or (np.diff(shard) < 0).any():
+        return False
+    bytes_of = np.array(sizes, np.int64)[shard]
+    if not (
+        np.all((rows >= 1) & (rows <= block_size) & (tokens <= MOST_TOKENS))
+        and np.all((rows <= tokens) & (tokens <= rows.astype(np.int64) * max_length))
+        and np.all((begin >= 0) & (begin <= gap) & (gap <= bytes_of))
+    ):
+        return False
+    between = gap - begin - 2 * rows.astype(np.int64)
+    end = gap + tokens * np.dtype(dtype).itemsize
+    first = np.flatnonzero(np.diff(shard, prepend=-1))
+    before = begin - np.roll(end, 1)
+    before[first] = begin[first]
+    after = (bytes_of - end)[[*(first[1:] - 1), len(table) - 1]]
+    return all(bool(np.all((free >= 0) & (free <= SLACK))) for free in (between, before, after))
+
+
+def wrong_with(lengths: np.ndarray, tokens: np.ndarray, max_length: int, vocab_size: int) -> str:
+    """What is wrong with a block's arrays, if anything: a stranger's have a checksum too."""
+    if lengths.min() < 1 or lengths.sum(dtype=np.int64) != len(tokens):
+        return "has lengths that do not add up to its tokens"
+    if lengths.max() > max_length or tokens.max() >= vocab_size:
+        return "has sequences or token ids beyond the index's limits"
+    return ""
 
 
 class BlockReader:
@@ -31,15 +92,25 @@ class BlockReader:
         shards: the names of all its shards.
         table: BLOCK [blocks], those to read; numbers count through them.
         dtype: of the tokens: "uint16" or "uint32".
+        max_length: the most tokens of a sequence.
+        vocab_size: ids are below it.
 
     Attributes:
         first: int64 [blocks], the number of each block's first sequence.
     """
 
     def __init__(
-        self, store: Store, path: str, shards: Sequence[str], table: np.ndarray, dtype: str
+        self,
+        store: Store,
+        path: str,
+        shards: Sequence[str],
+        table: np.ndarray,
+        dtype: str,
+        max_length: int,
+        vocab_size: int,
     ):
         self.store, self.path, self.shards, self.table = store, path, shards, table
+        self.max_length, self.vocab_size = max_length, vocab_size
         self.dtype = np.dtype(dtype)
         rows = table["sequences"].astype(np.int64)
         self.first = np.cumsum(rows) - rows
@@ -89,6 +160,8 @@ class BlockReader:
         tokens = np.frombuffer(content, dtype, int(entry["tokens"]), gap - begin)
         if zlib.crc32(tokens.data, zlib.crc32(lengths.data)) != int(entry["crc32"]):
             raise DamageError(f"{self.where(number)} is damaged (its checksum differs)")
+        if problem := wrong_with(lengths, tokens, self.max_length, self.vocab_size):
+            raise DamageError(f"{self.where(number)} {problem}")
         return lengths, tokens
 
     def sequences(

@@ -1,27 +1,33 @@
 """A node's cache of remote files: whole, verified, and shared by all processes of the node.
 
 FOLDER/VERSION/NAME is the copy of a dataset's file; beside it lie NAME.lock, and NAME.part while it
-is being made. On a file system without locks each process makes its own NAME.TOKEN.part: what two
-copy at once is the same.
+is being made. No other user can write to VERSION: a copy is verified as it is made, by its sha256,
+and after that by the checksums of blocks.npy and of blocks alone. On a file system without locks
+each process makes its own NAME.TOKEN.part: what two copy at once is the same.
 """
 
+import errno
 import hashlib
 import os
+import re
 import secrets
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 
 from t5vae.common.errors import DamageError, UserError
 from t5vae.common.locks import Lock, take_lock
+from t5vae.common.owners import is_mine
 
 CHUNK = 16 * 2**20  # bytes copied at once
 ABANDONED = 3600.0  # seconds since a process wrote to a part of its own: it was killed
 LOCK, PART = ".lock", ".part"
+VERSION = re.compile(r"[0-9a-f]{64}")
 
 
 class CacheError(UserError):
@@ -145,12 +151,34 @@ class Copies:
 
     def _is_there(self, copy: Path) -> bool:
         with self._writing():
-            return copy.exists()
+            self._own_folder()
+            try:
+                _refuse_others(copy)
+            except FileNotFoundError:
+                return False
+            return True
+
+    def _own_folder(self) -> None:
+        """Make the folder of the copies, of which no other user can change anything."""
+        top = self.cache.folder
+        top.mkdir(mode=0o700, parents=True, exist_ok=True)
+        mode = os.stat(top).st_mode
+        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+            raise PermissionError(errno.EACCES, f"any user may rename what is in {top}")
+        with suppress(FileExistsError):
+            self.folder.mkdir(mode=0o700)
+        _refuse_others(self.folder)
+        status = os.lstat(self.folder)
+        if not stat.S_ISDIR(status.st_mode):
+            raise NotADirectoryError(errno.ENOTDIR, f"{self.folder} is no folder")
+        if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            self.folder.chmod(0o700)
 
     def _write(self, part: Path, source: Source) -> str:
         digest = hashlib.sha256()
         with self._writing():
-            file = open(part, "wb", buffering=0)  # noqa: SIM115 closed below
+            part.unlink(missing_ok=True)
+            file = open(part, "xb", buffering=0)  # noqa: SIM115 closed below
         with file:
             self._reserve(file.fileno(), source.size)
             while chunk := source.read(CHUNK):
@@ -167,7 +195,7 @@ class Copies:
     def _write_folder(self, copy: Path, part: Path, contents: dict[str, bytes]) -> None:
         with self._writing():
             shutil.rmtree(part, ignore_errors=True)
-            part.mkdir()
+            part.mkdir(mode=0o700)
             for name, content in contents.items():
                 (part / name).write_bytes(content)
             try:
@@ -192,10 +220,10 @@ class Copies:
         with self._locked(self.cache.folder / "all"), self._writing():
             used = 0
             others = []
-            for path, stat in _files(self.cache.folder):
-                used += stat.st_size
+            for path, status in _files(self.cache.folder):
+                used += status.st_size
                 if path.parent.parent == self.cache.folder and path.parent != self.folder:
-                    others.append((stat.st_mtime, stat.st_size, path))
+                    others.append((status.st_mtime, status.st_size, path))
             excess = used + size - self.cache.limit_bytes
             if excess > sum(bytes for _, bytes, _ in others):
                 raise CacheError(
@@ -213,8 +241,8 @@ class Copies:
     def _locked(self, path: Path, wait: bool = True) -> Iterator[Lock]:
         """Hold a file's lock, if it can be had; a killed process holds none."""
         with self._writing():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            file = open(f"{path}{LOCK}", "wb")  # noqa: SIM115 closed below
+            self._own_folder()
+            file = _open_lock(f"{path}{LOCK}")
         with file:
             with self._writing():
                 state = take_lock(file, wait=wait)
@@ -232,9 +260,43 @@ class Copies:
 
 
 def _files(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            path = Path(parent, name)
-            if path.suffix != LOCK:
-                with suppress(FileNotFoundError):  # renamed or removed just now
-                    yield path, path.stat()
+    """This user's copies of all versions, and what is being copied."""
+    for version in folder.iterdir():
+        if not VERSION.fullmatch(version.name) or not _is_own(version):
+            continue
+        for parent, _, names in os.walk(version):
+            for name in names:
+                path = Path(parent, name)
+                if path.suffix != LOCK:
+                    with suppress(FileNotFoundError):  # renamed or removed just now
+                        yield path, path.lstat()
+
+
+def _is_own(path: Path) -> bool:
+    try:
+        _refuse_others(path)
+    except OSError:
+        return False
+    return True
+
+
+def _refuse_others(path: Path) -> None:
+    """Refuse a link, or what belongs to another user.
+
+    Raises:
+        OSError: it is one.
+    """
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, f"{path} is a link")
+    if not is_mine(path):
+        raise PermissionError(errno.EACCES, f"{path} belongs to another user")
+
+
+def _open_lock(path: str) -> IO[bytes]:
+    """Open a file to be locked, and nothing that another user has put in its place."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    file = open(os.open(path, flags, 0o600), "r+b", buffering=0)  # noqa: SIM115 the caller's
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, f"{path} is no file")
+    return file

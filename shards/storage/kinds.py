@@ -17,7 +17,8 @@ Kind = Callable[[str, Manifest, Cache | None], Store]
 
 
 def _local(location: str, manifest: Manifest, cache: Cache | None) -> Store:
-    return LocalStore(location.removeprefix("file://"), manifest.version)
+    path = location.removeprefix("file://").removeprefix("local://")
+    return LocalStore(path, manifest.version)
 
 
 def _of_fsspec(location: str, manifest: Manifest, cache: Cache | None) -> Store:
@@ -26,7 +27,7 @@ def _of_fsspec(location: str, manifest: Manifest, cache: Cache | None) -> Store:
     return RemoteStore(location, manifest, cache or Cache())
 
 
-KINDS: dict[str, Kind] = {"file": _local}
+KINDS: dict[str, Kind] = {"file": _local, "local": _local}
 ANY_OTHER: Kind = _of_fsspec
 
 
@@ -42,7 +43,7 @@ def open_store(
 
     Raises:
         UserError: an unknown protocol, or one whose package is not installed; names of several
-            folders, or of tar files.
+            folders, or of tar files; URLs of URLs, or with a password.
     """
     braces, files = BRACES.search(location), TAR_FILES.search(location)
     if (braces or files) and not Path(location).is_dir():

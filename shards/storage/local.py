@@ -1,12 +1,14 @@
 """A dataset in a folder of this machine."""
 
+import errno
 import os
+import stat
 from io import FileIO
 from pathlib import Path
 from threading import Lock
 from typing import BinaryIO
 
-from shards.storage.store import refuse_replaced
+from shards.storage.store import SMALL, refuse_replaced, too_large
 from t5vae.common.patient import open_patiently
 
 OPEN_FILES = 64
@@ -14,6 +16,8 @@ OPEN_FILES = 64
 
 class LocalStore:
     """A dataset folder on this machine. At most 64 files are held open.
+
+    The folder may come from a stranger: a file of it is a regular one, inside of it.
 
     Args:
         location: the folder.
@@ -29,12 +33,15 @@ class LocalStore:
         self._lock = Lock()
         self._files: dict[str, FileIO] = {}  # the one used last comes last
 
-    def get(self, name: str) -> bytes:
-        return (self.path / name).read_bytes()
+    def get(self, name: str, most: int = SMALL) -> bytes:
+        with open(regular(self.path / name, self.path), "rb") as file:
+            if os.fstat(file.fileno()).st_size > most or len(content := file.read(most + 1)) > most:
+                raise too_large(most)
+        return content
 
     def read(self, name: str, offset: int, size: int) -> bytes:
         with self._lock:
-            file = self._files.pop(name, None) or FileIO(self.path / name)
+            file = self._files.pop(name, None) or FileIO(regular(self.path / name, self.path))
             self._files[name] = file
             if len(self._files) > OPEN_FILES:
                 del self._files[next(iter(self._files))]  # closed once no thread reads it any more
@@ -47,10 +54,11 @@ class LocalStore:
             raise
 
     def open(self, name: str) -> BinaryIO:
-        return open_patiently(self.path / name)
+        return open_patiently(regular(self.path / name, self.path))
 
     def folder(self, name: str) -> Path:
         refuse_replaced(self.location, self.get, self._version)
+        refuse_outside(self.path / name, self.path)
         return self.path / name
 
     def forget(self, name: str) -> bool:
@@ -60,6 +68,40 @@ class LocalStore:
     def close(self) -> None:
         with self._lock:
             self._files.clear()
+
+
+def regular(path: Path, folder: Path) -> Path:
+    """The path of a file in a folder.
+
+    Raises:
+        OSError: there is none, it is no regular file, or it is a link that leads out of the folder.
+    """
+    mode = os.lstat(path).st_mode
+    if stat.S_ISLNK(mode):
+        refuse_outside(path, folder)
+        mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "it is no regular file")
+    return path
+
+
+def refuse_outside(path: Path, folder: Path) -> None:
+    """Refuse a path that links lead out of a folder; those of the Hub's cache lead to its blobs.
+
+    Raises:
+        OSError: it does.
+    """
+    home = Path(os.path.realpath(folder))
+    places = [
+        home,
+        *(
+            each.parents[1] / "blobs"
+            for each in (home, *home.parents)
+            if each.parent.name == "snapshots"
+        ),
+    ]
+    if not any(map(Path(os.path.realpath(path)).is_relative_to, places)):
+        raise OSError(errno.EINVAL, "it is a link that leads out of its folder")
 
 
 def _range(file: int, offset: int, size: int) -> bytes:

@@ -14,7 +14,7 @@ from typing import BinaryIO, cast
 from shards.storage.cache import Cache, CacheError, Copies
 from shards.storage.local import LocalStore
 from shards.storage.requests import MOST, Remote, RemoteFile, Result
-from shards.storage.store import Manifest, refuse_replaced
+from shards.storage.store import SMALL, Manifest, refuse_replaced, too_large
 from t5vae.common.errors import DamageError, StorageError, UserError
 from t5vae.common.progress import say
 from t5vae.common.storage import patiently
@@ -50,19 +50,25 @@ class RemoteStore:
         self._wanted: SimpleQueue[str | None] | None = None
         self._stop: Callable[[], object] = lambda: None
 
-    def get(self, name: str) -> bytes:
+    def get(self, name: str, most: int = SMALL) -> bytes:
         if name not in self._manifest.sha256:
-            return self._remote.get(name)
+            return self._remote.get(name, most)
+
+        def source() -> RemoteFile:
+            file = RemoteFile(self._remote, name)
+            if file.size > most:
+                raise too_large(most)
+            return file
+
         try:
-            source = partial(RemoteFile, self._remote, name)
             self._copies.make(name, self._manifest.sha256[name], source)
             self._copies.mark_used(name)
         except (CacheError, FileNotFoundError):
-            return self._remote.get(name)
+            return self._remote.read(name, 0, most)
         try:
-            return self._local.get(name)
+            return self._local.get(name, most)
         except OSError:  # removed by another process just now, or the node's disk fails
-            return self._remote.get(name)
+            return self._remote.read(name, 0, most)
 
     def read(self, name: str, offset: int, size: int) -> bytes:
         try:

@@ -2,12 +2,15 @@
 
 import errno
 import io
+import re
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any, Protocol, TypeVar
+from urllib.parse import urlsplit
 
 import fsspec
 
+from shards.storage.store import SMALL, too_large
 from t5vae.common.errors import UserError, first_line
 from t5vae.common.storage import WEATHER
 
@@ -28,6 +31,27 @@ FAULTS = (  # of what was asked for, or of the program: another try is no use
     ValueError,  # a certificate that does not hold, too
 )
 MOST = 16 * 2**20  # bytes of a range
+# Of fsspec's protocols, those that read others': some run what a file says, or open what it names.
+WRAPPERS = frozenset(
+    {
+        "async_wrapper",
+        "asyncwrapper",
+        "blockcache",
+        "cached",
+        "dask",
+        "dir",
+        "filecache",
+        "generic",
+        "libarchive",
+        "reference",
+        "simplecache",
+        "tar",
+        "zip",
+    }
+)
+HARMLESS = frozenset({"simplecache", "tar", "zip"})
+TOKENIZER_FILE = re.compile(r"[\w-][\w.-]*\.(?:jinja|json|model|txt)", re.ASCII)
+MOST_FILES, MOST_OF_FILES = 64, 256 * 2**20  # of a tokenizer's folder, and their bytes
 UNLISTED = (  # what the folder of a tokenizer may hold, where a server lists no folders
     "added_tokens.json",
     "merges.txt",
@@ -53,9 +77,11 @@ class Remote:
     """
 
     def __init__(self, url: str):
+        check_url(url)
         self.url = url.rstrip("/")
+        self._over_http = self.url.startswith(("http://", "https://"))
         try:
-            self._fs, self._root = fsspec.url_to_fs(self.url)
+            self._fs, self._root = fsspec.url_to_fs(self.url, **bounded(self.url))
         except ImportError as error:
             raise UserError(
                 f"reading {url} needs another package: pip install 't5vae[remote]' ({error})"
@@ -63,15 +89,21 @@ class Remote:
         except ValueError as error:
             raise UserError(f"cannot open {url}: {error}") from None
 
-    def get(self, name: str) -> bytes:
-        """The content of a file."""
-        return self._try(name, self._fs.cat_file)
+    def get(self, name: str, most: int = SMALL) -> bytes:
+        """The content of a file, of at most so many bytes."""
+        if self._over_http:  # of which some servers know no ranges
+            content = self._try(name, self._fs.cat_file)
+        else:
+            content = self._range(name, 0, most + 1)
+        if len(content) > most:
+            raise too_large(most)
+        return content
 
     def read(self, name: str, offset: int, size: int) -> bytes:
         """A range of a file, shorter than asked for where the file ends."""
         content = b""
         while len(content) < size and (
-            part := self._range(name, offset + len(content), size - len(content))
+            part := self._range(name, offset + len(content), min(MOST, size - len(content)))
         ):
             content += part
         return content
@@ -91,26 +123,38 @@ class Remote:
 
     def folder(self, name: str) -> dict[str, bytes]:
         """The files of a folder and their contents."""
-        try:
-            paths = self._try(name, partial(self._fs.ls, detail=False))
-        except OSError as error:
-            if error.errno in WEATHER:
-                raise
-            paths = UNLISTED
-        files = {path.removeprefix(f"{self._root}/{name}/") for path in paths}
-        contents = {}
+        contents: dict[str, bytes] = {}
         missing: OSError = FileNotFoundError(errno.ENOENT, f"{self.url}/{name} does not exist")
-        for file in files:
-            if file and not {"/", "?"} & set(file):  # what else a server's page links to
-                try:
-                    contents[file] = self.get(f"{name}/{file}")
-                except FileNotFoundError:
-                    pass
-                except PermissionError as error:
-                    missing = error
+        for file in self._files(name):
+            try:
+                contents[file] = self.get(f"{name}/{file}")
+            except FileNotFoundError:
+                pass
+            except PermissionError as error:
+                missing = error
+            if sum(map(len, contents.values())) > MOST_OF_FILES:
+                raise too_large(MOST_OF_FILES)
         if not contents:
             raise missing
         return contents
+
+    def _files(self, name: str) -> list[str]:
+        """What a tokenizer may be read from, of all that a server lists in a folder."""
+        try:
+            if self._over_http:
+                # fsspec looks for links in a time that grows with the page's square.
+                page = self._try(name, self._fs.cat_file).decode(errors="replace")
+                found = set(TOKENIZER_FILE.findall(page))
+            else:
+                paths = self._try(name, partial(self._fs.ls, detail=False))
+                found = set(filter(TOKENIZER_FILE.fullmatch, (p.rpartition("/")[2] for p in paths)))
+        except OSError as error:
+            if error.errno in WEATHER:
+                raise
+            return list(UNLISTED)
+        if len(found) > MOST_FILES:
+            raise OSError(errno.EFBIG, f"it has more than {MOST_FILES} files")
+        return sorted(found)
 
     def _range(self, name: str, offset: int, size: int) -> bytes:
         try:
@@ -135,6 +179,59 @@ class Remote:
             missing = number == errno.ENOENT
             reason = f"{self.url}/{name} does not exist" if missing else first_line(error)
             raise OSError(number, reason) from None
+
+
+def check_url(url: str) -> None:
+    """Refuse a URL that holds a password, which would be written down, or reads more than it names.
+
+    Raises:
+        UserError: it does.
+    """
+    *before, last = url.split("::")
+    schemes = [part.partition("://")[0] for part in before]
+    wrong = [s for s in schemes if s not in HARMLESS] + [
+        s for s in (last.partition("://")[0],) if s in WRAPPERS
+    ]
+    if wrong:
+        raise UserError(f"URLs of {wrong[0]}:// are not read: give the files' own")
+    try:
+        has_password = urlsplit(last).password is not None
+    except ValueError as error:
+        raise UserError(f"cannot open {url}: {error}") from None
+    if has_password:
+        shown = last.partition("://")[2].rpartition("@")[2]
+        raise UserError(
+            f"the URL of {shown} holds a password, which would be written down with it: leave it "
+            "out, and set it in the environment or in fsspec's configuration "
+            "(~/.config/fsspec/*.json)"
+        )
+
+
+def bounded(url: str) -> dict[str, Any]:
+    """What fsspec is to be given with a URL so that no answer that is read whole is endless."""
+    return {"get_client": _http_client()} if url.startswith(("http://", "https://")) else {}
+
+
+@cache
+def _http_client() -> Callable[..., Any]:
+    import aiohttp
+
+    class Answer(aiohttp.ClientResponse):
+        async def read(self) -> bytes:
+            if self._body is None:
+                held = bytearray()
+                async for part in self.content.iter_any():
+                    held += part
+                    if len(held) > SMALL:
+                        self.close()
+                        raise ValueError(f"the server sends more than {SMALL:,} bytes")
+                self._body = bytes(held)
+            return await super().read()
+
+    async def get_client(**options: Any) -> Any:
+        return aiohttp.ClientSession(**{"response_class": Answer} | options)
+
+    return get_client
 
 
 def error_number(error: Exception) -> int:

@@ -9,6 +9,8 @@ from typing import BinaryIO, NamedTuple, Protocol
 from t5vae.common.errors import UserError, first_line
 from t5vae.common.storage import WEATHER
 
+SMALL = 64 * 2**20  # bytes of a file that is read whole, such as index.json, at most
+
 
 class UnreadableError(UserError):
     """A file that cannot be read until its user mends something, such as its permissions."""
@@ -29,8 +31,8 @@ class Store(Protocol):
     readers: int
     """How many threads are worth while to read ranges at the same time."""
 
-    def get(self, name: str) -> bytes:
-        """The content of a small file."""
+    def get(self, name: str, most: int = SMALL) -> bytes:
+        """The content of a small file, of at most so many bytes."""
 
     def read(self, name: str, offset: int, size: int) -> bytes:
         """A range of a file, shorter than asked for where the file ends."""
@@ -92,6 +94,11 @@ def refuse_replaced(location: str, get: Callable[[str], bytes], version: str) ->
             f"{'another' if content else 'gone'}): bring back what was there to go on, or start a "
             "new run"
         )
+
+
+def too_large(most: int) -> OSError:
+    """What is raised of a file that is larger than it can be."""
+    return OSError(errno.EFBIG, f"it has more than {most:,} bytes")
 
 
 def unreadable(name: str, error: OSError) -> UnreadableError:

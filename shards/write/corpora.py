@@ -15,6 +15,7 @@ from itertools import compress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from shards.storage.requests import check_url
 from shards.write.formats import FORMATS, format_of
 from shards.write.formats.format import Format
 from shards.write.formats.values import ROWS, BadRow
@@ -82,7 +83,11 @@ class Corpus:
                     f"format {format or 'text'} needs a source: a file, folder, glob or '-'"
                 )
             source, name = default.folder, name or default.name
-        self.name = name or Path(source).name
+        if is_url(source):
+            check_url(str(source))
+        # What follows the name in a URL of HTTP may be a signature.
+        told = str(source).partition("?")[0] if str(source).startswith("http") else source
+        self.name = name or Path(told).name
         find = _find_url if is_url(source) else _find
         self.files = find(str(source), FORMATS[format or "text"])
         if not self.files:

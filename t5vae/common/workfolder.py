@@ -1,9 +1,15 @@
-"""The folder in which a build keeps what is done, so that the same command goes on after a halt."""
+"""The folder in which a build keeps what is done, so that the same command goes on after a halt.
 
+What is in it is trusted. So it holds its own number, which a folder does not have that somebody
+copied here, or put here for us: such a folder is cleared before use.
+"""
+
+import errno
 import json
 import os
 import shutil
 import socket
+import stat
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
@@ -15,10 +21,12 @@ import psutil
 from t5vae.common.errors import DISK_FULL, UserError, first_line
 from t5vae.common.files import not_answering
 from t5vae.common.locks import Lock, take_lock
+from t5vae.common.owners import is_mine
 from t5vae.common.progress import say
 from t5vae.common.storage import WEATHER
 
 LOCK = "lock"
+MOST = 4096  # characters that the lock holds
 SAME_START = 2.0  # seconds by which the start of one process may differ, as the clock is set
 
 
@@ -71,25 +79,48 @@ def work_folder(out: Path, is_of_use: Callable[[Path], bool]) -> Iterator[Path]:
 @contextmanager
 def _claimed(folder: Path, out: Path) -> Iterator[None]:
     """Make the folder and have it; in the end it goes if it is empty."""
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    if not stat.S_ISDIR(os.lstat(folder).st_mode) or not is_mine(folder):
+        raise UserError(f"{folder} is no folder of yours: remove it")
     try:
-        with open(folder / LOCK, "a+") as file:
-            _claim(file, out)
+        with _opened(folder / LOCK) as file:
+            number = os.stat(folder).st_ino
+            if _claim(file, out, number) != number:
+                _clear(folder, but=LOCK)
             try:
                 yield
             finally:
                 with suppress(OSError):
-                    _write(file, {})
+                    _write(file, {"folder": number})
     finally:
         with suppress(OSError):
             folder.rmdir()
 
 
-def _claim(file: IO[str], out: Path) -> None:
+def _opened(path: Path) -> IO[str]:
+    """Open a file, to read and to append to; no link, and nothing else."""
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        file = open(path, "a+", opener=lambda name, _: os.open(name, flags, 0o666))  # noqa: SIM115
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise UserError(f"{path} is no file: remove {path.parent}") from None
+        raise
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise UserError(f"{path} is no file: remove {path.parent}")
+    return file
+
+
+def _claim(file: IO[str], out: Path, number: int) -> Any:
+    """Have a folder of that number; returns the one that is noted in it."""
     state = take_lock(file)
     if not os.fstat(file.fileno()).st_nlink:  # whoever had it has just removed it
         state = Lock.ANOTHERS
-    holder = _holder(file) if state is Lock.NONE else {}
+    noted = {} if state is Lock.ANOTHERS else _holder(file)
+    holder = noted if state is Lock.NONE else {}
     if state is Lock.ANOTHERS or _is_alive(holder):
         raise UserError(f"another process is building {out}: wait for it")
     if holder.get("host", _host()) != _host():
@@ -97,17 +128,19 @@ def _claim(file: IO[str], out: Path) -> None:
             f"this file system has no locks, and {holder['host']} began to build {out}: going on; "
             "stop this if it still does"
         )
-    _write(file, {"host": _host(), "process": os.getpid(), "started": _started(os.getpid())})
+    mine = {"host": _host(), "process": os.getpid(), "started": _started(os.getpid())}
+    _write(file, mine | {"folder": number})
+    return noted.get("folder")
 
 
 def _holder(file: IO[str]) -> dict[str, Any]:
     """Who has the folder, or died with it."""
     file.seek(0)
     try:
-        holder = json.loads(file.read())
-    except ValueError:
+        holder = json.loads(file.read(MOST))
+    except (ValueError, RecursionError):
         return {}
-    return holder if isinstance(holder, dict) else {}
+    return holder if isinstance(holder, dict) and str(holder.get("host")).isprintable() else {}
 
 
 def _write(file: IO[str], holder: dict[str, Any]) -> None:
@@ -123,7 +156,7 @@ def _is_alive(holder: dict[str, Any]) -> bool:
         return False
     try:
         return abs(_started(process) - holder["started"]) < SAME_START
-    except psutil.NoSuchProcess:
+    except (psutil.Error, KeyError, TypeError, ValueError, OverflowError):
         return False
 
 
@@ -135,10 +168,12 @@ def _started(process: int) -> float:
     return psutil.Process(process).create_time()
 
 
-def _clear(folder: Path) -> None:
+def _clear(folder: Path, but: str = "") -> None:
     """Remove what is in the folder, the lock last; a mount that keeps some of it fails no build."""
     try:
         for path in sorted(folder.iterdir(), key=lambda path: path.name == LOCK):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if path.name != but:
+                is_folder = path.is_dir() and not path.is_symlink()
+                shutil.rmtree(path) if is_folder else path.unlink()
     except OSError as error:
         say(f"cannot remove {folder} ({first_line(error)}): remove it")

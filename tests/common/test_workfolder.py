@@ -133,6 +133,6 @@ def test_without_locks_this_process_goes_on_with_its_own(tmp_path, monkeypatch, 
     without_locks(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         halt(tmp_path / "out", KeyboardInterrupt(), ["half"])
-    assert (tmp_path / ".out.build" / LOCK).read_text() == "{}"
+    assert json.loads((tmp_path / ".out.build" / LOCK).read_text()).keys() == {"folder"}
     with work_folder(tmp_path / "out", lambda _: False) as folder:
         assert (folder / "half").exists()

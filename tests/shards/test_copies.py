@@ -133,7 +133,7 @@ def test_the_least_recently_used_files_of_other_datasets_make_room(site, dataset
     sizes = {name: (dataset / name).stat().st_size for name in names(dataset, "train")}
     room = sum(sizes.values()) + (dataset / "blocks.npy").stat().st_size
     for age, name in enumerate(["new", "old"]):
-        other = node / "other" / f"{name}.tar"
+        other = node / ("0" * 64) / f"{name}.tar"
         other.parent.mkdir(parents=True, exist_ok=True)
         other.write_bytes(bytes(100))
         os.utime(other, (10**9 - age, 10**9 - age))

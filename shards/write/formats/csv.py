@@ -3,15 +3,17 @@
 import csv
 import io
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import IO, Any
 
 from shards.write.formats.format import Format
-from shards.write.formats.values import ROWS, BadRow, firsts, place_of
+from shards.write.formats.values import LONGEST, ROWS, BadRow, firsts, place_of
 from shards.write.streams import CHUNK
 from t5vae.common.errors import UserError
 
 LONGEST_CELL = 16 * 2**20  # characters
+TOO_LONG = f"a line of more than {LONGEST / 2**20:.0f} MiB"
 WHY = {
     "unexpected end of data": "a quote is opened here and never closed",
     "',' expected after '\"'": "text follows a closing quote: double the quotes inside a cell",
@@ -78,18 +80,29 @@ class _Lines:
         row: its lines so far.
     """
 
-    def __init__(self, lines: Iterable[str], name: str):
+    def __init__(self, text: IO[str], name: str):
         self.name, self.begin, self.row = name, 1, list[str]()
-        self._lines, self._again = iter(lines), deque[str]()
+        self._text, self._again = text, deque[str]()
+        self._lines = iter(partial(text.readline, LONGEST), "")
 
     def __iter__(self) -> "_Lines":
         return self
 
     def __next__(self) -> str:
-        line = self._again.popleft() if self._again else next(self._lines)
+        line = self._again.popleft() if self._again else self._read()
         if "\0" in line:
             raise UserError(f"{self.name} is a binary file (it holds zero bytes), not text")
         self.row.append(line)
+        if _is_cut(line, LONGEST):
+            raise csv.Error(TOO_LONG)
+        return line
+
+    def _read(self) -> str:
+        """The next line, or the beginning of one that is too long."""
+        line = next(self._lines)
+        if _is_cut(line, LONGEST):
+            while _is_cut(self._text.readline(CHUNK), CHUNK):
+                pass
         return line
 
     def begin_row(self) -> None:
@@ -101,6 +114,10 @@ class _Lines:
         """Only the row's first line belongs to it: the others are read again."""
         self._again.extendleft(reversed(self.row[1:]))
         self.row = self.row[:1]
+
+
+def _is_cut(line: str, size: int) -> bool:
+    return len(line) == size and not line.endswith(("\n", "\r"))
 
 
 def _rows(lines: _Lines, name: str) -> Iterator[Any]:

@@ -11,6 +11,8 @@ from typing import IO
 
 from shards.write.formats.format import Default, Format
 
+LONGEST_FILE = 16 * 2**20  # bytes: a file's tree takes some hundred times as much memory
+
 
 def read_python(stream: IO[bytes], name: str, column: str | None) -> Iterator[list[str]]:
     """The statements that fit one line and parse alone, indentation removed.
@@ -19,9 +21,11 @@ def read_python(stream: IO[bytes], name: str, column: str | None) -> Iterator[li
     that stand alone (docstrings) are prose and left out.
 
     Raises:
-        SyntaxError: the file does not parse.
+        SyntaxError: the file does not parse, or has more than 16 MiB.
     """
-    source = stream.read()
+    source = stream.read(LONGEST_FILE + 1)
+    if len(source) > LONGEST_FILE:
+        raise SyntaxError("too long")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # old code's escapes are not this user's concern

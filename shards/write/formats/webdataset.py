@@ -7,15 +7,24 @@ import io
 import re
 import tarfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import groupby, islice
 from operator import itemgetter
 from typing import IO, Any
 
 from shards.write.formats.format import Format, Kind
-from shards.write.formats.values import in_lists
+from shards.write.formats.values import LONGEST, in_lists
 from t5vae.common.errors import UserError, first_line
 
+EXTENSIONS = (
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+)
 TEXT_MEMBERS = ("txt", "text")
+LONGEST_EXTENSION = 2**20  # bytes of a long name or of other attributes of a member
 NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)  # key and extension
 
 
@@ -76,11 +85,25 @@ def _tar_members(archive: tarfile.TarFile) -> Iterator[Member]:
         archive.members.clear()  # type: ignore[attr-defined] # it would keep them all
         name = NAME.fullmatch(header.name)
         if name and header.isreg() and (file := archive.extractfile(header)):
-            yield name[1], name[2].lower(), file.read
+            yield name[1], name[2].lower(), partial(_read, file, header)
+
+
+def _read(file: IO[bytes], header: tarfile.TarInfo) -> bytes:
+    if not 0 <= header.size <= LONGEST:
+        most = f"{LONGEST / 2**20:.0f} MiB"
+        raise tarfile.ReadError(f"the member {header.name!r:.100} is of more than {most}")
+    return file.read()
 
 
 class _Header(tarfile.TarInfo):
     """A header without which a tar file may end only where its end is marked."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Header":
+        header = super().frombuf(buf, encoding, errors)
+        if header.type in EXTENSIONS and not 0 <= header.size <= LONGEST_EXTENSION:
+            raise tarfile.InvalidHeaderError("too long")  # type: ignore[attr-defined]
+        return header
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> "_Header":
@@ -88,6 +111,8 @@ class _Header(tarfile.TarInfo):
             return super().fromtarfile(archive)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
             raise
+        except RecursionError:  # headers of headers of headers
+            raise tarfile.ReadError("too many headers of one member") from None
         except tarfile.HeaderError as error:  # which tarfile takes for the end
             raise tarfile.ReadError(str(error)) from None
 
