@@ -248,7 +248,7 @@ class Slurm:
     def start(self, world: int, folder: Path, asked: dict, *arguments: Any) -> "Job":
         """Submit the run; where its job is queued again already, that is the next attempt."""
         self.asked.write_text(json.dumps(asked))
-        if self.job is None or self.about(self.job)["state"] in OVER:
+        if self.job is None:
             output = f"--output={self.folder}/slurm-%j.out"
             place = (f"--nodes={world}", f"--chdir={ROOT}", output)
             named = ("--parsable", f"--job-name={self.folder.name}")
@@ -284,7 +284,10 @@ class Job(Attempt):
 
     def code(self) -> str:
         state = self.slurm.about(self.job)["state"]
-        return state if state in OVER else "queued again"
+        if state not in OVER:
+            return "queued again"
+        self.slurm.job = None
+        return state
 
     def kill(self) -> None:
         self.slurm("scancel", self.job)
