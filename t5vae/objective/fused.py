@@ -6,9 +6,14 @@ Up to `FUSED` coordinates one kernel does everything: distances by a product on 
 phi and P in registers, P y by a second product. A program takes a tile of rows and a part of the
 columns; the parts are added afterwards in a fixed order, so that results repeat. Above that one
 kernel stores P, a chunk of rows at a time, and cuBLAS does the second product.
+
+Tiles of other sizes sum in another order. Which are fastest is found by trying them, once in a
+process for each `Problem`, unless `Tiling.use` says it, as training does with what its run began
+with.
 """
 
 import math
+from dataclasses import dataclass
 from functools import cache
 from itertools import chain
 from typing import Literal, NamedTuple
@@ -18,12 +23,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.errors import OutOfResources, PTXASError
 
 from t5vae.objective import blocked
 from t5vae.objective.kernels import Gaussians, Kernel
 
 Precision = Literal["fp16", "fp32"]
-Tile = tuple[int, int, int, int]  # rows, columns, warps, stages
+Tile = tuple[int, ...]  # rows, columns, warps, stages
 
 FUSED = {"fp16": 256, "fp32": 128}  # a wider tile does not fit the registers
 TILE = 128  # rows and columns are padded to multiples of it, and tiles divide it
@@ -50,8 +56,85 @@ class Form(NamedTuple):
     terms: int
 
 
+class Problem(NamedTuple):
+    """What tiles are chosen for: W, whether one kernel does everything, and what it computes."""
+
+    width: int
+    fused: bool
+    exact: bool
+    octaves: int
+
+    @property
+    def tiles(self) -> tuple[Tile, ...]:
+        """What is tried, none of which spills registers on an H100."""
+        return tiles_of(self.width, self.fused, self.exact)
+
+
+_chosen: dict[Problem, Tile] = {}
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """The tiles of a kernel of codes [_, D], in the precision that is its default."""
+
+    kernel: Kernel
+    dimensions: int
+
+    @property
+    def tiles(self) -> tuple[Tile, ...]:
+        """Those that may be used: (rows, columns, warps, stages)."""
+        return self._problem.tiles
+
+    def milliseconds(self, rows: int, columns: int, device: torch.device) -> list[float]:
+        """What `pair_sum` of so many rows and columns takes; infinite for a tile too large."""
+        y_ND = torch.ones(columns, self.dimensions, device=device)
+        x_BD = y_ND if rows == columns else torch.ones(rows, self.dimensions, device=device)
+        return [_milliseconds(x_BD, y_ND, self.kernel, None, tile) for tile in self.tiles]
+
+    def use(self, tile: Tile) -> None:
+        """Compute with this one from now on, in this process."""
+        _chosen[self._problem] = tile
+
+    @property
+    def _problem(self) -> Problem:
+        return _problem(self.kernel, self.dimensions, None)
+
+
+def _problem(kernel: Kernel, dimensions: int, precision: Precision | None) -> Problem:
+    precision = precision or default_precision(kernel, dimensions)
+    width, fused = padded_width(dimensions, precision)
+    return Problem(width, fused, precision == "fp32", form_of(kernel)[0].octaves)
+
+
+def _fastest(x_BD: Tensor, y_ND: Tensor, kernel: Kernel, precision: Precision) -> Tile:
+    """The tile that was chosen, or else the fastest one here; the first under the interpreter."""
+    problem = _problem(kernel, x_BD.shape[1], precision)
+    if problem not in _chosen and triton.knobs.runtime.interpret:
+        _chosen[problem] = problem.tiles[0]
+    elif problem not in _chosen:
+        times = [_milliseconds(x_BD, y_ND, kernel, precision, tile) for tile in problem.tiles]
+        _chosen[problem] = problem.tiles[times.index(min(times))]
+    return _chosen[problem]
+
+
+def _milliseconds(
+    x_BD: Tensor, y_ND: Tensor, kernel: Kernel, precision: Precision | None, tile: Tile
+) -> float:
+    def run() -> None:
+        pair_sum(x_BD, y_ND, kernel, precision, tile)
+
+    try:
+        return triton.testing.do_bench(run, return_mode="median")
+    except (OutOfResources, PTXASError):
+        return math.inf
+
+
 def pair_sum(
-    x_BD: Tensor, y_ND: Tensor, kernel: Kernel, precision: Precision | None = None
+    x_BD: Tensor,
+    y_ND: Tensor,
+    kernel: Kernel,
+    precision: Precision | None = None,
+    tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sum phi over all pairs, and what pulls each x.
 
@@ -63,12 +146,14 @@ def pair_sum(
             bits, as many as tf32, at twice its rate; codes beyond some 2e4 times the kernel's
             width are cut off. "fp32" is slow, and leaves codes too far out for it to `blocked`.
             Default: what `default_precision` says.
+        tile: one of its `Problem`'s. Default: the one in use, or the fastest.
 
     Returns:
         float64 scalar: sum_ij (phi(s_ij) - 1); like x: sum_j P(s_ij) (y_j - x_i).
     """
     rows, dimensions = x_BD.shape
     precision = precision or default_precision(kernel, dimensions)
+    tile = tile or _fastest(x_BD, y_ND, kernel, precision)
     form, unit, slope, near = form_of(kernel)
     width, fused = padded_width(dimensions, precision)
     # Coordinates near 1, whatever D, for codes as large as the kernel is wide.
@@ -82,14 +167,16 @@ def pair_sum(
         if farthest > blocked.FARTHEST * blocked.reach(kernel):
             return blocked.pair_sum(x_BD, y_ND, kernel)
     run = _in_one if fused else _in_two
-    pull_SRW, weight_SR, phi_SR = run(x_RW, y_CW, x_norm_R, y_norm_C, len(y_ND), 2 * factor, form)
+    pull_SRW, weight_SR, phi_SR = run(
+        x_RW, y_CW, x_norm_R, y_norm_C, len(y_ND), 2 * factor, form, tile
+    )
     total = phi_SR[:, :rows].sum(dtype=torch.float64)
 
     pull_BD = torch.empty_like(x_BD)
-    tile = _thin_tile(width)
-    _finish_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
+    thin = _thin_tile(width)
+    _finish_kernel[(triton.cdiv(rows, thin["ROWS"]),)](
         x_BD, x_RW, x_norm_R, pull_SRW, weight_SR, pull_BD, rows, dimensions, len(x_RW), width,
-        len(pull_SRW), 1 / scale, slope, near, **tile,
+        len(pull_SRW), 1 / scale, slope, near, **thin,
     )  # fmt: skip
     return total, pull_BD
 
@@ -159,7 +246,7 @@ def _thin_tile(width: int) -> dict[str, int]:
     return {"ROWS": min(TILE, max(1, 4096 // whole)), "WIDTH": whole}
 
 
-def _in_one(x_RW, y_CW, x_norm_R, y_norm_C, columns: int, twice: float, form: Form):
+def _in_one(x_RW, y_CW, x_norm_R, y_norm_C, columns: int, twice: float, form: Form, tile: Tile):
     """Sums of P y, [S, R, W], and of P and phi - 1, [S, R], over S parts of the columns."""
     rows, width = x_RW.shape
     parts = _parts(rows // TILE, len(y_CW) // TILE, x_RW.device)
@@ -167,10 +254,9 @@ def _in_one(x_RW, y_CW, x_norm_R, y_norm_C, columns: int, twice: float, form: Fo
     pull_SRW = x_norm_R.new_empty(parts, rows, width)
     weight_SR, phi_SR = x_norm_R.new_empty(2, parts, rows)
     exact = x_RW.dtype == torch.float32
-    kernel = _tuned(_pair_kernel, tiles_of(width, True, exact))
-    kernel[lambda tile: (rows // tile["ROWS"], parts)](
+    _pair_kernel[(rows // tile[0], parts)](
         x_RW, y_CW, x_norm_R, y_norm_C, pull_SRW, weight_SR, phi_SR, rows, columns, len(y_CW),
-        span, twice, WIDTH=width, EXACT=exact, **form._asdict(),
+        span, twice, WIDTH=width, EXACT=exact, **form._asdict(), **_launched(tile),
     )  # fmt: skip
     return pull_SRW, weight_SR, phi_SR
 
@@ -188,22 +274,21 @@ def _parts(row_tiles: int, column_tiles: int, device: torch.device) -> int:
     return min(range(1, min(column_tiles, processors) + 1), key=duration)
 
 
-def _in_two(x_RW, y_CW, x_norm_R, y_norm_C, columns: int, twice: float, form: Form):
+def _in_two(x_RW, y_CW, x_norm_R, y_norm_C, columns: int, twice: float, form: Form, tile: Tile):
     """As `_in_one`, with S = 1 for P y and P; S tiles of columns for phi - 1."""
     (rows, width), padded = x_RW.shape, len(y_CW)
     exact = x_RW.dtype == torch.float32
-    tiles = tiles_of(width, False, exact)
-    kernel = _tuned(_slope_kernel, tiles)
     chunk = max(TILE, CHUNK // padded // TILE * TILE)
     slope_rC = torch.empty(min(chunk, rows), padded, dtype=x_RW.dtype, device=x_RW.device)
     pull_RW = x_norm_R.new_empty(rows, width)
-    weight_SR, phi_SR = x_norm_R.new_empty(2, padded // tiles[0][1], rows)
+    weight_SR, phi_SR = x_norm_R.new_empty(2, padded // tile[1], rows)
     for start in range(0, rows, chunk):
         part = slice(start, min(start + chunk, rows))
         x_rW, slope_rC = x_RW[part], slope_rC[: part.stop - start]
-        kernel[lambda tile, x=x_rW: (len(x) // tile["ROWS"], padded // tile["COLUMNS"])](
+        _slope_kernel[(len(x_rW) // tile[0], padded // tile[1])](
             x_rW, y_CW, x_norm_R[part], y_norm_C, slope_rC, weight_SR[:, part], phi_SR[:, part],
             rows, columns, padded, twice, WIDTH=width, EXACT=exact, **form._asdict(),
+            **_launched(tile),
         )  # fmt: skip
         pull_RW[part] = _product(slope_rC, y_CW)
     return pull_RW[None], weight_SR.sum(0, keepdim=True), phi_SR
@@ -217,7 +302,7 @@ def _product(slope_rC: Tensor, y_CW: Tensor) -> Tensor:
 
 
 def tiles_of(width: int, fused: bool, exact: bool) -> tuple[Tile, ...]:
-    """What is tried, none of which spills registers on an H100; unfused all of equal columns."""
+    """What is tried for a problem."""
     if fused and exact:
         return (32, 32, 4, 2), (64, 32, 8, 2)
     if fused:
@@ -228,14 +313,8 @@ def tiles_of(width: int, fused: bool, exact: bool) -> tuple[Tile, ...]:
     return (128, 128, 8, 3), (128, 128, 8, 4), (64, 128, 4, 4)
 
 
-@cache
-def _tuned(kernel, tiles: tuple[Tile, ...]):
-    """The fastest of the tiles, found once; the first under the interpreter."""
-    configurations = [
-        triton.Config({"ROWS": rows, "COLUMNS": columns}, num_warps=warps, num_stages=stages)
-        for rows, columns, warps, stages in (tiles[:1] if triton.knobs.runtime.interpret else tiles)
-    ]
-    return triton.autotune(configurations, key=["WIDTH", "octaves"])(kernel)
+def _launched(tile: Tile) -> dict[str, int]:
+    return dict(zip(("ROWS", "COLUMNS", "num_warps", "num_stages"), tile, strict=True))
 
 
 @triton.jit

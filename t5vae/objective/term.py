@@ -5,13 +5,14 @@ Shapes: b codes of this rank (B), N codes of the global batch, D latent size.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 from pydantic import Field
 
 from t5vae.common.section import Section
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from t5vae.objective.gathering import Gathering
@@ -54,6 +55,23 @@ class Cost:
     operations: int
     memory: int
     sent: int
+
+
+Tile = tuple[int, ...]
+
+
+class Tiling(Protocol):
+    """Ways to compute a term that sum in another order each."""
+
+    @property
+    def tiles(self) -> tuple[Tile, ...]:
+        """A name for each, fit for JSON as a list."""
+
+    def milliseconds(self, rows: int, columns: int, device: "torch.device") -> list[float]:
+        """What each takes, of b = rows and N = columns."""
+
+    def use(self, tile: Tile) -> None:
+        """Compute so from now on, in this process."""
 
 
 class Term(Section, ABC):
@@ -105,6 +123,10 @@ class Term(Section, ABC):
     def packages(self) -> dict[str, str]:
         """What its settings need beside a CUDA device: a package by key."""
         return {}
+
+    def tiling(self, latent_size: int) -> Tiling | None:
+        """Its ways to be computed, if several: training times all, and a run keeps the fastest."""
+        return None
 
     def check(self, *, bound: float | None) -> None:
         """Refuse what cannot be learned, where it has weight.

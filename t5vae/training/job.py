@@ -3,7 +3,7 @@
 import json
 import shlex
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ class Job:
         parameters: of the model.
         split: how the global batch is dealt.
         identity: what a run that goes on must agree with.
+        tiles: of the objective's terms, see `settle_tiles`.
     """
 
     config: Config
@@ -45,6 +46,7 @@ class Job:
     parameters: int
     split: BatchSplit
     identity: dict[str, Any]
+    tiles: dict[str, Any] = field(default_factory=dict)
 
     @property
     def steps(self) -> int:
@@ -75,6 +77,7 @@ class Job:
             "zero_stage": self.config.deepspeed.zero_stage,
             "precision": self.config.train.precision,
             "muon_precision": self.config.optim.muon_precision,
+            "tiles": self.tiles,
         }
 
     @property

@@ -23,6 +23,7 @@ from t5vae.training.build import build_model
 from t5vae.training.engine import build_engine, sharded
 from t5vae.training.job import Job, manifest_before
 from t5vae.training.precision import settle
+from t5vae.training.tiles import settle_tiles
 
 SECONDS = 5.0  # until a lock is left to itself
 
@@ -53,13 +54,15 @@ def started(job: Job, preflight: Preflight) -> Iterator[tuple[Job, torch.device,
         health = preflight.report(device)
         before = from_first(lambda: (manifest_before(job.config) or {}).get("layout", {}))
         config, reasons = settle(config, job.settings, job.split, device, before)
-        job, fixed = fix_steps(replace(job, config=config), device, build)
+        size, kept = job.settings.latent_size, before.get("tiles", {})
+        tiles, tiled = settle_tiles(config.objective, size, job.split, device, kept)
+        job, fixed = fix_steps(replace(job, config=config, tiles=tiles), device, build)
         engine = build(job, device)
         limit_waiting(config.train.timeout)
     log_libraries_to(job.log_file)
     log = RunLog(job.config, enabled=ranks.is_first)
     log.attempt(attempt, health)
-    for reason in reasons + fixed:
+    for reason in reasons + tiled + fixed:
         log.say(reason)
     yield job, device, engine, log
     log.close()

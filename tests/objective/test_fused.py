@@ -58,6 +58,9 @@ BF16_INPUT = [
 ]
 
 
+TILED = [Case("imq", 64, (70, 300), precision="fp16"), Case("legacy", 64, (70, 70))]
+
+
 class Errors(NamedTuple):
     """Of the total, over b N; of the pull, over what it is, or a thousandth of it at N(0, I)."""
 
@@ -114,6 +117,21 @@ def measure(case: Case, device: str) -> Errors:
     error_BD = pull_BD.cpu() - right_BD
     floor = max(float(right_BD.norm()), 1e-3 * float(usual))
     return Errors(abs(float(total) - float(right_total)) / pairs, float(error_BD.norm()) / floor)
+
+
+def measure_tiles() -> dict[str, list[list[float]]]:
+    """Of some problems, the errors of each tile, and a digest of its pull, when it is in use."""
+    found = {}
+    for case in TILED:
+        kernel = make_kernel(case.kernel, case.dimensions)
+        tiling = fused.Tiling(kernel, case.dimensions)
+        found[str(case)] = []
+        for tile in [*tiling.tiles, *tiling.tiles]:
+            tiling.use(tile)
+            pull_BD = fused.pair_sum(*draw(case), kernel)[1]
+            digest = pull_BD.view(torch.int32).sum(dtype=torch.int64).item()
+            found[str(case)].append([*measure(case, "cpu"), digest])
+    return found
 
 
 @triton.jit
@@ -173,6 +191,16 @@ def test_codes_that_were_bf16_match_the_formula_of_the_codes_before(case):
     assert Errors(*interpreted(is_large(case))[str(case)]).pull <= 1e-2
 
 
+@pytest.mark.parametrize("case", TILED, ids=str)
+def test_every_tile_is_right_and_repeats_itself(case):
+    *errors, digests = zip(*interpreted()[str(("tiles", str(case)))], strict=True)
+    assert max(errors[0]) <= 1e-4
+    assert max(errors[1]) <= 2e-3
+    half = len(digests) // 2
+    assert digests[:half] == digests[half:]
+    assert len(set(digests)) > 1, "the order of sums is the same for all"
+
+
 def test_exp2m1_keeps_its_digits():
     assert interpreted()["exp2m1"][0] <= 3e-7
 
@@ -214,4 +242,6 @@ if __name__ == "__main__":
     fused.CHUNK = 2**15  # several chunks of rows
     wanted = [c for c in chain(FP32, FP16, BF16_INPUT) if is_large(c) == ("large" in sys.argv)]
     measured = {str(case): measure(case, "cpu") for case in wanted}
+    tiled = {} if "large" in sys.argv else measure_tiles()
+    measured |= {str(("tiles", case)): rows for case, rows in tiled.items()}
     print(json.dumps(measured | {"exp2m1": [exp2m1_error()]}))

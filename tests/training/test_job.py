@@ -181,6 +181,7 @@ def test_the_layout_is_what_may_differ(make_config, dataset):
         "zero_stage": 1,
         "precision": "bf16",
         "muon_precision": None,
+        "tiles": {},
     }
     data = {"shards": str(dataset), "global_batch_size": 16, "micro_batch_size": 2}
     other = make_config(data=data, deepspeed={"zero_stage": 0}, train={"precision": "fp32"})
@@ -190,6 +191,7 @@ def test_the_layout_is_what_may_differ(make_config, dataset):
         "zero_stage": 0,
         "precision": "fp32",
         "muon_precision": None,
+        "tiles": {},
     }
 
 

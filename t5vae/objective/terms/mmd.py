@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from t5vae.common.section import Fraction
-from t5vae.objective.term import Codes, Cost, Need, Term, rising
+from t5vae.objective.term import Codes, Cost, Need, Term, Tiling, rising
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,6 +64,14 @@ class MMD(Term):
         """Arguments of `mmd`."""
         names = {"kernel", "prior", "estimator", "sigma", "implementation"}
         return {name: getattr(self, name) for name in names}
+
+    def tiling(self, latent_size: int) -> Tiling | None:
+        if self.implementation != "triton":
+            return None
+        from t5vae.objective import fused
+        from t5vae.objective.kernels import make_kernel
+
+        return fused.Tiling(make_kernel(self.kernel, latent_size, self.sigma), latent_size)
 
     def check(self, *, bound: float | None) -> None:
         fits = bound is None or bound > self.sigma
