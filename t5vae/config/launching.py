@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from t5vae.common.section import Section
+from t5vae.common.section import Line, Section
 
 
 def minutes(time: Any) -> Any:
@@ -40,35 +40,35 @@ class Launcher(Section):
     time: Annotated[int, BeforeValidator(minutes), Field(ge=1)] = 60
     """Time limit in minutes, or as SLURM writes it: 24:00:00, 2-12. The job then goes on in a new
     turn."""
-    partition: str | None = None
+    partition: Line | None = None
     """Queue to submit to; null for the cluster's default."""
-    account: str | None = None
+    account: Line | None = None
     """Account to charge."""
-    qos: str | None = None
+    qos: Line | None = None
     """Quality of service."""
-    constraint: str | None = None
+    constraint: Line | None = None
     """Features that nodes must have."""
-    exclude: str | None = None
+    exclude: Line | None = None
     """Hosts to leave out."""
-    gres: str | None = None
+    gres: Line | None = None
     """Generic resources of a node, where GPUs are asked for that way: gpu:a100:8."""
-    mem: str | None = None
+    mem: Line | None = None
     """Memory of a node: 64G; 0 for all of it."""
-    mail_user: str | None = None
+    mail_user: Line | None = None
     """Where SLURM writes to."""
-    mail_type: str | None = None
+    mail_type: Line | None = None
     """When to write to mail_user: BEGIN, END, FAIL, REQUEUE, ALL."""
     array_parallelism: int | None = Field(default=None, ge=1)
     """How many runs of a sweep train at once; null for all."""
-    slurm: dict[str, str | int | bool] | None = None
+    slurm: dict[Line, Line | int | bool] | None = None
     """Any other option of sbatch, by its long name: {reservation: friday, exclusive: true}."""
     srun_args: list[str] = Field(default=[])
     """Options of srun, such as a container's: [--container-image=t5vae.sqsh]."""
     setup: list[str] = Field(default=[])
     """Lines of shell before training, on the first node: [module load cuda]."""
-    python: str | None = None
+    python: Line | None = None
     """Command in place of this environment's python: apptainer exec --nv t5vae.sif python."""
-    interface: str | None = None
+    interface: Line | None = None
     """Network interface that ranks talk over; null takes the one that leads to the other hosts."""
     signal_delay: int = Field(default=120, ge=1)
     """Seconds before the time limit at which SLURM warns the job, so that it saves."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from t5vae.common.errors import UserError
-from t5vae.common.section import Interval, Place, Section
+from t5vae.common.section import Interval, Line, Place, Section
 from t5vae.common.seeds import FIRST_SEED, LAST_SEED
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Run(Section):
-    name: str = ""
+    name: Line = ""
     """Name of the run; empty takes the configuration file's."""
     output_dir: Place = ""
     """The run's folder; empty means runs/NAME."""

@@ -54,7 +54,7 @@ def test_a_preset_needs_no_shards_yet_and_what_is_wrong_is_refused(launch, confi
 
 def test_nothing_that_is_typed_is_run(launch, config_file, tmp_path):
     """Under a srun that tells its arguments, in an environment that has nothing to source."""
-    typed = "run.name=a\ntouch ran; $(touch ran) `touch ran`"
+    typed = "eval.check=regex:a\ntouch ran; $(touch ran) `touch ran`"
     script = launch("script", config_file, typed)[1]
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").touch(0o755)

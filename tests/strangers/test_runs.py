@@ -152,3 +152,11 @@ def test_an_export_may_be_links_as_in_the_cache_of_the_hub(honest, handed):
         (snapshot / file.name).symlink_to(file)
     honest("reconstruct", "snapshot", "x = 1")
     honest("eval", "snapshot", "--shards", "shards", "--samples", 2)
+
+
+@pytest.mark.parametrize("key", ["partition", "mail_user", "gres", "exclude", "name"])
+def test_no_line_of_a_script_is_in_a_setting(launched, configure, key):
+    place = "run" if key == "name" else "launcher"
+    configure(**{f"{place}__{key}": "main\ntouch evil"})
+    line = refusal(launched("resume", "run", "--cluster", "local", "--dry-run"))
+    assert f"{place}.{key} is 'main\\ntouch evil': it has a line break" in line
