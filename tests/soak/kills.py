@@ -305,12 +305,11 @@ class Soak:
                 told = f"refused ({code}): {' / '.join(sorted(errors))}"
                 expect(len(errors) == 1, f"a second start says\n{second.output()}")
             second.kill()
-        if isinstance(first, Job):
-            deadline = time.monotonic() + ORPHANED
-            while (first.is_alive() or first.ranks()) and time.monotonic() < deadline:
-                time.sleep(0.5)
+        deadline = time.monotonic() + (ORPHANED if isinstance(first, Job) else 2)
+        while (first.is_alive() or first.ranks()) and time.monotonic() < deadline:
+            time.sleep(0.2)
         if first.is_alive() or first.ranks():
-            left = f"{len(first.ranks())} ranks" if first.ranks() else "the job"
+            left = f"{len(first.ranks())} ranks" if first.ranks() else "what started them"
             told += f"; {left} did not end and had to be killed"
             first.kill()
         return told
