@@ -77,6 +77,9 @@ class Backend(Protocol):
             UserError: it does not answer.
         """
 
+    def home(self, job: str) -> Path | None:
+        """The folder that a live job was queued with; None where that is not known."""
+
     def cancel(self, ids: list[str]) -> None:
         """Stop live jobs for good, with a warning that lets training save.
 

@@ -14,7 +14,8 @@ from launcher.sbatch import job_script
 from launcher.submission import check, sweep
 from launcher.submission import submit as submit_jobs
 from launcher.table import table
-from t5vae.common.errors import UserError, check_arguments
+from t5vae.common.errors import StorageError, UserError, check_arguments, printable
+from t5vae.common.files import reading
 from t5vae.common.paths import expand
 from t5vae.config import Config, Launcher, load_config, refuse_choices
 
@@ -187,6 +188,9 @@ def logs(
     """
     found = jobs.newest_of_each_run(jobs.find(run_or_job))
     paths = [job.log(rank) for job in found]
+    for path in paths:
+        if os.path.dirname(os.path.realpath(path)) != os.path.realpath(path.parent):
+            raise UserError(f"{path} is a link to another folder's file: look at that itself")
     if follow:
         os.execvp("tail", ["tail", "-n", "+1", "-F", *map(str, paths)])
     states = jobs.states(found)
@@ -196,7 +200,8 @@ def logs(
     for path in paths:
         if len(paths) > 1:
             typer.echo(f"==> {path} <==")
-        typer.echo(path.read_text(errors="replace"), nl=False)
+        with reading(str(path)):
+            typer.echo(path.read_text(errors="replace"), nl=False)
 
 
 @app.command()
@@ -216,10 +221,11 @@ def _me() -> str:
 
 
 def main() -> None:
-    """Run the command line; a user's mistake is one line and exit code 2."""
+    """Run the command line; a user's mistake is one line and exit code 2, storage that does not
+    answer one and 1."""
     try:
         check_arguments(sys.argv)
         app()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    except (UserError, StorageError) as error:
+        print(f"error: {printable(str(error))}", file=sys.stderr)
+        sys.exit(1 if isinstance(error, StorageError) else 2)

@@ -13,14 +13,26 @@ from pathlib import Path
 
 from launcher.backend import ENDED, Backend, State, Task
 from launcher.backends import BACKENDS
-from t5vae.cluster.attempts import ATTEMPTS
-from t5vae.cluster.run_folder import FOLDER, LOCK, is_copied
+from t5vae.cluster import attempts
+from t5vae.cluster.run_folder import LOCK, Holder, is_copied
+from t5vae.common import records
 from t5vae.common.errors import UserError
-from t5vae.common.files import read_records, write_records
+from t5vae.common.files import write_records
 from t5vae.common.locks import Lock, take_lock
+from t5vae.common.records import Name, Record, Time
 from t5vae.common.storage import patiently
 
 PLAIN = "slurm"  # the backend of plain sbatch's jobs, whose ids training writes down
+
+
+class Written(Record):
+    """What is written down of a job that was submitted."""
+
+    id: Name
+    cluster: Name
+    logs: str
+    time: Time
+    folder: str | None = None
 
 
 @dataclass(frozen=True)
@@ -46,7 +58,7 @@ class Job:
     def order(self) -> tuple[datetime, list[str | int]]:
         """Sorts jobs by age, and those of one array by number; the newest last."""
         parts = re.split(r"(\d+)", self.id)  # text and numbers in turn
-        return datetime.fromisoformat(self.time), [int(p) if p.isdigit() else p for p in parts]
+        return datetime.fromisoformat(self.time), [int(p) if p.isdecimal() else p for p in parts]
 
     def log(self, rank: int = 0) -> Path:
         """What a rank printed, over all restarts of the job.
@@ -60,8 +72,13 @@ class Job:
             name = log("", self.id, rank)
             paths = (folder / name for folder in (Path(), *self.run.absolute().parents))
             return next((path for path in paths if path.exists()), name)
-        beside = filter(self._wrote_to, (self.run / "jobs", self.run.parent / "jobs"))
-        return log(str(next(beside, self.logs)), self.id, rank)
+        beside = filter(self._wrote_to, self.folders)
+        return log(str(next(beside, self.folders[0])), self.id, rank)
+
+    @property
+    def folders(self) -> tuple[Path, Path]:
+        """Where the backend's files may be, whatever folder is written down."""
+        return self.run / "jobs", self.run.parent / "jobs"
 
     def _wrote_to(self, folder: Path) -> bool:
         files = folder.glob(f"{_array(self.id)}_*")
@@ -71,7 +88,7 @@ class Job:
         """Write the job down in its run's folder."""
         folder = self.run / "jobs"
         folder.mkdir(exist_ok=True)
-        record = asdict(self) | {FOLDER: str(self.run.absolute())}
+        record = asdict(self) | {"folder": str(self.run.absolute())}
         del record["run"], record["copied"]
         write_records(folder / f"{self.id}.json", [record])
 
@@ -122,17 +139,20 @@ def _jobs_below(folder: Path) -> list[Job]:
 
 
 def _jobs_of(run: Path) -> list[Job]:
-    files = (run / "jobs").glob("*.json")
-    records = [record for file in files for record in read_records(file)]
     jobs = {}
-    for record in records:
-        copied = is_copied(record, run)
-        said = {key: value for key, value in record.items() if key != FOLDER}
-        jobs[record["id"]] = Job(run=run, copied=copied, **said)
-    for attempt in read_records(run / ATTEMPTS):
-        if attempt["job"] and attempt["job"] not in jobs:
-            copied = is_copied(attempt, run)
-            jobs[attempt["job"]] = Job(attempt["job"], run, PLAIN, "", attempt["time"], copied)
+    for file in (run / "jobs").glob("*.json"):
+        for said in records.read(Written, file):
+            if said.cluster not in BACKENDS:
+                raise UserError(
+                    f"{file} has a job on {said.cluster!r}, which is none of "
+                    f"{', '.join(BACKENDS)}: remove it"
+                )
+            copied = is_copied(said.folder, run)
+            jobs[said.id] = Job(said.id, run, said.cluster, said.logs, said.time, copied)
+    for attempt in attempts.read(run):
+        if attempt.job and attempt.job not in jobs:
+            copied = is_copied(attempt.folder, run)
+            jobs[attempt.job] = Job(attempt.job, run, PLAIN, "", attempt.time, copied)
     return sorted(jobs.values(), key=lambda job: job.order)
 
 
@@ -173,7 +193,15 @@ def states(jobs: Iterable[Job]) -> dict[str, State]:
     found: dict[str, State] = {}
     for backend, ids in _by_backend(jobs):
         found |= backend.states(ids)
-    return {job.id: found.get(job.id, ENDED) for job in jobs}
+    others = {job.id for job in jobs if job.id in found and not _is_of_run(job)}
+    return {job.id: found[job.id] if job.id in found.keys() - others else ENDED for job in jobs}
+
+
+def _is_of_run(job: Job) -> bool:
+    """Whether a job that its backend has is the one that was written down, as far as it can tell;
+    numbers are given again, and anybody may write one down."""
+    home = BACKENDS[job.cluster].home(job.id)
+    return home is None or home.resolve() in [folder.resolve() for folder in job.folders]
 
 
 def _by_backend(jobs: list[Job]) -> Iterator[tuple[Backend, list[str]]]:
@@ -191,10 +219,10 @@ def holder(run: Path) -> Job | None:
     """
     jobs = [job for job in _jobs_of(run) if not job.copied]
     lock = run / LOCK
-    trains = read_records(lock)
-    known_jobs = (None, *(job.id for job in jobs))
-    if trains and trains[0]["job"] not in known_jobs and not is_copied(trains[0], run):
-        jobs.append(Job(trains[0]["job"], run, PLAIN, "", now()))
+    trains = next(iter(records.read(Holder, lock)), Holder())
+    known_jobs = [job.id for job in jobs]
+    if trains.job and trains.job not in known_jobs and not is_copied(trains.folder, run):
+        jobs.append(Job(trains.job, run, PLAIN, "", now()))
     known = states(jobs)
     live = [job for job in jobs if known[job.id].is_live]
     if not live and _is_locked(lock):

@@ -15,6 +15,7 @@ from submitit.local.local import LocalExecutor
 
 from launcher import slurm
 from launcher.backend import State, Task, ranks_per_node
+from t5vae.common.environment import changed
 from t5vae.config import Config
 
 
@@ -34,7 +35,7 @@ def queue(tasks: Sequence[Task], folder: Path, after: list[str]) -> list[str]:
         gpus_per_node=place.nodes * place.gpus_per_node,
         stderr_to_stdout=True,
     )
-    with _own_output():
+    with _own_output(), changed({slurm.SAFE: "1"}):
         return [job.job_id for job in executor.submit_array(tasks)]
 
 
@@ -56,9 +57,22 @@ def states(ids: list[str]) -> dict[str, State]:
 
 
 def _is_running(pid: str) -> bool:
-    with contextlib.suppress(psutil.Error):
-        return "submitit.local" in " ".join(psutil.Process(int(pid)).cmdline())
-    return False
+    return "submitit.local._local" in _words(pid)
+
+
+def home(job: str) -> Path | None:
+    """The last word of the process, which is its own: anybody may write down another's number."""
+    words = _words(job)
+    return Path(words[-1]) if words else None
+
+
+def _words(pid: str) -> list[str]:
+    """What a process was started with; nothing where it is gone, or another user's."""
+    if not pid.isdecimal():
+        return []
+    with contextlib.suppress(psutil.Error, OverflowError):
+        return psutil.Process(int(pid)).cmdline()
+    return []
 
 
 def cancel(ids: list[str]) -> None:

@@ -11,7 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,18 @@ from submitit.slurm.slurm import SlurmExecutor, _make_sbatch_string
 
 from launcher.backend import State, Task, ranks_per_node
 from t5vae.cluster.scheduler import AGAIN
+from t5vae.common.environment import changed
 from t5vae.common.errors import UserError
+from t5vae.common.section import CONTROL
 from t5vae.config import Config
 
 OVER = (
     *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL"),
     *("DEADLINE", "PREEMPTED", "REVOKED"),
 )
+NUMBER = re.compile("[0-9]+(_[0-9]+)?")
 TEMPLATE = Path(__file__).parent / "scripts" / "train.sh"
+SAFE = "PYTHONSAFEPATH"  # what lies in the working folder, such as one called shards, is no package
 # What would mislead srun, which that script explains.
 FORGET = [line for line in TEMPLATE.read_text().splitlines() if line.startswith("unset ")]
 # What sbatch, salloc and srun tell of a job. Who submits from inside one would hand it on: sbatch
@@ -69,9 +73,11 @@ def queue(tasks: Sequence[Task], folder: Path, after: list[str]) -> list[str]:
     require_plain(folder)
     executor = SlurmExecutor(folder, python=configs[0].launcher.python)
     executor.update_parameters(**options(configs, after))
+    # sbatch is to know nothing of the job that this process may be in.
+    own = {name: None for name in os.environ if OF_A_JOB.fullmatch(name)}
     try:
         # submitit tells a refusal on stderr too
-        with contextlib.redirect_stderr(io.StringIO()), _outside_of_jobs():
+        with contextlib.redirect_stderr(io.StringIO()), changed(own):
             return [job.job_id for job in executor.submit_array(tasks)]
     except (FailedJobError, FailedSubmissionError) as error:
         raise UserError(f"SLURM refuses the job: {' '.join(str(error).split())}") from None
@@ -88,7 +94,8 @@ def script(configs: Sequence[Config], folder: Path) -> str:
 
 
 def require_plain(folder: Path) -> None:
-    """Refuse a folder for logs in whose name SLURM and submitit would fill something in.
+    """Refuse a folder for logs in whose name SLURM and submitit would fill something in, or whose
+    name is not one line of their script.
 
     Raises:
         UserError: naming it.
@@ -97,6 +104,11 @@ def require_plain(folder: Path) -> None:
         raise UserError(
             f"{folder.absolute()}: SLURM puts a job's number or name in place of {found[0]}, and "
             "its log elsewhere: choose a run.output_dir without it"
+        )
+    if CONTROL.search(str(folder.absolute())):
+        raise UserError(
+            f"{str(folder.absolute())!r} has a line break or another control character: choose a "
+            "run.output_dir without it"
         )
 
 
@@ -131,7 +143,7 @@ def options(configs: Sequence[Config], after: list[str]) -> dict[str, Any]:
         "dependency": f"afterany:{':'.join(after)}" if after else None,
         "signal_delay_s": place.signal_delay,
         "stderr_to_stdout": True,
-        "setup": [*FORGET, *place.setup],
+        "setup": [*FORGET, f"export {SAFE}=1", *place.setup],
         "teardown": QUEUE_AGAIN,
         # srun does not take sbatch's --cpus-per-task over.
         "srun_args": [
@@ -144,16 +156,6 @@ def options(configs: Sequence[Config], after: list[str]) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if value is not None}
 
 
-@contextlib.contextmanager
-def _outside_of_jobs() -> Iterator[None]:
-    """Programs started inside know nothing of the job that this process may be in."""
-    left = {name: os.environ.pop(name) for name in list(os.environ) if OF_A_JOB.fullmatch(name)}
-    try:
-        yield
-    finally:
-        os.environ.update(left)
-
-
 def enter() -> None:
     """Training reads its place from SLURM's own variables."""
 
@@ -164,7 +166,8 @@ def states(ids: list[str]) -> dict[str, State]:
     Raises:
         UserError: SLURM does not answer.
     """
-    if not shutil.which("squeue"):
+    ids = [job for job in ids if NUMBER.fullmatch(job)]
+    if not (ids and shutil.which("squeue")):
         return {}
     columns = "--format=%i|%T|%N|%D|%L|%r"
     answer = _run(
@@ -174,7 +177,7 @@ def states(ids: list[str]) -> dict[str, State]:
         raise UserError(f"squeue does not answer: {' '.join(answer.stderr.split())}")
     found = {}
     for line in answer.stdout.splitlines():
-        job, word, hosts, count, left, reason = line.split("|")
+        job, word, hosts, count, left, reason = line.split("|", 5)
         waits = word == "PENDING"  # where a job was before it was requeued says nothing
         nodes = count if waits or not hosts else hosts
         reason = reason if waits and reason != "None" else ""
@@ -189,6 +192,11 @@ def states(ids: list[str]) -> dict[str, State]:
             word = words.split()[0]
             found[job] = State(word, hosts, is_live=word not in OVER)
     return found
+
+
+def home(job: str) -> Path | None:
+    """SLURM gives no number again for long."""
+    return None
 
 
 def cancel(ids: list[str]) -> None:

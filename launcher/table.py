@@ -1,20 +1,23 @@
 """What `t5vae-launch status` shows of jobs: from their backends, and from their runs' folders."""
 
+import re
 import time
 from pathlib import Path
 from typing import Any
 
 from launcher.backend import State
 from launcher.jobs import Job
-from t5vae.cluster.attempts import ATTEMPTS
-from t5vae.common.errors import UserError
+from t5vae.cluster import attempts
+from t5vae.common.errors import UserError, printable
 from t5vae.common.files import read_records
+from t5vae.common.records import finite
 from t5vae.config import read_run
 
 COLUMNS = (
     *("job", "state", "nodes", "step", "loss", "tokens/s", "checkpoint", "restarts", "left", "run"),
     "reason",
 )
+STEP = re.compile("step-([0-9]+)")
 TAIL = 1 << 16  # bytes: more than any line of metrics
 
 
@@ -31,21 +34,21 @@ def table(jobs: list[Job], states: dict[str, State]) -> str:
 
 def _row(job: Job, state: State) -> tuple[str, ...]:
     last, steps = last_metrics(job.run), _steps(job.run)
+    step, loss, speed = (finite(last.get(key)) for key in ("step", "loss", "tokens_per_second"))
     of = "?" if steps is None else f"{steps:,}"
-    done = bool(last) and last["step"] == steps
-    word = "COMPLETED" if state.word == "ENDED" and done else state.word
-    attempts = [a for a in read_records(job.run / ATTEMPTS) if a["job"] == job.id]
+    word = "COMPLETED" if state.word == "ENDED" and last and step == steps else state.word
+    starts = [attempt for attempt in attempts.read(job.run) if attempt.job == job.id]
     return (
         job.id,
         word,
         state.nodes,
-        f"{last['step']:,}/{of}" if last else "-",
-        f"{last['loss']:.4f}" if last and last["loss"] is not None else "-",
-        f"{last['tokens_per_second']:,.0f}" if last else "-",
+        "-" if step is None else f"{step:,}/{of}",
+        "-" if loss is None else f"{loss:.4f}",
+        "-" if speed is None else f"{speed:,.0f}",
         _checkpoint(job.run),
-        str(max(0, len(attempts) - 1)),
+        str(max(0, len(starts) - 1)),
         state.time_left if state.is_live else "-",
-        str(job.run),
+        printable(str(job.run)),
         state.reason,
     )
 
@@ -66,12 +69,19 @@ def _steps(run: Path) -> int | None:
 
 def _checkpoint(run: Path) -> str:
     """The newest checkpoint's step and its age."""
-    names = (path.name.removeprefix("step-") for path in (run / "checkpoints").glob("step-*"))
-    steps = [int(name) for name in names if name.isdigit()]
-    if not steps:
+    paths = {
+        int(found[1]): path
+        for path in (run / "checkpoints").glob("step-*")
+        if (found := STEP.fullmatch(path.name))
+    }
+    if not paths:
         return "-"
-    path = run / "checkpoints" / f"step-{max(steps):08d}"
-    return f"{max(steps):,}, {_age(time.time() - path.stat().st_mtime)} ago"
+    newest = max(paths)
+    try:
+        age = _age(time.time() - paths[newest].stat().st_mtime)
+    except FileNotFoundError:  # a run has deleted it meanwhile
+        return f"{newest:,}"
+    return f"{newest:,}, {age} ago"
 
 
 def _age(seconds: float) -> str:

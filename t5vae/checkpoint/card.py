@@ -3,7 +3,6 @@
 Of a path or URL only the last part is named, of the configuration only numbers and choices.
 """
 
-import json
 import math
 import re
 from pathlib import Path
@@ -17,11 +16,13 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from shards import Dataset
 from t5vae.checkpoint.files import ABSENT
 from t5vae.checkpoint.manifest import read_manifest
+from t5vae.checkpoint.retention import step_of
 from t5vae.common.errors import UserError
-from t5vae.common.files import read_records, write_whole
+from t5vae.common.files import parse_json, read_records, write_whole
 from t5vae.common.kinds import TERMS
+from t5vae.common.records import finite
 from t5vae.config import Config, read_run
-from t5vae.evaluation.evaluate import SCHEMA_VERSION
+from t5vae.evaluation.report import read_file
 from t5vae.evaluation.run import REPORT
 from t5vae.evaluation.tables import ROWS, table, value_at
 from t5vae.latent.workspace import Workspace
@@ -96,18 +97,29 @@ def write_card(run: Path, export: Path) -> None:
         export: the exported model, with its tokenizer and SOURCE, "step-NNNNNNNN ...".
     """
     config, model = read_run(run), known(read_settings(export))
-    source = (export / "SOURCE").read_text().split()[0]
+    source = _source(export)
     report = _report(run, export)
     body = CARD.format(
         name=_escape(config.run.name),
         length=model.sequence_length,
         size=model.latent_size,
         data=_data(config, export, _trained_on(config, run / "checkpoints" / source)),
-        training=_training(config, model, run, int(source.removeprefix("step-"))),
+        training=_training(config, model, run, step_of(Path(source))),
         evaluation=_evaluation(report),
     )
     text = f"---\n{_metadata(config, report).to_yaml()}\n---\n\n{body}"
     write_whole(export / "README.md", text)
+
+
+def _source(export: Path) -> str:
+    """The name of the checkpoint that a model was exported from."""
+    said = (export / "SOURCE").read_bytes().partition(b" ")[0].decode(errors="replace")
+    if not re.fullmatch("step-[0-9]{1,18}", said):
+        raise UserError(
+            f"{export}/SOURCE is damaged: it names no checkpoint; remove it, then `t5vae export "
+            f"{export.parent}`"
+        )
+    return said
 
 
 def dataset_name(location: str) -> str:
@@ -133,11 +145,11 @@ def hub_name(base: str | None) -> str | None:
 
 def _report(run: Path, export: Path) -> dict[str, Any] | None:
     """eval.json, if its figures are those of the exported model."""
-    if not (run / REPORT).is_file():
+    try:
+        report = read_file(run / REPORT)
+    except (UserError, ValueError):  # the card stands without it
         return None
-    report = json.loads((run / REPORT).read_text())
-    mine = report["made_from"]["model_sha256"] == Workspace(export).model_sha256
-    return report if mine and report["schema_version"] == SCHEMA_VERSION else None
+    return report if report["made_from"]["model_sha256"] == Workspace(export).model_sha256 else None
 
 
 def _trained_on(config: Config, trained: Path) -> Dataset | None:
@@ -183,7 +195,7 @@ def _metadata(config: Config, report: dict[str, Any] | None) -> ModelCardData:
 
 
 def _data(config: Config, export: Path, dataset: Dataset | None) -> str:
-    kind = json.loads((export / "tokenizer_config.json").read_text())["tokenizer_class"]
+    kind = _tokenizer_class(export)
     names = [_escape(name) for name in _names(config)]
     if dataset is None:
         return _facts({"shards": " + ".join(names), "tokenizer": kind})
@@ -204,6 +216,15 @@ def _data(config: Config, export: Path, dataset: Dataset | None) -> str:
     return f"{_table(header, rows)}\n\n{_facts(facts)}"
 
 
+def _tokenizer_class(export: Path) -> str:
+    """In words of Python; "unknown" where its file names none."""
+    try:
+        said = parse_json((export / "tokenizer_config.json").read_bytes())["tokenizer_class"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return "unknown"
+    return said if isinstance(said, str) and said.isidentifier() else "unknown"
+
+
 def _training(config: Config, model: T5VAEConfig, run: Path, step: int) -> str:
     with torch.device("meta"):
         parameters = parameter_counts(T5VAE(model))["total"]
@@ -219,12 +240,18 @@ def _training(config: Config, model: T5VAEConfig, run: Path, step: int) -> str:
     }
     records = read_records(run / METRICS)
     # Training may have gone on since the checkpoint.
-    last: dict[str, Any] = next((r for r in reversed(records) if r["step"] <= step), {})
+    last: dict[str, Any] = next((r for r in reversed(records) if _at(r) <= step), {})
     for name in ("loss", "reconstruction", "nats_per_token", *TERMS, "latent_square"):
-        if last.get(name) is not None:
-            facts[f"{name.replace('_', ' ')} at step {last['step']:,}"] = f"{last[name]:.4g}"
+        if (value := finite(last.get(name))) is not None:
+            facts[f"{name.replace('_', ' ')} at step {last['step']:,}"] = f"{value:.4g}"
     settings = config.model_dump(mode="json", include=SETTINGS)
     return f"{_facts(facts)}\n\n```yaml\n{yaml.safe_dump(settings, sort_keys=False)}```"
+
+
+def _at(record: dict[str, Any]) -> float:
+    """A line's step; after all others where it has none."""
+    step = finite(record.get("step"))
+    return math.inf if step is None else step
 
 
 def _evaluation(report: dict[str, Any] | None) -> str:

@@ -61,7 +61,7 @@ def export(
         )
     target = folder / "export"
     source = f"{newest.name} {dtype} {digest(newest)}"
-    if (target / "SOURCE").is_file() and (target / "SOURCE").read_text() == source:
+    if (target / "SOURCE").is_file() and (target / "SOURCE").read_bytes() == source.encode():
         return target, newest.name, True
 
     manifest = read_manifest(newest)

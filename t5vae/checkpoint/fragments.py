@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from t5vae.checkpoint.rank_files import Fragments
 
 WEIGHT, MOMENTUM = "weight", "momentum_buffer"
+LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 class Slot(NamedTuple):
@@ -76,11 +77,7 @@ def scalars(engine: Any) -> dict[str, Any]:
     scaler = _scaler(engine)
     return {
         "step": max(steps, default=None),
-        "loss_scale": {
-            name: getattr(scaler, name)
-            for name in ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-            if hasattr(scaler, name)
-        },
+        "loss_scale": {name: getattr(scaler, name) for name in LOSS_SCALE if hasattr(scaler, name)},
     }
 
 

@@ -9,18 +9,56 @@ import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, ValidationError
 
 from t5vae.checkpoint.files import ABSENT, reach
-from t5vae.checkpoint.fragments import WEIGHT
+from t5vae.checkpoint.fragments import LOSS_SCALE, WEIGHT
 from t5vae.checkpoint.rank_files import Fragments
 from t5vae.common.cpus import cpus
 from t5vae.common.errors import UserError
+from t5vae.common.files import LARGEST, parse_json
+from t5vae.common.records import Record
 
 MANIFEST = "manifest.json"
 FORMAT = 2
+
+
+class _File(Record):
+    bytes: Annotated[int, Field(ge=0)]
+    sha256: str
+
+
+class _Files(Record):
+    """What a manifest of any version holds."""
+
+    files: dict[Annotated[str, Field(pattern=r"^rank-[0-9]{5}\.safetensors$")], _File]
+
+
+class _Layout(Record):
+    world_size: Annotated[int, Field(ge=1)]
+    zero_stage: int
+    precision: str
+
+
+class _Scalars(Record):
+    step: float | None
+    loss_scale: dict[Annotated[str, Field(pattern=f"^({'|'.join(LOSS_SCALE)})$")], int | float]
+
+
+class _Manifest(_Files):
+    """What is used of this version's, besides what a run and its checkpoint have in common."""
+
+    step: Annotated[int, Field(ge=0)]
+    layout: _Layout
+    scalars: _Scalars
+    model: dict[str, Any]
+    data: dict[str, Any]
+    watch: dict[str, int | float | dict[str, float]]
+    held_out: float | None
+    weights_from: str | None
 
 
 def verify(checkpoint: Path, *, hashes: bool = True) -> str | None:
@@ -71,7 +109,17 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
             or not as it was written.
         StorageError, UserError: see `reach`.
     """
-    return parse(reach(checkpoint / MANIFEST, (checkpoint / MANIFEST).read_bytes))
+    return parse(_content(checkpoint))
+
+
+def _content(checkpoint: Path) -> bytes:
+    """A manifest's file, no more of it than is read."""
+
+    def attempt() -> bytes:
+        with open(checkpoint / MANIFEST, "rb") as file:
+            return file.read(LARGEST + 1)
+
+    return reach(checkpoint / MANIFEST, attempt)
 
 
 def parse(content: bytes) -> dict[str, Any]:
@@ -80,9 +128,17 @@ def parse(content: bytes) -> dict[str, Any]:
     Raises:
         ValueError: it is not as it was written.
     """
-    manifest = json.loads(content)
-    if not isinstance(manifest, dict) or manifest.pop("seal", None) != _hash(manifest):
-        raise ValueError("it has changed")
+    manifest = parse_json(content)
+    try:
+        if not isinstance(manifest, dict) or manifest.pop("seal", None) != _hash(manifest):
+            raise ValueError("it has changed")
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    try:
+        (_Manifest if manifest.get("format") == FORMAT else _Files).model_validate(manifest)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     return manifest
 
 
@@ -92,8 +148,7 @@ def _hash(manifest: dict[str, Any]) -> str:
 
 def digest(checkpoint: Path) -> str:
     """A fingerprint of a checkpoint's content."""
-    content = reach(checkpoint / MANIFEST, (checkpoint / MANIFEST).read_bytes)
-    return hashlib.sha256(content).hexdigest()
+    return hashlib.sha256(_content(checkpoint)).hexdigest()
 
 
 def check_identity(manifest: dict[str, Any], identity: dict[str, Any]) -> None:

@@ -118,6 +118,8 @@ def _contents(path: Path) -> tuple[dict[str, str], list[tuple[tuple[str, str], P
             raise ValueError("a header of another file")
         header, first = json.loads(_bytes(path, 8, length)), 8 + length
         metadata = header.pop("__metadata__", {})
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("metadata of another file")
         for key, entry in header.items():
             kind, _, rest = key.partition("/")
             name, _, start = rest.rpartition("/")

@@ -171,4 +171,10 @@ def _load_random_state(newest: Path, manifest: dict[str, Any], seed: int) -> Non
     own = Fragments([newest / f"rank-{rank:05d}.safetensors"])
     drawn = [(kind, name) for kind, name in own.ranges if kind == "random"]
     tensors = {name: own.read(kind, name, 0, own.length(kind, name)) for kind, name in drawn}
-    set_random_state(tensors, own.metadata[0]["random"])
+    try:
+        set_random_state(tensors, own.metadata[0]["random"])
+    except (LookupError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{newest} is damaged: its random numbers' state is none ({first_line(error)}); remove "
+            "it to go on from the checkpoint before"
+        ) from None

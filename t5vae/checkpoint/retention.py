@@ -1,5 +1,6 @@
 """Checkpoints of a run: which there are, which are kept, which are set aside."""
 
+import re
 import shutil
 from collections.abc import Callable, Iterable
 from itertools import chain, count
@@ -55,7 +56,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def _is_checkpoint(name: str) -> bool:
-    return name.startswith("step-") and name.removeprefix("step-").isdigit()
+    return re.fullmatch("step-[0-9]+", name) is not None
 
 
 def step_of(checkpoint: Path) -> int:
@@ -130,7 +131,7 @@ def remove(folder: Path, name: str) -> Path:
     Raises:
         UserError: if it is not there, the run would go on from it, or it cannot be deleted.
     """
-    target = folder / (f"step-{int(name):08d}" if name.isdigit() else name)
+    target = folder / (f"step-{int(name):08d}" if name.isdecimal() else name)
     there = [other for other in names(folder) if other.startswith("step-")]
     if target not in [folder / other for other in there]:
         raise UserError(

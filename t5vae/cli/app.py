@@ -1,5 +1,6 @@
 """What the commands share: the application, arguments, tables, and how mistakes end."""
 
+import io
 import json
 import os
 import sys
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from shards.cli import app as shards_app
-from t5vae.common.errors import DISK_FULL, StorageError, UserError, check_arguments
+from t5vae.common.errors import DISK_FULL, StorageError, UserError, check_arguments, printable
 from t5vae.common.paths import expand
 from t5vae.common.versions import versions
 
@@ -36,6 +37,8 @@ def _one_form(context: typer.Context, wanted: bool) -> bool:
         raise UserError("--json and --jsonl: give one of them")
     return wanted
 
+
+LAYOUT = "\n\t"  # control characters that a terminal may have
 
 Run = Annotated[
     str, typer.Argument(help="A run folder, for example runs/quickstart.", callback=expand)
@@ -79,11 +82,21 @@ def print_json(document: Any) -> None:
     typer.echo(json.dumps(document, ensure_ascii=False, indent=1))
 
 
+def tell(text: str) -> None:
+    """Print a text, which may be a stranger's; a terminal gets nothing that it obeys."""
+    typer.echo(printable(text, LAYOUT) if sys.stdout.isatty() else text)
+
+
 def console(width: int = 120) -> "Console":
     """For tables; of that width where they go into a file or a pipe."""
     from rich.console import Console
+    from rich.text import Text
 
-    found = Console(highlight=False, markup=False, emoji=False)
+    class Printable(Console):
+        def render_str(self, text: str, **how: Any) -> Text:
+            return super().render_str(printable(text, LAYOUT), **how)
+
+    found = Printable(highlight=False, markup=False, emoji=False)
     if not found.is_terminal:
         found.width = width
     return found
@@ -107,6 +120,8 @@ def main() -> None:
     """
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # halves of pairs, as JSON writes them
     try:
         check_arguments(sys.argv)
         app(obj={"debug": debug})
@@ -116,5 +131,5 @@ def main() -> None:
         if debug:
             traceback.print_exc()
         else:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(1 if isinstance(error, StorageError) else 2)

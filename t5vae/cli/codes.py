@@ -1,14 +1,13 @@
 """Commands from texts to codes and back: encode, decode, reconstruct."""
 
 import io
-import json as json_module
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from t5vae.cli.app import Json, Jsonl, app, console, print_json
+from t5vae.cli.app import LAYOUT, Json, Jsonl, app, console, print_json, tell
 from t5vae.cli.given import (
     PANEL,
     Column,
@@ -22,7 +21,8 @@ from t5vae.cli.given import (
     load,
 )
 from t5vae.cli.shown import print_as_json
-from t5vae.common.errors import UserError
+from t5vae.common.errors import UserError, first_line, printable
+from t5vae.common.files import parse_json
 from t5vae.common.paths import expand
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def encode(
         return
     for text, code in zip(given.texts, codes, strict=True):
         shown = " ".join(f"{value:6.2f}" for value in code[:8])
-        typer.echo(f"{shown}{' ...' if len(code) > 8 else ''}  {text}")
+        tell(f"{shown}{' ...' if len(code) > 8 else ''}  {text}")
 
 
 @app.command(rich_help_panel=PANEL)
@@ -114,7 +114,7 @@ def decode(
     if print_as_json(json, jsonl, {"texts": texts}, lines):
         return
     for line in lines:
-        typer.echo(line["text"] if n == 1 else f"{line['number']}  {line['text']}")
+        tell(line["text"] if n == 1 else f"{line['number']}  {line['text']}")
 
 
 def _codes(source: str) -> "Tensor":
@@ -122,19 +122,24 @@ def _codes(source: str) -> "Tensor":
     import numpy as np
     import torch
 
+    from t5vae.latent.artifacts import open_array
+
     path = Path(source)
     path = path / "codes.npy" if path.is_dir() else path
     try:
         if path.suffix == ".npy":
-            rows = np.load(path, mmap_mode="r")
+            rows = open_array(path)
+        elif source == "-":
+            rows = _parsed(sys.stdin.buffer.read() if sys.stdin else b"")  # None once closed
         else:
-            rows = _parsed(sys.stdin.buffer.read() if source == "-" else path.read_bytes())
-        z_ND = torch.from_numpy(np.array(rows, dtype=np.float32))
-    except (OSError, ValueError, TypeError, KeyError) as error:
+            rows = _parsed(path.read_bytes())
+        with np.errstate(all="ignore"):
+            z_ND = torch.from_numpy(np.array(rows, dtype=np.float32))
+    except (OSError, ValueError, TypeError, KeyError, OverflowError) as error:
         where = "standard input" if source == "-" else source
         raise UserError(
-            f"{where} holds no codes ({error}): give a .npy array, a folder of `t5vae encode "
-            "--out`, or JSON"
+            f"{where} holds no codes ({first_line(error)}): give a .npy array, a folder of "
+            "`t5vae encode --out`, or JSON"
         ) from None
     if z_ND.ndim != 2 or not z_ND.isfinite().all():
         raise UserError(f"codes are rows of finite numbers; these have the shape {rows.shape}")
@@ -145,13 +150,15 @@ def _parsed(data: bytes) -> "np.ndarray":
     """Rows of numbers in the bytes of an array, of JSON, or of lines of JSON."""
     import numpy as np
 
+    from t5vae.latent.artifacts import load_array
+
     if data.startswith(np.lib.format.MAGIC_PREFIX):
-        return np.load(io.BytesIO(data))
+        return load_array(io.BytesIO(data), len(data))
     text = data.decode("utf-8-sig")
     try:
-        given = json_module.loads(text)
+        given = parse_json(text)
     except ValueError:
-        given = [json_module.loads(line) for line in text.split("\n") if line.strip()]
+        given = [parse_json(line) for line in text.split("\n") if line.strip()]
     if isinstance(given, dict):
         given = given.get("texts", [given])
     return np.asarray(
@@ -204,11 +211,12 @@ def _shown(parts: "list[Part]", coloured: bool) -> "Text":
 
     shown = Text()
     for part in parts:
-        if part.old == part.new:
-            shown.append(part.old)
+        old, new = (printable(each, LAYOUT) if coloured else each for each in (part.old, part.new))
+        if old == new:
+            shown.append(old)
             continue
-        if part.old:
-            shown.append(part.old if coloured else f"[-{part.old}-]", "red strike")
-        if part.new:
-            shown.append(part.new if coloured else f"{{+{part.new}+}}", "green")
+        if old:
+            shown.append(old if coloured else f"[-{old}-]", "red strike")
+        if new:
+            shown.append(new if coloured else f"{{+{new}+}}", "green")
     return shown

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from t5vae.cli.app import Json, Jsonl, app, console, print_json
+from t5vae.cli.app import Json, Jsonl, app, console, print_json, tell
 from t5vae.cli.given import (
     PANEL,
     Check,
@@ -201,7 +201,7 @@ def outliers(
     if print_as_json(json, jsonl, {"texts": ranked}, ranked, given):
         return
     for row in ranked:
-        typer.echo(f"{row['score']:6.3f}  {row['text']}")
+        tell(f"{row['score']:6.3f}  {row['text']}")
 
 
 def _score(row: dict[str, Any]) -> float:
@@ -255,7 +255,7 @@ def dedupe(
     if print_as_json(json, jsonl, document, kept, given):
         return
     for text in texts:
-        typer.echo(text)
+        tell(text)
     typer.echo(f"{len(kept):,} of {len(pairs):,} texts kept", err=True)
 
 

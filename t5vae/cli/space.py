@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from t5vae.cli.app import Json, Jsonl, app
+from t5vae.cli.app import Json, Jsonl, app, tell
 from t5vae.cli.given import (
     PANEL,
     STDIN,
@@ -59,7 +59,7 @@ def interpolate(
     if print_as_json(json, jsonl, document, lines, given):
         return
     for line in lines:
-        typer.echo(f"{line['at']:4.2f}  {line['text']}")
+        tell(f"{line['at']:4.2f}  {line['text']}")
 
 
 @app.command(rich_help_panel=PANEL)
@@ -111,13 +111,17 @@ def sample(
 
     Example: `t5vae sample runs/quickstart -n 20 --prior flow --check python`
     """
+    if check:
+        from t5vae.latent.checkers import checker
+
+        checker(check)  # refused before a prior is fitted
     drawn = load(run, device).sample(n, prior, check, seed, temperature=temperature)
     how = {"prior": prior, "temperature": temperature, "check": check, "seed": seed}
     document = {"texts": drawn.texts, "drawn": drawn.drawn, **how}
     if print_as_json(json, jsonl, document, [{"text": text} for text in drawn.texts]):
         return
     for text in drawn.texts:
-        typer.echo(text)
+        tell(text)
     if check:
         typer.echo(f"{n} of {drawn.drawn} drawn passed {check}", err=True)
 

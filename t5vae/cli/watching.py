@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from t5vae.cli.app import Json, Run, app, console, print_json
-from t5vae.common.errors import UserError
+from t5vae.common.errors import UserError, printable
 from t5vae.common.paths import expand
 
 
@@ -35,7 +35,7 @@ def runs(
     console(1000).print(table(rows))  # whole paths
     for row in rows:
         if row.problem:
-            typer.echo(row.problem, err=True)
+            typer.echo(printable(row.problem), err=True)
 
 
 @app.command()

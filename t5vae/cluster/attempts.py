@@ -3,13 +3,39 @@
 from datetime import datetime
 from pathlib import Path
 
-from t5vae.cluster.run_folder import FOLDER
 from t5vae.cluster.scheduler import job_id
+from t5vae.common import records
 from t5vae.common.errors import UserError
 from t5vae.common.files import read_records, write_records
+from t5vae.common.records import Name, Record, Time
 from t5vae.common.storage import patiently
 
 ATTEMPTS = "attempts.jsonl"
+
+
+class Attempt(Record):
+    """A start of training.
+
+    Attributes:
+        job: that it was in; None for none.
+        step: of the newest checkpoint, from which it began.
+        folder: the run's, where it was then; None if an older version wrote it.
+    """
+
+    job: Name | None
+    step: int
+    folder: str | None = None
+    time: Time = "1970-01-01T00:00:00+00:00"
+
+
+def read(folder: Path) -> list[Attempt]:
+    """The attempts of a run, the newest last.
+
+    Raises:
+        UserError: they are damaged, or cannot be read.
+        StorageError: the storage failed for minutes.
+    """
+    return records.read(Attempt, folder / ATTEMPTS)
 
 
 def begin(folder: Path, step: int, hosts: tuple[str, ...], *, max_restarts: int) -> int:
@@ -31,10 +57,11 @@ def begin(folder: Path, step: int, hosts: tuple[str, ...], *, max_restarts: int)
     """
     path = folder / ATTEMPTS
     before = read_records(path)
+    known = [records.check(Attempt, each, str(path)) for each in before]
     job = job_id()
     in_vain = 0
-    for attempt in reversed(before):
-        if job is None or (attempt["job"], attempt["step"]) != (job, step):
+    for each in reversed(known):
+        if job is None or (each.job, each.step) != (job, step):
             break
         in_vain += 1
     if in_vain > max_restarts:
@@ -46,7 +73,7 @@ def begin(folder: Path, step: int, hosts: tuple[str, ...], *, max_restarts: int)
         "attempt": len(before) + 1,
         "job": job,
         "step": step,
-        FOLDER: str(folder.absolute()),
+        "folder": str(folder.absolute()),
         "hosts": sorted(set(hosts)),
         "time": datetime.now().astimezone().isoformat(timespec="seconds"),
     }

@@ -4,15 +4,31 @@ import json
 import os
 import secrets
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from t5vae.cluster.scheduler import host_name, is_running, job_id
+from t5vae.common import records
 from t5vae.common.errors import UserError
+from t5vae.common.files import parse_json
 from t5vae.common.locks import Lock, take_lock
+from t5vae.common.records import Name, Record
 from t5vae.common.storage import patiently
 
 LOCK = ".lock"
-FOLDER = "folder"  # what a file of a run calls the folder that it was written in
+LONGEST = 1 << 16  # characters of a lock's file
+
+
+class Holder(Record):
+    """Who wrote a run's lock file.
+
+    Attributes:
+        job: None for none.
+        folder: the run's, where it was then; None if an older version wrote it.
+    """
+
+    job: Name | None = None
+    host: str = ""
+    folder: str | None = None
 
 
 def make_folder(folder: Path) -> None:
@@ -48,7 +64,7 @@ def lock_run(folder: Path, *, anew: bool = False) -> IO[str]:
     except OSError as error:
         raise UserError(f"cannot use the run folder {folder}: {error.strerror}") from None
     if lock is None:
-        who = f" (job {before['job']} on {before['host']})" if before.get("job") else ""
+        who = f" (job {before.job} on {before.host})" if before.job else ""
         raise UserError(
             f"another process{who} is training in {folder}; wait for it, or set run.output_dir"
         )
@@ -61,26 +77,27 @@ def lock_run(folder: Path, *, anew: bool = False) -> IO[str]:
     return lock
 
 
-def _take(folder: Path) -> tuple[IO[str] | None, dict[str, Any]]:
+def _take(folder: Path) -> tuple[IO[str] | None, Holder]:
     """Lock a run's folder, and say so in the lock's file.
 
     Returns:
         The lock, None where another has it; and who had it before.
     """
     job = job_id()
-    lock = open(folder / LOCK, "a+")  # noqa: SIM115 (held until the run ends)
+    # Held until the run ends; no link is followed to a file that is then cut off.
+    lock = open(folder / LOCK, "a+", errors="replace", opener=_no_link)  # noqa: SIM115
     lock.seek(0)
-    before = _holder(lock.read())
-    before = {} if is_copied(before, folder) else before
-    other = before.get("job") not in (None, job)
-    if take_lock(lock) is Lock.ANOTHERS or (other and is_running(before["job"])):
+    before = _holder(lock.read(LONGEST))
+    before = Holder() if is_copied(before.folder, folder) else before
+    other = before.job if before.job != job else None
+    if take_lock(lock) is Lock.ANOTHERS or (other and is_running(other)):
         lock.close()
         return None, before
     holder = {
         "job": job,
         "host": host_name(),
         "token": secrets.token_hex(16),
-        FOLDER: str(folder.absolute()),
+        "folder": str(folder.absolute()),
     }
     lock.truncate(0)
     lock.write(json.dumps(holder) + "\n")
@@ -89,19 +106,27 @@ def _take(folder: Path) -> tuple[IO[str] | None, dict[str, Any]]:
     return lock, before
 
 
-def is_copied(written: dict[str, Any], folder: Path) -> bool:
+def _no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
+def is_copied(original: str | None, folder: Path) -> bool:
     """Whether what was written in a run's folder speaks of another, which still has its own.
 
     A folder that was moved is the run's own; so is one that an older version wrote in.
+
+    Args:
+        original: the folder, as it was written down then.
+        folder: where that lies now.
     """
-    original = Path(written.get(FOLDER) or folder)
-    return original.is_dir() and not original.samefile(folder)
+    if original is None or not os.path.isdir(original):
+        return False
+    return not os.path.samefile(original, folder)
 
 
-def _holder(text: str) -> dict[str, Any]:
-    """Who wrote a lock's file; empty where nobody did, or an older version."""
+def _holder(text: str) -> Holder:
+    """Who wrote a lock's file; nobody where nobody did, or an older version."""
     try:
-        holder = json.loads(text)
-    except ValueError:
-        return {}
-    return holder if isinstance(holder, dict) else {}
+        return records.check(Holder, parse_json(text), LOCK)
+    except (ValueError, UserError):
+        return Holder()

@@ -2,15 +2,34 @@
 
 import errno
 import os
+import unicodedata
 from collections.abc import Iterable
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+CONTROL = {"Cc", "Cs", "Zl", "Zp"}  # Unicode's classes: control, half a pair, line, paragraph
 
 
 def first_line(error: BaseException) -> str:
     """What an error says, in one line."""
     reason = getattr(error, "strerror", None) or str(error)
     return reason.strip().partition("\n")[0] or type(error).__name__
+
+
+def printable(text: str, kept: str = "") -> str:
+    """A text with its control characters, and what no encoding has, as Python writes them.
+
+    Terminals obey control characters, and texts and names may be a stranger's.
+
+    Args:
+        text: the text.
+        kept: control characters that stay: line breaks, say.
+    """
+    return "".join(
+        each
+        if each in kept or unicodedata.category(each) not in CONTROL
+        else each.encode("unicode_escape").decode()
+        for each in text
+    )
 
 
 class UserError(Exception):

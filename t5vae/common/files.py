@@ -13,6 +13,7 @@ from t5vae.common.errors import StorageError, UserError, first_line
 from t5vae.common.patient import open_patiently
 from t5vae.common.storage import WEATHER
 
+LARGEST = 64 * 2**20  # bytes of a JSON document, or of a line of JSON, that is read
 SCRATCH = 64 * 2**20  # bytes free in the temporary folder, without which libraries fail
 
 
@@ -83,14 +84,28 @@ def iter_records(path: Path, tail: int | None = None) -> Iterator[dict[str, Any]
                 begin = file.seek(max(0, file.seek(0, os.SEEK_END) - tail))
                 if begin:
                     file.readline()
-            for line in file:
-                if line.endswith(b"\n"):
+            while line := file.readline(LARGEST):
+                if len(line) == LARGEST or line.endswith(b"\n"):
                     yield _parse(line, path)
+
+
+def parse_json(content: bytes | str) -> Any:
+    """What JSON says.
+
+    Raises:
+        ValueError: it is none, it is larger than `LARGEST`, or nested deeper than Python's stack.
+    """
+    if len(content) > LARGEST:
+        raise ValueError(f"more than {LARGEST:,} bytes")
+    try:
+        return json.loads(content)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
 
 
 def _parse(line: bytes, path: Path) -> dict[str, Any]:
     try:
-        record = json.loads(line)
+        record = parse_json(line)
     except ValueError:
         record = None
     if not isinstance(record, dict):

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from t5vae.common.errors import UserError
+from t5vae.common.errors import UserError, printable
 from t5vae.common.paths import expanded
 from t5vae.config.config import Config
 from t5vae.config.handed import chosen, refuse_variables
@@ -110,7 +110,7 @@ def _tree(path: Path) -> dict[Any, Any]:
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
+        reason = printable(" ".join(str(error).split()))
         raise UserError(f"{path} is not a readable YAML file: {reason}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path} holds no configuration; it must be a mapping of sections")
@@ -163,4 +163,4 @@ def _explain(error: ValidationError) -> str:
             lines.append(f"{where} is {problem['input']!r}: {message}")
         else:
             lines.append(message)
-    return " ".join("; ".join(lines).split())
+    return printable(" ".join("; ".join(lines).split()))

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 from rich.table import Table
 from rich.text import Text
 
+from t5vae.common.errors import printable
+
 
 class Row(NamedTuple):
     """A figure of the reports.
@@ -100,7 +102,7 @@ def cells(report: dict[str, Any]) -> list[Cells]:
             " to ".join(map(figure, value_at(report["intervals"], row.name) or ())),
             row.control.partition(".")[0] if row.control else "",
             figure(value_at(report["controls"], row.control)) if row.control else "",
-            row.meaning.format(measure=report["measure"]),
+            row.meaning.format(measure=printable(report["measure"])),
         )
         for row in ROWS
     ]
@@ -115,7 +117,7 @@ def table(report: dict[str, Any]) -> Table:
     n = report["n"]
     grid = Table(
         title=f"{n['held_out']:,} held-out sequences, {n['samples']:,} samples, "
-        f"{n['interpolations']:,} interpolations; check: {report['check'] or 'none'}",
+        f"{n['interpolations']:,} interpolations; check: {printable(report['check'] or 'none')}",
         title_justify="left",
     )
     grid.add_column("metric", no_wrap=True)
@@ -139,7 +141,7 @@ def comparison(names: Sequence[str], reports: Sequence[dict[str, Any]]) -> Table
     grid = Table()
     grid.add_column("metric", no_wrap=True)
     for name in names:
-        grid.add_column(name, justify="right")
+        grid.add_column(printable(name), justify="right")
     for row in ROWS:
         values = [value_at(report, row.name) for report in reports]
         known = [row.better * value for value in values if value is not None and row.better]

@@ -14,22 +14,26 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from shards import Dataset
 from shards.write.corpora import Corpus as Source
 from shards.write.corpora import Reading
 from shards.write.streams import copy_pipe, is_pipe
-from t5vae.common.errors import UserError
-from t5vae.common.files import reading
+from t5vae.common import records
+from t5vae.common.errors import UserError, first_line
+from t5vae.common.files import LARGEST, parse_json, reading
 from t5vae.common.patient import open_patiently
 from t5vae.common.progress import say, stage
+from t5vae.common.records import Record
 from t5vae.common.storage import patiently
 from t5vae.common.workfolder import work_folder
+from t5vae.latent.artifacts import open_array
 from t5vae.latent.codec import Codec
 from t5vae.latent.writer import (
     CODES,
@@ -79,15 +83,29 @@ class Corpus:
         return len(self.codes_ND)
 
     def texts(self, rows: Sequence[int] | np.ndarray) -> list[str]:
-        """Texts by row."""
+        """Texts by row.
+
+        Raises:
+            UserError: one is damaged, or cannot be read.
+            StorageError: the storage failed for minutes.
+        """
         found = []
         path = self.folder / TEXTS
         with reading(str(path)), open_patiently(path) as file:
             for row in map(int, rows):
                 begin = int(self.ends_N[row - 1]) if row else 0
                 file.seek(begin)
-                found.append(json.loads(file.read(int(self.ends_N[row]) - begin)))
+                found.append(self._text(file.read(int(self.ends_N[row]) - begin), row))
         return found
+
+    def _text(self, line: bytes, row: int) -> str:
+        try:
+            text = parse_json(line)
+        except ValueError:
+            text = None
+        if not isinstance(text, str):
+            raise _damaged(self.folder, f"its text {row} is none")
+        return text
 
     @classmethod
     def open(cls, folder: Path, model_sha256: str) -> "Corpus":
@@ -102,25 +120,57 @@ class Corpus:
             raise UserError(f"{folder} is no encoded corpus: make one with `t5vae encode`")
         if manifest["model_sha256"] != model_sha256:
             raise UserError(f"{folder} was encoded by another model: encode its texts again")
+        said = records.check(_Said, manifest, str(folder / MANIFEST))
 
         def load(name: str) -> np.ndarray:
-            return patiently(lambda: np.load(folder / name, mmap_mode="r"), str(folder / name))
+            return patiently(lambda: open_array(folder / name), str(folder / name))
 
         with reading(str(folder)):
             try:
                 codes_ND, ends_N = load(CODES), load(ENDS)
-                rows_N = load(ROWS) if manifest["format_version"] > 1 else None
+                rows_N = load(ROWS) if said.format_version > 1 else None
                 bytes = patiently((folder / TEXTS).stat, str(folder / TEXTS)).st_size
             except (FileNotFoundError, ValueError, EOFError) as error:
-                raise UserError(f"{folder} is damaged ({error}): remove it") from None
-        lengths = {len(each) for each in (codes_ND, ends_N, rows_N) if each is not None}
-        whole = lengths == {manifest["sequences"]}
-        whole &= bytes == (ends_N[-1] if len(ends_N) else 0)
-        if not whole:
-            raise UserError(f"{folder} is damaged (its files differ in length): remove it")
-        known = {TOO_LONG: manifest["left_out"]} if manifest["left_out"] else {}
-        reasons = manifest.get("reasons", known)
+                raise _damaged(folder, first_line(error)) from None
+        N, D = said.sequences, said.latent_size
+        numbers = [each for each in (ends_N, rows_N) if each is not None]
+        if {each.shape for each in numbers} != {(N,)} or codes_ND.shape != (N, D):
+            raise _damaged(folder, "its files differ in length")
+        if codes_ND.dtype != np.float32 or any(each.dtype != np.int64 for each in numbers):
+            raise _damaged(folder, "its numbers are of another type")
+        if not _is_cut(ends_N, bytes):
+            raise _damaged(folder, f"{ENDS} is not where the lines of {TEXTS} end")
+        known = {TOO_LONG: said.left_out} if said.left_out else {}
+        reasons = known if said.reasons is None else said.reasons
         return cls(folder, _mapped(codes_ND), ends_N, rows_N, reasons)
+
+
+class _Said(Record):
+    """What is used of an encoded corpus's manifest.
+
+    Attributes:
+        reasons: None in version 1.
+    """
+
+    format_version: int
+    sequences: Annotated[int, Field(ge=0)]
+    latent_size: Annotated[int, Field(ge=1)]
+    left_out: Annotated[int, Field(ge=0)]
+    reasons: dict[str, Annotated[int, Field(ge=0)]] | None = None
+
+
+def _damaged(folder: Path, why: str) -> UserError:
+    return UserError(f"{folder} is damaged ({why}): remove it")
+
+
+def _is_cut(ends_N: np.ndarray, bytes: int) -> bool:
+    """Whether a file of so many bytes is cut into lines there, none of them empty."""
+    if not len(ends_N):
+        return bytes == 0
+    rises = all(
+        (np.diff(ends_N[at : at + CHUNK + 1]) > 0).all() for at in range(0, len(ends_N), CHUNK)
+    )
+    return bool(rises and ends_N[0] > 0 and ends_N[-1] == bytes)
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -129,16 +179,18 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     try:
         with reading(str(file)):
             content = patiently(lambda: _content(file), str(file))
-        manifest = json.loads(content)
-        return manifest if manifest["format_version"] in (1, FORMAT_VERSION) else None
+        manifest = parse_json(content)
+        known = isinstance(manifest["model_sha256"], str)
+        return manifest if known and manifest["format_version"] in (1, FORMAT_VERSION) else None
     except (ValueError, KeyError, TypeError):
         return None
 
 
 def _content(file: Path) -> bytes:
-    """What a file holds; nothing where there is none."""
+    """What a file holds, no more of it than is read; nothing where there is none."""
     try:
-        return file.read_bytes()
+        with open(file, "rb") as opened:
+            return opened.read(LARGEST + 1)
     except (FileNotFoundError, NotADirectoryError):
         return b""
 

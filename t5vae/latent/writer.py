@@ -15,7 +15,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from t5vae.common.files import write_whole
+from t5vae.common import records
+from t5vae.common.errors import UserError
+from t5vae.common.files import parse_json, write_whole
+from t5vae.common.records import Record
 from t5vae.common.storage import patiently
 
 FORMAT_VERSION = 2  # 1 did not know of rows, and counted those with too many tokens alone
@@ -29,6 +32,15 @@ TOO_LONG = "too many tokens"
 def is_of_use(work: Path) -> bool:
     """Whether a work folder holds what another encoding may go on with."""
     return NOTE in os.listdir(work)
+
+
+class _Done(Record):
+    """How far an encoding is: texts read and rows written, and the bytes of these."""
+
+    read: int
+    rows: int
+    bytes: int
+    made_from: dict[str, Any]
 
 
 class Writer:
@@ -92,12 +104,13 @@ class Writer:
     def _take_up(self) -> None:
         """Go on with what a halted encoding of the same left, or remove it."""
         try:
-            done = json.loads(patiently(self.note.read_text, str(self.note)))
+            said = parse_json(patiently(self.note.read_text, str(self.note)))
+            done = records.check(_Done, said, str(self.note))
             (self.folder / TEXTS).stat()  # it is gone where a kill hit the end of `finish`
-            if done["made_from"] == self.made_from:
-                self.read, self.rows, self.bytes = done["read"], done["rows"], done["bytes"]
+            if done.made_from == self.made_from:
+                self.read, self.rows, self.bytes = done.read, done.rows, done.bytes
                 return
-        except (FileNotFoundError, ValueError, KeyError):
+        except (FileNotFoundError, ValueError, UserError):
             pass
         with suppress(FileNotFoundError):
             shutil.rmtree(self.folder)

@@ -12,9 +12,10 @@ from typing import Any, Literal
 from rich.table import Table
 from rich.text import Text
 
-from t5vae.common.errors import UserError
-from t5vae.common.files import read_records
-from t5vae.metrics.reading import METRICS, finite, metrics_file
+from t5vae.common.errors import UserError, printable
+from t5vae.common.files import read_records, reading
+from t5vae.common.records import finite
+from t5vae.metrics.reading import METRICS, metrics_file
 
 State = Literal["finished", "training", "stopped", "damaged"]
 
@@ -77,8 +78,10 @@ def _find(folder: str) -> Iterator[Path]:
 
 def _row(run: Path) -> Row:
     path = metrics_file(run)
-    written = path.stat().st_mtime
+    written = 0.0
     try:
+        with reading(str(path)):
+            written = path.stat().st_mtime
         lines = read_records(path, tail=TAIL) or read_records(path)
         if lines and finite(lines[-1].get("step")) is None:
             raise UserError(f"{path} is damaged: its last line has no step")
@@ -118,7 +121,7 @@ def table(rows: list[Row]) -> Table:
         of = "?" if row.steps is None else f"{row.steps:,}"
         speed = row.tokens_per_second
         shown.add_row(
-            Text(row.run),
+            Text(printable(row.run)),
             Text(row.state, STYLES[row.state]),
             "-" if row.step is None else f"{row.step:,}/{of}",
             "-" if row.loss is None else f"{row.loss:.4f}",

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 from matplotlib.ticker import EngFormatter
 
-from t5vae.common.errors import UserError
+from t5vae.common.errors import UserError, printable
 from t5vae.common.kinds import TERMS
 from t5vae.metrics.reading import HELD_OUT, METRICS, Axis, Curve, Event, Run, read_run
 
@@ -133,7 +133,7 @@ def _names(runs: list[Run]) -> list[str]:
     paths = [Path(os.path.abspath(run.name)) for run in runs]
     paths = [path.parent if path.name == METRICS else path for path in paths]
     shared = os.path.commonpath([path.parent for path in paths])
-    return [os.path.relpath(path, shared) for path in paths]
+    return [printable(os.path.relpath(path, shared)) for path in paths]
 
 
 def _panel(key: str, runs: list[Run]) -> Panel:

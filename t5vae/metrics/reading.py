@@ -11,6 +11,7 @@ import numpy as np
 
 from t5vae.common.errors import UserError
 from t5vae.common.files import iter_records, read_records
+from t5vae.common.records import finite
 
 Axis = Literal["step", "consumed", "hours"]
 
@@ -61,11 +62,6 @@ def metrics_file(run: Path) -> Path:
     return run if run.is_file() else run / METRICS
 
 
-def finite(value: Any) -> Any:
-    """A number as it is, None for anything else: JSON's null stands for those not finite."""
-    return value if isinstance(value, int | float) and math.isfinite(value) else None
-
-
 def read_run(run: str, keys: set[str], x: Axis) -> Run:
     """A run's curves.
 
@@ -99,7 +95,7 @@ def read_run(run: str, keys: set[str], x: Axis) -> Run:
             xs[key].append(at)
             ys[key].append(math.nan if finite(value) is None else value)
         if EVENT in line:
-            events.append(Event(at, line[EVENT]))
+            events.append(Event(at, str(line[EVENT])))
     if not found:
         raise UserError(f"{path} is empty: the run has not logged a step yet")
     curves = {key: Curve(np.asarray(xs[key]), np.asarray(ys[key])) for key in xs}

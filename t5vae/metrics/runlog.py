@@ -23,9 +23,10 @@ from t5vae.cluster.scheduler import job_id
 from t5vae.common.errors import DISK_FULL, UserError, first_line
 from t5vae.common.files import read_records, write_records, write_whole
 from t5vae.common.progress import process_seconds
+from t5vae.common.records import finite
 from t5vae.common.storage import WEATHER, patiently
 from t5vae.config import Config
-from t5vae.metrics.reading import METRICS, finite
+from t5vae.metrics.reading import METRICS
 from t5vae.metrics.trackers import Tables, Trackers
 
 

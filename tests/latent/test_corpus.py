@@ -373,14 +373,14 @@ def test_an_encoded_corpus_that_does_not_answer_is_not_damaged(
     codec, tmp_path, monkeypatch, number
 ):
     encode_corpus(codec, GivenTexts(TEXTS), tmp_path / "c", SHA)
-    weather, left, load = Weather(monkeypatch), [number] * 2, np.load
+    weather, left, load = Weather(monkeypatch), [number] * 2, np.memmap
 
     def fail(*args, **more):
         if left:
             raise OSError(left.pop(), "away")
         return load(*args, **more)
 
-    monkeypatch.setattr(np, "load", fail)
+    monkeypatch.setattr(np, "memmap", fail)
     weather.strike("texts.jsonl", number)
     assert Corpus.open(tmp_path / "c", SHA).texts([3, 1]) == [TEXTS[3], TEXTS[1]]
     left += [number] * 1000
