@@ -15,6 +15,7 @@ from typing import Any
 
 AGAIN = 75  # EX_TEMPFAIL of sysexits.h: slurm/train.sh and the launcher's script then requeue
 RANK = "SLURM_PROCID"
+TOKEN = "SLURM_JWT"  # which lets whoever has it act for the user
 LOOPBACK = "127.0.0.1"  # ranks of one host need no name of it
 
 

@@ -1,19 +1,23 @@
 """Where a run's figures go beside metrics.jsonl: Weights & Biases, TensorBoard."""
 
 import atexit
-import json
 import os
+import re
 import secrets
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from t5vae.cluster import scheduler
+from t5vae.common.environment import changed
 from t5vae.common.errors import UserError
-from t5vae.common.files import read_records
+from t5vae.common.files import LARGEST, parse_json, read_records, reading
 from t5vae.common.links import refuse_links
+from t5vae.common.records import finite
 from t5vae.config import Config, read_run
+
+LONGEST_ID = 128  # characters, wandb's own limit
 
 Tables = Mapping[str, list[dict[str, Any]]]
 """Texts of an evaluation: the rows of each table, all of one table with the same columns."""
@@ -119,6 +123,8 @@ def track(run: Path, say: Callable[[str], None], **to: bool) -> int:
     records = read_records(run / "metrics.jsonl")
     if not records:
         raise UserError(f"{run} has no metrics yet")
+    if not all(isinstance(record.get("step"), int) for record in records):
+        raise UserError(f"{run / 'metrics.jsonl'} is damaged: it has lines without a step")
     refuse_links(run)
     trackers = Trackers(config.with_("log", **to), say)
     trackers.start(0)
@@ -126,10 +132,27 @@ def track(run: Path, say: Callable[[str], None], **to: bool) -> int:
         trackers.metrics(record)
         texts = run / "samples" / f"step-{record['step']:08d}.json"
         if texts.is_file():
-            tables = json.loads(texts.read_text())
-            trackers.tables(tables.pop("step"), tables)
+            trackers.tables(record["step"], _tables(texts))
     trackers.close()
     return len(records)
+
+
+def _tables(path: Path) -> Tables:
+    """The texts of an evaluation, out of their file."""
+    with reading(str(path)), open(path, "rb") as file:
+        content = file.read(LARGEST + 1)
+    try:
+        tables = parse_json(content)
+    except ValueError:
+        tables = None
+    if not isinstance(tables, dict):
+        raise UserError(f"{path} is damaged: remove it")
+    found = {name: rows for name, rows in tables.items() if name != "step"}
+    for name, rows in found.items():
+        whole = isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)
+        if not whole or any(row.keys() != rows[0].keys() for row in rows):
+            raise UserError(f"{path} is damaged ({name} is no table): remove it")
+    return found
 
 
 class WandB:
@@ -148,8 +171,12 @@ class WandB:
         id_file = folder / "run-id"
         if not id_file.exists():
             id_file.write_text(secrets.token_hex(4))
+        with open(id_file, errors="replace") as file:
+            run_id = file.read(LONGEST_ID + 1)
+        if len(run_id) > LONGEST_ID or not re.fullmatch(r"[A-Za-z0-9_][\w-]*", run_id, re.ASCII):
+            raise UserError(f"{id_file} holds no run's id: remove it")
         options: dict[str, Any] = {
-            "id": id_file.read_text(),
+            "id": run_id,
             "resume": "allow",
             "dir": str(config.run_dir),
             "project": os.environ.get("WANDB_PROJECT", "t5vae"),
@@ -157,7 +184,7 @@ class WandB:
             "config": config.model_dump(mode="json"),
         }
         self.table = wandb.Table
-        with _unseen("SLURM_JWT"):
+        with changed({scheduler.TOKEN: None}):  # wandb writes all of the scheduler's variables down
             if "WANDB_MODE" in os.environ:
                 self.run = wandb.init(**options)
             else:
@@ -213,19 +240,8 @@ def _online(options: dict[str, Any]) -> Any:
         return None
 
 
-@contextmanager
-def _unseen(name: str) -> Iterator[None]:
-    """Hide a variable from programs that are started: wandb's writes down all of SLURM's."""
-    value = os.environ.pop(name, None)
-    try:
-        yield
-    finally:
-        if value is not None:
-            os.environ[name] = value
-
-
 def _numbers(record: Mapping[str, Any]) -> dict[str, float]:
-    return {name: value for name, value in record.items() if isinstance(value, int | float)}
+    return {name: value for name, value in record.items() if finite(value) is not None}
 
 
 def _markdown(rows: list[dict[str, Any]]) -> str:

@@ -1,6 +1,5 @@
 """A small dataset, a configuration to train on it, and stand-ins for SLURM's commands."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +7,6 @@ import pytest
 import yaml
 
 import shards
-from launcher.cli import main
 
 
 @pytest.fixture(scope="session")

@@ -149,6 +149,7 @@ def test_everything_that_slurm_takes_reaches_it(config_file, slurm, launch):
         "#SBATCH --reservation=friday",
         "#SBATCH --exclusive",
         "#SBATCH --signal=USR2@300",
+        "export PYTHONSAFEPATH=1",
         "module load cuda",
         "export X='a b'",
     ):

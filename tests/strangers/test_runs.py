@@ -160,3 +160,9 @@ def test_no_line_of_a_script_is_in_a_setting(launched, configure, key):
     configure(**{f"{place}__{key}": "main\ntouch evil"})
     line = refusal(launched("resume", "run", "--cluster", "local", "--dry-run"))
     assert f"{place}.{key} is 'main\\ntouch evil': it has a line break" in line
+
+
+def test_nor_in_the_name_of_a_folder(launched, handed):
+    handed.run.rename("run\ntouch evil")
+    line = refusal(launched("resume", "run\ntouch evil", "--cluster", "local", "--dry-run"))
+    assert "has a line break" in line
