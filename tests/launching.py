@@ -120,10 +120,10 @@ def deepspeed(*arguments: Any) -> list[Any]:
     return [BIN / "deepspeed", *options, TRAIN, *arguments]
 
 
-def torchrun(script: Path, *arguments: Any) -> list[Any]:
-    """The command that starts two ranks of a script."""
-    port = free_port()
-    return [BIN / "torchrun", "--nproc-per-node", 2, "--master-port", port, script, *arguments]
+def torchrun(script: Path, *arguments: Any, ranks: int = 2) -> list[Any]:
+    """The command that starts ranks of a script."""
+    options = ["--nproc-per-node", ranks, "--master-port", free_port()]
+    return [BIN / "torchrun", *options, script, *arguments]
 
 
 def free_port() -> int:

@@ -95,6 +95,8 @@ def start_process_group(
         MASTER_ADDR=ranks.master_addr,
         MASTER_PORT=str(ranks.master_port if ranks.world_size > 1 else free_port()),
     )
+    if ranks.world_size == 1:
+        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # torchrun's has another port
     import deepspeed
 
     # DeepSpeed would compile this when it starts on a CPU; it serves inference alone.

@@ -21,7 +21,7 @@ CHOICES = {
     "eval.measure": "a function",
     "launcher.python": "a command",
     "launcher.setup": "lines of shell",
-    "launcher.slurm": "options of sbatch",
+    "launcher.slurm": "options of the scheduler",
     "launcher.srun_args": "options of srun",
 }
 """Keys that are not a run's to choose, and what they name; of a checker or measure, a dotted path

@@ -9,7 +9,7 @@ from tests.training._slow_saves import EVALUATION, POINTS, RANK_0_ALONE
 BATCH = 24  # sequences of a step
 EVERY = 6  # steps between checkpoints
 LAUNCHERS = ("ranks", "slurm", "deepspeed", "torchrun", "slurm", "deepspeed")
-WORLDS = {"slurm": (2, 3), "torchrun": (2, 3)}  # of others 1 too
+WORLDS = {"slurm": (2, 3)}  # of others 1 too
 VICTIMS = {
     "ranks": ("rank", "rank", "rank", "all ranks"),
     "slurm": ("host", "rank", "launcher", ("host", "all ranks")),

@@ -248,7 +248,7 @@ def test_the_losses_do_not_depend_on_how_the_batch_is_split_over_ranks(
         "eval": {"every": 3, "sequences": 30},
     }
     alone, split = write_config(**sections), write_config(**sections)
-    one = launch(sys.executable, TRAIN, alone)
+    one = launch(*torchrun(TRAIN, alone, ranks=1))
     assert one.end() == 0, one.output()
     two = launch(*torchrun(TRAIN, split))
     assert two.end() == 0, two.output()
