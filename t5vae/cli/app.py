@@ -120,6 +120,8 @@ def main() -> None:
     """
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    if sys.stdin is None:  # closed
+        sys.stdin = open(os.devnull)  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # halves of pairs, as JSON writes them
     try:

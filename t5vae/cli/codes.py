@@ -130,7 +130,7 @@ def _codes(source: str) -> "Tensor":
         if path.suffix == ".npy":
             rows = open_array(path)
         elif source == "-":
-            rows = _parsed(sys.stdin.buffer.read() if sys.stdin else b"")  # None once closed
+            rows = _parsed(sys.stdin.buffer.read())
         else:
             rows = _parsed(path.read_bytes())
         with np.errstate(all="ignore"):
