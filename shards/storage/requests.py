@@ -19,6 +19,7 @@ MISSING = (404,)
 DENIED = (401, 403)
 BEYOND = (416,)
 LATER = (408, 425, 429)  # besides those of 500 and more
+NO_URL = ("InvalidUrlRedirectClientError", "NonHttpUrlRedirectClientError")  # of a redirect
 WITHOUT_CREDENTIALS = ("DefaultCredentialsError", "NoCredentialsError", "PartialCredentialsError")
 FAULTS = (  # of what was asked for, or of the program: another try is no use
     AttributeError,
@@ -246,7 +247,8 @@ def error_number(error: Exception) -> int:
         return errno.ERANGE
     if isinstance(error, TimeoutError | ConnectionError) or status in LATER:
         return errno.EIO
-    refused = 300 <= status < 500 or isinstance(error, FAULTS)
+    fault = isinstance(error, FAULTS) or type(error).__name__ in NO_URL
+    refused = 300 <= status < 500 or fault
     return errno.EINVAL if refused else errno.EIO
 
 

@@ -103,7 +103,7 @@ def _opened(path: Path) -> IO[str]:
     """Open a file, to read and to append to; no link, and nothing else."""
     flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        file = open(path, "a+", opener=lambda name, _: os.open(name, flags, 0o666))  # noqa: SIM115
+        file = open(os.open(path, flags, 0o666), "a+")  # noqa: SIM115 the caller's
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
             raise UserError(f"{path} is no file: remove {path.parent}") from None

@@ -44,7 +44,7 @@ class Watch:
         if event == "open":
             path, _, flags = arguments
             if not isinstance(path, int):
-                self._see_open(os.path.realpath(os.fsdecode(path)), flags)
+                self._see_open(_real(os.fsdecode(path), flags), flags)
         elif event in CHANGES:
             for number in CHANGES[event]:
                 self._see_change(event, arguments[number])
@@ -76,6 +76,14 @@ class Watch:
 
     def _is_ours(self, path: str) -> bool:
         return path == os.devnull or Path(path).is_relative_to(self.folder)
+
+
+def _real(path: str, flags: int) -> str:
+    """Where a file lies that is opened; a link that is not to be followed lies where it is."""
+    if not flags & os.O_NOFOLLOW:
+        return os.path.realpath(path)
+    folder, name = os.path.split(path)
+    return os.path.join(os.path.realpath(folder or "."), name)
 
 
 _active: list[Watch] = []

@@ -8,6 +8,7 @@ from functools import partial
 from typing import IO, Any
 
 from shards.write.formats.format import Format
+from shards.write.formats.text import BINARY
 from shards.write.formats.values import LONGEST, ROWS, BadRow, firsts, place_of
 from shards.write.streams import CHUNK
 from t5vae.common.errors import UserError
@@ -90,8 +91,6 @@ class _Lines:
 
     def __next__(self) -> str:
         line = self._again.popleft() if self._again else self._read()
-        if "\0" in line:
-            raise UserError(f"{self.name} is a binary file (it holds zero bytes), not text")
         self.row.append(line)
         if _is_cut(line, LONGEST):
             raise csv.Error(TOO_LONG)
@@ -100,6 +99,8 @@ class _Lines:
     def _read(self) -> str:
         """The next line, or the beginning of one that is too long."""
         line = next(self._lines)
+        if "\0" in line:
+            raise UserError(f"{self.name} {BINARY}")
         if _is_cut(line, LONGEST):
             while _is_cut(self._text.readline(CHUNK), CHUNK):
                 pass

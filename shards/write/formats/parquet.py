@@ -20,8 +20,8 @@ def read_parquet(stream: IO[bytes], name: str, column: str | None) -> Iterator[l
 
 def read_rows(stream: IO[bytes], name: str, columns: Sequence[str | None]) -> Iterator[list[Any]]:
     """Rows as tuples of the columns' values, None where there is none."""
-    drain(stream)  # a parquet file is read from its end
     with _opened(name) as table:
+        drain(stream)  # a parquet file is read from its end
         for column in columns:
             place_of(name, column, table.schema_arrow.names)
         for batch in table.iter_batches(batch_size=ROWS, columns=list(columns)):

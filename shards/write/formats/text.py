@@ -9,6 +9,8 @@ from shards.write.formats.values import LONGEST, BadRow
 from shards.write.streams import CHUNK
 from t5vae.common.errors import UserError
 
+BINARY = "is a binary file (it holds zero bytes), not text"
+
 
 def read_text(stream: IO[bytes], name: str, column: str | None) -> Iterator[list[Any]]:
     """Lines, which \\n ends, or \\r\\n; bad rows in place of those of more than 64 MiB."""
@@ -18,12 +20,14 @@ def read_text(stream: IO[bytes], name: str, column: str | None) -> Iterator[list
         rest = stream.readline(LONGEST)
         cut = len(rest) == LONGEST and not rest.endswith(b"\n")
         if cut:
+            if b"\0" in rest:
+                raise UserError(f"{name} {BINARY}")
             while stream.readline(CHUNK)[-1:] not in (b"\n", b""):
                 pass
             chunk, rest = chunk[: chunk.rfind(b"\n") + 1], b""
         text = (chunk + rest).decode()
         if "\0" in text:
-            raise UserError(f"{name} is a binary file (it holds zero bytes), not text")
+            raise UserError(f"{name} {BINARY}")
         lines: list[Any] = text.removesuffix("\n").split("\n") if text else []
         before += len(lines)
         if "\r" in text:

@@ -24,6 +24,7 @@ EXTENSIONS = (
     tarfile.SOLARIS_XHDTYPE,
 )
 TEXT_MEMBERS = ("txt", "text")
+LONGEST_MEMBER = 2**36  # bytes: to pass over one takes its time
 LONGEST_EXTENSION = 2**20  # bytes of a long name or of other attributes of a member
 NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)  # key and extension
 
@@ -89,7 +90,7 @@ def _tar_members(archive: tarfile.TarFile) -> Iterator[Member]:
 
 
 def _read(file: IO[bytes], header: tarfile.TarInfo) -> bytes:
-    if not 0 <= header.size <= LONGEST:
+    if header.size > LONGEST:
         most = f"{LONGEST / 2**20:.0f} MiB"
         raise tarfile.ReadError(f"the member {header.name!r:.100} is of more than {most}")
     return file.read()
@@ -108,13 +109,16 @@ class _Header(tarfile.TarInfo):
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> "_Header":
         try:
-            return super().fromtarfile(archive)
+            header = super().fromtarfile(archive)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
             raise
         except RecursionError:  # headers of headers of headers
             raise tarfile.ReadError("too many headers of one member") from None
         except tarfile.HeaderError as error:  # which tarfile takes for the end
             raise tarfile.ReadError(str(error)) from None
+        if not 0 <= header.size <= LONGEST_MEMBER:
+            raise tarfile.ReadError(f"a member of {header.size:,} bytes")
+        return header
 
 
 def _member_text(content: bytes, where: str) -> str:
