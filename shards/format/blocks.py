@@ -54,22 +54,25 @@ def fit(
         sizes: bytes of each shard.
         block_size, max_length, dtype: of the index.
     """
-    shard, rows, tokens = table["shard"], table["sequences"], table["tokens"]
-    begin, gap = table["lengths_offset"], table["tokens_offset"]
+    names = ("shard", "sequences", "tokens", "lengths_offset", "tokens_offset")
+    shard, rows, tokens, begin, gap = (table[name].astype(np.int64) for name in names)
     if not len(table) or shard[0] < 0 or shard[-1] >= len(sizes) or (np.diff(shard) < 0).any():
         return False
     bytes_of = np.array(sizes, np.int64)[shard]
-    if not (
-        np.all((rows >= 1) & (rows <= block_size) & (tokens <= MOST_TOKENS))
-        and np.all((rows <= tokens) & (tokens <= rows.astype(np.int64) * max_length))
-        and np.all((begin >= 0) & (begin <= gap) & (gap <= bytes_of))
+    if not all(
+        bool(np.all(limit))
+        for limit in (
+            (rows >= 1) & (rows <= block_size) & (tokens <= MOST_TOKENS),
+            (rows <= tokens) & (tokens <= rows * max_length),
+            (begin >= 0) & (begin <= gap) & (gap <= bytes_of),
+        )
     ):
         return False
-    between = gap - begin - 2 * rows.astype(np.int64)
     end = gap + tokens * np.dtype(dtype).itemsize
     first = np.flatnonzero(np.diff(shard, prepend=-1))
     before = begin - np.roll(end, 1)
     before[first] = begin[first]
+    between = gap - begin - 2 * rows
     after = (bytes_of - end)[[*(first[1:] - 1), len(table) - 1]]
     return all(bool(np.all((free >= 0) & (free <= SLACK))) for free in (between, before, after))
 
