@@ -28,9 +28,7 @@ def meet(ranks: Ranks, folder: Path, patience: float) -> tuple[dist.Store, dist.
         UserError: where another run has the port.
         UnhealthyError: rank 0 does not come.
     """
-    # torchrun's agent holds the store of its ranks; otherwise rank 0 does, and the process group
-    # will meet in the same one.
-    held = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    held = is_agents()
     try:
         with quiet_start(Path(os.devnull)):  # the store wants names for addresses
             store = dist.TCPStore(
@@ -54,6 +52,13 @@ def meet(ranks: Ranks, folder: Path, patience: float) -> tuple[dist.Store, dist.
     if store.add(f"joined/{ranks.rank}", 1) > 1:  # that of the same run, which was started before
         raise _taken(ranks)
     return store, own
+
+
+def is_agents() -> bool:
+    """Whether torchrun's agent holds the store of its ranks; otherwise rank 0 does, and the process
+    group meets in the same one.
+    """
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _taken(ranks: Ranks) -> UserError:

@@ -34,7 +34,7 @@ from t5vae.cluster.errors import (
 from t5vae.cluster.phases import failed_in, present
 from t5vae.cluster.process_group import leave_process_group
 from t5vae.cluster.ranks import Ranks
-from t5vae.cluster.rendezvous import meet
+from t5vae.cluster.rendezvous import is_agents, meet
 from t5vae.cluster.scheduler import host_name, queue_again
 from t5vae.common.errors import UserError
 from t5vae.common.quiet import log_file_of
@@ -165,7 +165,7 @@ class Together:
             try:
                 failure = self._next(store)
             except RuntimeError:  # torch's, of a store that is gone
-                failure = self._lost([0])
+                failure = self._lost_store()
             finally:
                 self.listens = False
                 guard.cancel()
@@ -206,12 +206,12 @@ class Together:
                 return self._ask_around(error)
             return self._report(self._own(error))
         except RuntimeError:
-            return self._lost([0])
+            return self._lost_store()
         finally:
             guard.cancel()
 
     def _give_up(self) -> None:
-        failure = self._lost([0])
+        failure = self._lost_store()
         self._tell(failure)
         _exit(failure.code)
 
@@ -269,11 +269,23 @@ class Together:
         keys = [f"wake/{rank}" for rank in range(self.ranks.world_size)]
         self._store.multi_set(keys, ["1"] * len(keys))
 
+    def _lost_store(self) -> Failure:
+        if not is_agents():
+            return self._lost([0])
+        lost = () if self._is_beside_first else (0,)  # whose host may have taken the launcher along
+        why = f"the launcher on {self._host(0)}, by which the ranks meet, is lost"
+        return Failure(f"{why}: it ended, or its host did; {GO_ON}", 1, requeue=True, lost=lost)
+
     def _lost(self, lost: list[int]) -> Failure:
         why = "is lost: it ended, or its host did"
         if self.ranks.rank in lost:  # the first, whose own store is out of reach
             why = "reaches the other ranks no more"
         return Failure(f"{self._name(lost)} {why}; {GO_ON}", 1, requeue=True, lost=tuple(lost))
+
+    @property
+    def _is_beside_first(self) -> bool:
+        """Whether this rank is on the first one's host."""
+        return self.ranks.rank == self.ranks.local_rank
 
     def _name(self, some: list[int]) -> str:
         """Ranks and where they are, for people."""
@@ -315,8 +327,7 @@ class Together:
 
     def _tell(self, failure: Failure) -> None:
         """Rank 0 speaks for all; without it, the first of each host does."""
-        is_beside_first = self.ranks.rank == self.ranks.local_rank
-        first_of_others = self.ranks.local_rank == (1 if is_beside_first else 0)
+        first_of_others = self.ranks.local_rank == (1 if self._is_beside_first else 0)
         if self.ranks.is_first or (0 in failure.lost and first_of_others):
             shown = "\n\x1b[?25h" if os.isatty(self.terminal) else ""  # after a bar; a cursor again
             os.write(self.terminal, f"{shown}error: {failure.text}\n".encode())

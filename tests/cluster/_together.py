@@ -114,8 +114,21 @@ def be_rank(rank: int, port: int, request: dict) -> int:
     return exit_code_of(work)
 
 
+def hold_store(port: int) -> int:
+    """A process that holds the store that ranks meet in, as torchrun's agent does."""
+    ready, is_ready = os.pipe()
+    pid = os.fork()
+    if not pid:
+        _store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+        os.write(is_ready, b".")
+        signal.pause()
+    os.read(ready, 1)
+    return pid
+
+
 def answer(request: dict) -> dict:
     port, began = free_port(), time.monotonic()
+    agent = hold_store(port) if request["agent"] else None
     outputs = [tempfile.TemporaryFile() for _ in range(request["world"])]  # noqa: SIM115
     pids = []
     for rank, output in enumerate(outputs):
@@ -124,7 +137,12 @@ def answer(request: dict) -> dict:
             os.setsid()
             for descriptor in (1, 2):
                 os.dup2(output.fileno(), descriptor)
+            os.environ["TORCHELASTIC_USE_AGENT_STORE"] = str(request["agent"])
             sys.exit(be_rank(rank, port, request))
+    if agent:
+        time.sleep(2)
+        os.kill(agent, signal.SIGKILL)
+        os.waitpid(agent, 0)
     codes: dict[int, int] = {}
     ends = began + 60
     stopped = {int(r) for r, what in request["does"].items() if what == "is stopped"}

@@ -61,9 +61,11 @@ def end(server, tmp_path):
         timeout: float = 30,
         others: str = "collective",
         traceback: bool = False,
+        agent: bool = False,
     ) -> Ended:
         wanted = {str(rank): what for rank, what in enumerate(does) if what}
         request = {"world": world, "timeout": timeout, "folder": str(tmp_path)}
+        request["agent"] = agent
         server.stdin.write(json.dumps(request | {"does": {"others": others} | wanted}) + "\n")
         server.stdin.flush()
         ended = Ended(**json.loads(server.stdout.readline()))
@@ -171,6 +173,17 @@ def test_the_first_rank_that_dies_is_named_by_one_of_each_host(end, tmp_path, ot
     text = "error: rank 0 of 4 on node1 is lost: it ended, or its host did; the same command goes "
     assert ended.lines == [(r, f"{text}on from the newest checkpoint") for r in (1, 2)]
     assert not (tmp_path / "queued").exists()
+
+
+@pytest.mark.parametrize("others", ["device", "python"])
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_launcher_that_ends_is_named_as_that(end, world, others):
+    """By the first rank, and where there are several hosts by one of another."""
+    ended = end(world=world, others=others, agent=True)
+    assert ended.codes == [1] * world
+    told = "error: the launcher on node1, by which the ranks meet, is lost: it ended, or its host "
+    assert [rank for rank, _ in ended.lines] == ([0, 2] if world == 4 else [0])
+    assert all(line.startswith(told) for _, line in ended.lines)
 
 
 @pytest.mark.parametrize("hung", [0, 2])
