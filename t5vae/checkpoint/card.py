@@ -199,8 +199,8 @@ def _data(config: Config, export: Path, dataset: Dataset | None) -> str:
     names = [_escape(name) for name in _names(config)]
     if dataset is None:
         return _facts({"shards": " + ".join(names), "tokenizer": kind})
-    made = dataset.indexes[0].recipe["tokenizer"]
-    if made.startswith("train:"):
+    made = str(dataset.indexes[0].recipe.get("tokenizer"))
+    if re.fullmatch("train:[0-9]+", made):
         kind = f"byte-level BPE, trained on the split train of {names[0]} (`{made}`)"
     rows = [
         [name, str(quota), split, f"{n.sequences:,}", f"{n.tokens:,}", f"`{index.sha256}`"]

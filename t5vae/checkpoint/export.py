@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from t5vae.checkpoint import retention
 from t5vae.checkpoint.card import write_card
@@ -105,7 +106,7 @@ def _model(checkpoint: Path, manifest: dict[str, Any]) -> T5VAE:
         check(settings, held)
         model = T5VAE(settings)
         fill_model(model, saved)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, StrictDataclassError) as error:
         raise UserError(
             f"{checkpoint} does not hold the model that its manifest describes "
             f"({first_line(error)})"

@@ -161,9 +161,9 @@ def _parsed(data: bytes) -> "np.ndarray":
         given = [parse_json(line) for line in text.split("\n") if line.strip()]
     if isinstance(given, dict):
         given = given.get("texts", [given])
-    return np.asarray(
-        [row["code"] if isinstance(row, dict) else row for row in given], dtype=np.float32
-    )
+    rows = [row["code"] if isinstance(row, dict) else row for row in given]
+    with np.errstate(all="ignore"):
+        return np.asarray(rows, dtype=np.float32)
 
 
 @app.command(rich_help_panel=PANEL)

@@ -6,6 +6,7 @@ import os
 import warnings
 from contextlib import suppress
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
@@ -112,7 +113,7 @@ def _header(file: BinaryIO, size: int) -> tuple[tuple[int, ...], bool, np.dtype]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that Python 2 wrote it
             shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-    except (RecursionError, MemoryError, TypeError) as error:  # of its parser
+    except (MemoryError, RecursionError, TokenError, TypeError) as error:  # of its parser
         raise ValueError(f"its header is none ({type(error).__name__})") from None
     if dtype.kind not in "fiu" or any(extent < 0 for extent in shape):
         raise ValueError("not an array of numbers")
