@@ -145,13 +145,13 @@ def test_links_within_a_run_and_to_one_are_followed(honest, handed):
 
 
 def test_an_export_may_be_links_as_in_the_cache_of_the_hub(honest, handed):
-    blobs, snapshot = handed.folder / "blobs", handed.folder / "snapshot"
+    blobs, snapshot = handed.folder / "blobs", handed.folder / "snapshots/1"
     (handed.run / "export").rename(blobs)
-    snapshot.mkdir()
+    snapshot.mkdir(parents=True)
     for file in blobs.iterdir():
         (snapshot / file.name).symlink_to(file)
-    honest("reconstruct", "snapshot", "x = 1")
-    honest("eval", "snapshot", "--shards", "shards", "--samples", 2)
+    honest("reconstruct", snapshot, "x = 1")
+    honest("eval", snapshot, "--shards", "shards", "--samples", 2)
 
 
 @pytest.mark.parametrize("key", ["partition", "mail_user", "gres", "exclude", "name"])
