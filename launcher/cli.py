@@ -14,6 +14,7 @@ from launcher.sbatch import job_script
 from launcher.submission import check, sweep
 from launcher.submission import submit as submit_jobs
 from launcher.table import table
+from t5vae.cluster.errors import judge
 from t5vae.common.errors import StorageError, UserError, check_arguments, printable
 from t5vae.common.files import reading
 from t5vae.common.paths import expand
@@ -226,6 +227,9 @@ def main() -> None:
     try:
         check_arguments(sys.argv)
         app()
-    except (UserError, StorageError) as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
-        sys.exit(1 if isinstance(error, StorageError) else 2)
+    except (UserError, StorageError, OSError) as error:
+        verdict = judge(error)
+        if verdict.fault:
+            raise
+        print(f"error: {printable(verdict.text)}", file=sys.stderr)
+        sys.exit(verdict.code)

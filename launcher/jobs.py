@@ -14,7 +14,7 @@ from pathlib import Path
 from launcher.backend import ENDED, Backend, State, Task
 from launcher.backends import BACKENDS
 from t5vae.cluster import attempts
-from t5vae.cluster.run_folder import LOCK, Holder, is_copied
+from t5vae.cluster.run_folder import LOCK, Holder, is_copied, is_same
 from t5vae.common import records
 from t5vae.common.errors import UserError
 from t5vae.common.files import write_records
@@ -45,6 +45,7 @@ class Job:
         logs: folder of its logs as it was submitted; empty for a job of plain sbatch.
         time: when it was submitted, or first trained if by plain sbatch; of ISO 8601 with a zone.
         copied: it is of the run that this folder is a copy of.
+        here: it was written down in this very folder, which was not moved, or handed over, since.
     """
 
     id: str
@@ -53,6 +54,7 @@ class Job:
     logs: str
     time: str
     copied: bool = False
+    here: bool = True
 
     @property
     def order(self) -> tuple[datetime, list[str | int]]:
@@ -89,7 +91,7 @@ class Job:
         folder = self.run / "jobs"
         folder.mkdir(exist_ok=True)
         record = asdict(self) | {"folder": str(self.run.absolute())}
-        del record["run"], record["copied"]
+        del record["run"], record["copied"], record["here"]
         write_records(folder / f"{self.id}.json", [record])
 
 
@@ -147,12 +149,12 @@ def _jobs_of(run: Path) -> list[Job]:
                     f"{file} has a job on {said.cluster!r}, which is none of "
                     f"{', '.join(BACKENDS)}: remove it"
                 )
-            copied = is_copied(said.folder, run)
-            jobs[said.id] = Job(said.id, run, said.cluster, said.logs, said.time, copied)
+            where = is_copied(said.folder, run), is_same(said.folder, run)
+            jobs[said.id] = Job(said.id, run, said.cluster, said.logs, said.time, *where)
     for attempt in attempts.read(run):
         if attempt.job and attempt.job not in jobs:
-            copied = is_copied(attempt.folder, run)
-            jobs[attempt.job] = Job(attempt.job, run, PLAIN, "", attempt.time, copied)
+            where = is_copied(attempt.folder, run), is_same(attempt.folder, run)
+            jobs[attempt.job] = Job(attempt.job, run, PLAIN, "", attempt.time, *where)
     return sorted(jobs.values(), key=lambda job: job.order)
 
 
@@ -248,8 +250,8 @@ def cancel(jobs: list[Job]) -> list[Job]:
         Those that were still live.
 
     Raises:
-        UserError: all have ended, or are those of a run that this is a copy of; or a backend
-            refuses.
+        UserError: all have ended, or are those of a run that this is a copy of, or perhaps
+            somebody else's; or a backend refuses.
     """
     if copied := [job for job in jobs if job.copied]:
         raise UserError(f"{copied[0].run} is a copy, and job {copied[0].id} its original's")
@@ -257,6 +259,12 @@ def cancel(jobs: list[Job]) -> list[Job]:
     live = [job for job in jobs if known[job.id].is_live]
     if not live:
         raise UserError(f"job {','.join(job.id for job in jobs)} has ended already")
+    for job in live:
+        if not job.here and BACKENDS[job.cluster].home(job.id) is None:
+            raise UserError(
+                f"{job.run} was moved, or handed over, since it named job {job.id}, which may be "
+                "any job of yours: end it by its number"
+            )
     for backend, ids in _by_backend(live):
         backend.cancel(ids)
     return live

@@ -54,6 +54,7 @@ def load_tokenizer(
         return ByT5Tokenizer()
     try:
         tokenizer = _load(name, inside or Path(name))
+        last = tokenizer("a")["input_ids"][-1:]
     except (StorageError, UnreadableError):
         raise
     except Exception as error:  # transformers raises a dozen kinds for a wrong name or file
@@ -63,7 +64,7 @@ def load_tokenizer(
         ) from None
     if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer {name!r} has no pad or no end token: T5 needs both")
-    if tokenizer("a")["input_ids"][-1:] != [tokenizer.eos_token_id]:
+    if last != [tokenizer.eos_token_id]:
         raise UserError(f"the tokenizer {name!r} does not end a sequence with its end token")
     return tokenizer
 

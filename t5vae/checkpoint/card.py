@@ -22,8 +22,7 @@ from t5vae.common.files import parse_json, read_records, write_whole
 from t5vae.common.kinds import TERMS
 from t5vae.common.records import finite
 from t5vae.config import Config, read_run
-from t5vae.evaluation.report import read_file
-from t5vae.evaluation.run import REPORT
+from t5vae.evaluation.report import REPORT, read_file
 from t5vae.evaluation.tables import ROWS, table, value_at
 from t5vae.latent.workspace import Workspace
 from t5vae.metrics.reading import METRICS

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from shards.cli import app as shards_app
-from t5vae.common.errors import DISK_FULL, StorageError, UserError, check_arguments, printable
+from t5vae.cluster.errors import judge
+from t5vae.common.errors import StorageError, UserError, check_arguments, printable
 from t5vae.common.paths import expand
 from t5vae.common.versions import versions
 
@@ -128,10 +129,11 @@ def main() -> None:
         check_arguments(sys.argv)
         app(obj={"debug": debug})
     except (UserError, StorageError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in DISK_FULL:
+        verdict = judge(error)
+        if verdict.fault:
             raise
         if debug:
             traceback.print_exc()
         else:
-            print(f"error: {printable(str(error))}", file=sys.stderr)
-        sys.exit(1 if isinstance(error, StorageError) else 2)
+            print(f"error: {printable(verdict.text)}", file=sys.stderr)
+        sys.exit(verdict.code)

@@ -11,6 +11,8 @@ from t5vae.common.storage import WEATHER
 MENDABLE = (
     *DISK_FULL,
     errno.EACCES,
+    errno.EISDIR,
+    errno.ELOOP,
     errno.EMFILE,
     errno.ENAMETOOLONG,
     errno.ENOENT,
@@ -77,7 +79,7 @@ class Verdict:
 
 
 def judge(error: BaseException) -> Verdict:
-    """What an exception that leaves training means."""
+    """What an exception that leaves training, or a command, means."""
     if isinstance(error, UnhealthyError) and error.weather:
         return Verdict(1, str(error), requeue=True)
     if isinstance(error, UserError):

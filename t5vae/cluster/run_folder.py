@@ -119,9 +119,12 @@ def is_copied(original: str | None, folder: Path) -> bool:
         original: the folder, as it was written down then.
         folder: where that lies now.
     """
-    if original is None or not os.path.isdir(original):
-        return False
-    return not os.path.samefile(original, folder)
+    return original is not None and os.path.isdir(original) and not is_same(original, folder)
+
+
+def is_same(original: str | None, folder: Path) -> bool:
+    """Whether what was written in a run's folder was written where that lies now."""
+    return original is not None and os.path.isdir(original) and os.path.samefile(original, folder)
 
 
 def _holder(text: str) -> Holder:

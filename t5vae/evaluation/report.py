@@ -11,10 +11,10 @@ from t5vae.common.files import LARGEST, parse_json, reading
 from t5vae.common.records import Record
 from t5vae.common.storage import patiently
 from t5vae.evaluation.evaluate import SCHEMA_VERSION
-from t5vae.evaluation.run import REPORT
 from t5vae.evaluation.tables import ROWS, value_at
 from t5vae.latent.workspace import Workspace
 
+REPORT = "eval.json"
 Count = Annotated[int, Field(ge=0)]
 Number = int | float
 Interval = Annotated[list[Number], Field(min_length=2, max_length=2)]

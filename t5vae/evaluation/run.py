@@ -13,13 +13,14 @@ from t5vae.common.errors import UserError
 from t5vae.common.files import write_whole
 from t5vae.common.links import refuse_links
 from t5vae.config import Eval, as_option, read_run, refuse_choices
-from t5vae.evaluation.evaluate import SCHEMA_VERSION, evaluate
+from t5vae.evaluation.evaluate import evaluate
 from t5vae.evaluation.page import page
+from t5vae.evaluation.report import REPORT, read_file
 from t5vae.latent import LatentSpace
 from t5vae.latent.workspace import Workspace
 from t5vae.metrics import panels, picture
 
-REPORT, PAGE = "eval.json", "eval.html"
+PAGE = "eval.html"
 SAMPLES, SAMPLES_ON_AN_ACCELERATOR = 2000, 10_000
 
 
@@ -72,27 +73,6 @@ def evaluate_run(
         name = config.run.name if config else home.name
         write_whole(home / PAGE, page(report, name, _curves(home)))
     return report, home, known
-
-
-def read_report(run: str | Path) -> dict[str, Any]:
-    """The `eval.json` of a run or an export.
-
-    Raises:
-        UserError: there is none, or it is of another version or damaged.
-    """
-    path = Workspace(Path(run)).home / REPORT
-    if not path.is_file():
-        raise UserError(f"{run} has not been evaluated: `t5vae eval {run}`")
-    try:
-        report = json.loads(path.read_text())
-        version = report["schema_version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} is damaged ({error!r}): remove it, then `t5vae eval {run}`"
-        ) from None
-    if version != SCHEMA_VERSION:
-        raise UserError(f"{path} is of version {version}, not {SCHEMA_VERSION}: `t5vae eval {run}`")
-    return report
 
 
 def _curves(home: Path) -> bytes | None:
@@ -149,9 +129,8 @@ def _sequences(ids_NT: np.ndarray, lengths_N: np.ndarray) -> list[list[int]]:
 def _known(path: Path, made_from: dict[str, Any]) -> dict[str, Any] | None:
     """The report that is there, if it was made from just this by a version that tells as much."""
     try:
-        report = json.loads(path.read_text())
-        mine = report["made_from"] == made_from and report["schema_version"] == SCHEMA_VERSION
-        mine = mine and "contamination" in report
-    except (OSError, ValueError, KeyError, TypeError):
+        report = read_file(path)
+    except (UserError, ValueError):  # none, or none that is whole
         return None
+    mine = report["made_from"] == made_from and "contamination" in report
     return report if mine else None

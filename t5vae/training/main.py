@@ -10,7 +10,7 @@ from t5vae.cluster.errors import FailedTogetherError, asks_again, judge
 from t5vae.cluster.ranks import ends_together, find_ranks
 from t5vae.cluster.scheduler import is_first_of_host, queue_again
 from t5vae.cluster.stopping import StopRequest, signals_come_too_late
-from t5vae.common.errors import StorageError, UserError, check_arguments
+from t5vae.common.errors import StorageError, UserError, check_arguments, printable
 from t5vae.common.storage import limit_patience
 from t5vae.config import Config, load_config, refuse_choices
 
@@ -82,7 +82,7 @@ def exit_code_of(work: Callable[[], None], *, debug: bool = False) -> int:
         if debug:
             traceback.print_exc()
         if is_first_of_host(os.environ) or not _is_told_by_another():
-            print(f"error: {verdict.text}", file=sys.stderr)
+            print(f"error: {printable(verdict.text)}", file=sys.stderr)
         if verdict.requeue and asks_again(error):
             queue_again()
         return verdict.code

@@ -340,7 +340,7 @@ def test_what_a_kill_left_at_the_very_end_is_encoded_anew(codec, tmp_path, monke
     whole = files_of(encode_corpus(codec, GivenTexts(TEXTS), tmp_path / "whole", SHA).folder)
     with monkeypatch.context() as patch:
         patch.setattr(writer.Writer, "forget", lambda _: None)
-        patch.setattr("t5vae.common.workfolder._clear", lambda _: None)
+        patch.setattr("t5vae.common.workfolder._clear", lambda *_, **__: None)
         encode_corpus(codec, GivenTexts(TEXTS), tmp_path / "c", SHA)
     assert (tmp_path / ".c.build" / "done.json").exists()
     shutil.rmtree(tmp_path / "c")

@@ -63,7 +63,7 @@ def test_a_run_that_a_live_job_holds_is_refused_unless_it_is_to_wait(config_file
 
 
 @pytest.mark.parametrize("plain", [False, True], ids=["submit", "sbatch"])
-def test_a_copy_is_not_held_by_its_originals_jobs_nor_ends_them_and_a_run_that_moved_does(
+def test_a_copy_is_not_held_by_its_originals_jobs_and_only_the_original_ends_them(
     config_file, slurm, launch, plain, monkeypatch
 ):
     run = config_file.parent / "runs/tiny"
@@ -87,8 +87,14 @@ def test_a_copy_is_not_held_by_its_originals_jobs_nor_ends_them_and_a_run_that_m
     assert launch("submit", config_file, "run.output_dir=runs/copy")[0] == 0
     assert launch("status", "runs/copy")[1].splitlines()[-1].startswith("78 ")
     shutil.rmtree(copy)
-    run.rename(run.with_name("moved"))
-    assert launch("cancel", "runs/moved")[0] == 0
+    moved = run.rename(run.with_name("moved"))
+    assert " RUNNING " in launch("status", "runs/moved")[1]
+    code, _, err = launch("cancel", "runs/moved")
+    assert code == 2
+    assert "runs/moved was moved, or handed over, since it named job 77" in err
+    assert not (config_file.parent / "cancelled").exists()
+    moved.rename(run)
+    assert launch("cancel", "runs/tiny")[0] == 0
     assert (config_file.parent / "cancelled").read_text() == "77\n"
 
 

@@ -181,7 +181,8 @@ MANIFESTS = {
 @pytest.mark.parametrize("harm", MANIFESTS)
 def test_a_checkpoint_of_another_model_than_it_says_is_not_exported(refused, handed, harm):
     sealed(checkpoint(handed), MANIFESTS[harm])
-    assert "does not hold the model" in refused("export", "run", "--dtype", "bf16")
+    line = refused("export", "run", "--dtype", "bf16")
+    assert "does not hold the model" in line or "holds no valid checkpoint" in line
 
 
 @pytest.mark.parametrize("name", ["../../../../secret", "{secret}", "rank-00000.safetensors/.."])
