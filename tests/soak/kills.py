@@ -105,7 +105,7 @@ class Soak:
             self.dataset,
             data={"shards": str(self.dataset), "global_batch_size": BATCH},
             optim={"name": "adamw", "schedule": "constant"},
-            train={"timeout": 30},
+            train={"timeout": 120},
             checkpoint={"every": EVERY, "keep_last": 2, "keep_best": False},
             eval={"every": 10, "sequences": 16, "decoded": 2},
             launcher={"max_restarts": 1000},
