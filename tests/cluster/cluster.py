@@ -257,12 +257,17 @@ def _is_alive(daemon: list) -> bool:
 
 def idle() -> int:
     """How many nodes are well and have nothing to do."""
-    answer = subprocess.run(
-        ["sinfo", "--noheader", "--Node", "--partition=main", "--format=%T"],
-        capture_output=True,
-        text=True,
-    )
-    return answer.stdout.split().count("idle")
+    return _states().count("idle")
+
+
+def is_down(name: str) -> bool:
+    """Whether SLURM takes a node for lost."""
+    return _states(f"--nodes={name}")[0].startswith("down")
+
+
+def _states(*options: str) -> list[str]:
+    command = ["sinfo", "--noheader", "--Node", "--partition=main", "--format=%T", *options]
+    return subprocess.run(command, capture_output=True, text=True).stdout.split()
 
 
 def _wait(what: str, seen: Callable[[], bool]) -> None:

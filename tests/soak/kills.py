@@ -49,6 +49,7 @@ from tests.soak.launchers import (
     Job,
     Local,
     Slurm,
+    bring_back,
     die,
     kill_all,
     lines,
@@ -57,7 +58,6 @@ from tests.soak.launchers import (
 from tests.soak.rounds import BATCH, EVERY, MOMENTS, Kill, Round, draw_round
 from tests.soak.summary import summary
 
-DOWN = 25.0  # seconds after which SLURM takes a host for lost
 SEQUENCES = 400  # of the dataset, those held out included
 
 
@@ -267,7 +267,7 @@ class Soak:
             hosts = attempt.hosts()
             host = hosts[int(kill.which * len(hosts))]
             cluster.kill_node(host)
-            self.back = Timer(DOWN + kill.back, cluster.start_node, [host])
+            self.back = Timer(kill.back, bring_back, [host])
             self.back.start()
             return host
         if kill.victim == "launcher":

@@ -23,6 +23,7 @@ from tests.launching import BIN, SLOW_SAVES, Launch, Ranks, environment
 ROOT = Path(__file__).parents[2]
 MARK = "T5VAE_SOAK"  # holds the folder of a start and a slash
 PATIENCE = 300  # seconds until something is given up, far more than anything needs
+LOST = 90  # seconds in which SLURM takes a host for lost that is
 ORPHANED = 40  # seconds in which SLURM ends a job that lost a process of SLURM's own
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "")
 OF_SLURM = ("srun", "slurm_script", "slurmstepd")
@@ -213,6 +214,16 @@ class Local(Attempt):
                 if own or "deepspeed.launcher.launch" in process.cmdline():
                     found.append(process)
         return found
+
+
+def bring_back(host: str) -> None:
+    """Start a host again once SLURM takes it for lost; before, it would wait for tasks that the
+    host lost as they started.
+    """
+    end = time.monotonic() + LOST
+    while not cluster.is_down(host) and time.monotonic() < end:
+        time.sleep(0.5)
+    cluster.start_node(host)
 
 
 class Slurm:

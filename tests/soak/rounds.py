@@ -41,7 +41,7 @@ class Kill:
         pauses: the rank that pauses.
         steps: done since the start.
         seconds: that follow.
-        back: seconds after which a host is there again, once SLURM takes it for lost.
+        back: seconds after which a host comes back, once SLURM takes it for lost.
         forks: the second start beside ranks without a launcher has none either, and is soon there.
     """
 
