@@ -101,7 +101,9 @@ def refuse_outside(path: Path, folder: Path) -> None:
         ),
     ]
     if not any(map(Path(os.path.realpath(path)).is_relative_to, places)):
-        raise OSError(errno.EINVAL, "it is a link that leads out of its folder: put the file itself there")
+        raise OSError(
+            errno.EINVAL, "it is a link that leads out of its folder: put the file itself there"
+        )
 
 
 def _range(file: int, offset: int, size: int) -> bytes:
