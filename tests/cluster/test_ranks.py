@@ -274,9 +274,9 @@ def test_a_port_that_another_program_has_is_one_line(tmp_path):
 def test_ranks_of_another_start_of_a_run_do_not_join_its_store(tmp_path):
     port = free_port()
     first = [Ranks(rank, 2, rank, 2, "127.0.0.1", port) for rank in range(2)]
-    stores = [meet(ranks, tmp_path, 2) for ranks in first]
+    stores = [meet(ranks, tmp_path, 20) for ranks in first]
     for ranks in first:
         assert refusal(meet, ranks, tmp_path, 2).startswith(f"port {port} of rank 0's host is ")
     stores[0][0].set("mark", "theirs")
-    other, _ = meet(first[1], tmp_path / "another run", 2)
+    other, _ = meet(first[1], tmp_path / "another run", 20)
     assert not other.check(["mark"])

@@ -366,7 +366,8 @@ class Soak:
                 own, wanted = (read_manifest(run / name)["files"] for run in (self.run, golden))
                 expect(own == wanted, f"the checkpoint of step {step} differs")
         wanted = served([Attempt(round.world, golden.parent / "reads", golden)])
-        attempts = sorted((self.folder / "rounds").glob("*/attempt-*"))
+        # Ranks whose launcher was killed may train after a start that came later.
+        attempts = sorted((self.folder / "rounds").glob("*/attempt-*"), key=last_read)
         read = served([Attempt(3, own, own) for own in attempts])
         for step in range(start + 1, until + 1):
             expect(read.get(step) == wanted[step], f"step {step} read {read.get(step)}")
@@ -382,6 +383,11 @@ class Soak:
             lost, repeated = lost + (due - found).total(), repeated + (found - due).total()
         expect(lost == repeated == 0, f"{lost} sequences are lost, {repeated} repeated")
         return {"sequences_lost": lost, "sequences_repeated": repeated}
+
+
+def last_read(attempt: Path) -> float:
+    """When an attempt read sequences last; only one can at a time."""
+    return max((file.stat().st_mtime for file in attempt.glob("sequences-*.jsonl")), default=0.0)
 
 
 def served(attempts: list[Attempt]) -> dict[int, dict[int, list[int]]]:
