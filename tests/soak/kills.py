@@ -215,6 +215,8 @@ class Soak:
         port = free_port()
         pause = {"point": kill.point, "save": kill.number, "rank": kill.pauses}
         asked = {"pause": {**pause, "marker": str(marker)}} if kill.point else {}
+        if kill.moment == "start":
+            self.brake.touch()  # or it would be done before it is killed
         attempt = self.start(round, until, folder, port=port, **asked)
         self.reach(attempt, kill, marker)
         self.resolve(attempt)
@@ -230,6 +232,7 @@ class Soak:
             line["second_start"] = self.start_again(round, until, folder, attempt, port, kill.forks)
             self.brake.unlink()
         else:
+            self.brake.unlink(missing_ok=True)
             attempt.wait_for_ranks()
             line["seconds"] = round_to(time.time() - began)
         line["ended"] = attempt.end()
