@@ -141,9 +141,9 @@ class Soak:
             kill["round"] == round.number for kill in self.pending
         )
         for number, kill in enumerate(round.kills[:most]):
-            if number >= done:
+            if number >= done and not self.is_done(until):
                 self.kill(round, until, folder, kill)
-        is_killed = round.is_killed and most is None
+        is_killed = round.is_killed and most is None and not self.is_done(until)
         if not is_killed:
             attempt = self.start(round, until, folder)
             code = attempt.end()
@@ -165,6 +165,10 @@ class Soak:
             verdict="bit-equal",
         )
         shutil.rmtree(folder / "golden")
+
+    def is_done(self, until: int) -> bool:
+        """Whether a run was faster than a kill."""
+        return until in steps_saved(self.run)
 
     def plan(self, round: Round, folder: Path) -> dict[str, Any]:
         """Where a round starts; a copy of the run has gone through it undisturbed."""
