@@ -45,7 +45,9 @@ class _Layout(Record):
 
 class _Scalars(Record):
     step: float | None
-    loss_scale: dict[Annotated[str, Field(pattern=f"^({'|'.join(LOSS_SCALE)})$")], int | float]
+    loss_scale: dict[
+        Annotated[str, Field(pattern=f"^({'|'.join(LOSS_SCALE)})$")], int | float | None
+    ]
 
 
 class _Manifest(_Files):

@@ -130,7 +130,6 @@ NEW = ("open", "write", "rename")
 READ = ("open", "read")
 PLACES = (
     # The run's folder is claimed.
-    Place("start", "run", ("stat",), FIRST, NEEDED),
     Place("start", "run/.lock", READ, BOTH, NEEDED),
     Place("start", "run/.lock", ("lock", "truncate", "write", "sync"), FIRST, NEEDED),
     Place("start", "run/attempts.jsonl", READ, FIRST, NEEDED),
@@ -142,9 +141,10 @@ PLACES = (
     Place("start", "logs/rank-*.log", ("open",), BOTH, SPARED),
     Place("start", "logs/rank-*.log", ("write",), BOTH, SPARED, lasts=True),
     Place("start", "run/config.yaml.*.tmp", NEW, FIRST, NEEDED),
-    Place("start", "dataset/blocks.npy", READ, BOTH, NEEDED),
-    Place("start", "dataset/index.json", READ, BOTH, UNSURE),
-    Place("start", "dataset/valid-*.tar", READ, BOTH, NEEDED),
+    Place("start", "dataset", ("stat",), BOTH, SPARED),  # for links, which none has
+    Place("start", "dataset/blocks.npy", ("stat", *READ), BOTH, NEEDED),
+    Place("start", "dataset/index.json", ("stat", *READ), BOTH, UNSURE),
+    Place("start", "dataset/valid-*.tar", ("stat", *READ), BOTH, NEEDED),
     Place("start", "dataset/tokenizer", ("stat", "list"), BOTH, NEEDED),
     Place("start", "dataset/tokenizer/*", ("stat", *READ), BOTH, NEEDED),
     Place("start", "socket:store", ("send", "recv"), BOTH, PARTED),
@@ -158,7 +158,7 @@ PLACES = (
     Place("resume", "run/metrics.jsonl.*.tmp", NEW, FIRST, NEEDED),
     Place("resume", "socket:peer", ("send", "recv"), BOTH, PEERS),
     # Steps.
-    Place("step", "dataset/train-*.tar", READ, BOTH, NEEDED),
+    Place("step", "dataset/train-*.tar", ("stat", *READ), BOTH, NEEDED),
     Place("step", "run/metrics.jsonl", ("stat", "open", "write"), FIRST, KEPT),
     Place("step", "run/samples", ("stat", "mkdir"), FIRST, SPARED),
     Place("step", f"samples/{STEP}.json.*.tmp", NEW, FIRST, SPARED),
