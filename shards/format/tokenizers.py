@@ -98,6 +98,7 @@ def _read(name: str, inside: Path) -> bool:
 
 def _try_read(folder: str, inside: Path) -> dict[str, Any]:
     """What the JSON files that decide on a tokenizer hold, by their names."""
+    os.stat(folder)  # transformers does, and takes what fails for a name of the Hub's
     settings = {}
     templates = Path(folder, "additional_chat_templates")
     files = [*_files(folder), *(_files(templates) if templates.is_dir() else ())]
