@@ -34,9 +34,8 @@ def refuse_links(folder: Path, *names: str) -> None:
 
 def _links(folder: str, names: tuple[str, ...]) -> Iterator[str]:
     def give_up(error: OSError) -> None:
-        if not isinstance(
-            error, FileNotFoundError
-        ):  # nothing is there yet, or was removed just now
+        # Nothing may be there yet, or it was removed just now.
+        if not isinstance(error, FileNotFoundError):
             raise error
 
     for parent, folders, files in os.walk(folder, onerror=give_up):

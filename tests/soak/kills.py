@@ -52,9 +52,9 @@ from tests.soak.launchers import (
     bring_back,
     die,
     kill_all,
-    lines,
     name_of,
 )
+from tests.soak.reads import Reads, is_cut_short, last_read, last_step, lines, served
 from tests.soak.rounds import BATCH, EVERY, MOMENTS, Kill, Round, draw_round
 from tests.soak.summary import summary
 
@@ -372,10 +372,10 @@ class Soak:
             if step > start and (golden / name).exists():
                 own, wanted = (read_manifest(run / name)["files"] for run in (self.run, golden))
                 expect(own == wanted, f"the checkpoint of step {step} differs")
-        wanted = served([Attempt(round.world, golden.parent / "reads", golden)])
+        wanted = served([Reads(round.world, golden.parent / "reads")])
         # Ranks whose launcher was killed may train after a start that came later.
         attempts = sorted((self.folder / "rounds").glob("*/attempt-*"), key=last_read)
-        read = served([Attempt(3, own, own) for own in attempts])
+        read = served([Reads(3, own) for own in attempts])
         for step in range(start + 1, until + 1):
             expect(read.get(step) == wanted[step], f"step {step} read {read.get(step)}")
         order = iter(
@@ -390,36 +390,6 @@ class Soak:
             lost, repeated = lost + (due - found).total(), repeated + (found - due).total()
         expect(lost == repeated == 0, f"{lost} sequences are lost, {repeated} repeated")
         return {"sequences_lost": lost, "sequences_repeated": repeated}
-
-
-def last_read(attempt: Path) -> float:
-    """When an attempt read sequences last; only one can at a time."""
-    return max((file.stat().st_mtime for file in attempt.glob("sequences-*.jsonl")), default=0.0)
-
-
-def served(attempts: list[Attempt]) -> dict[int, dict[int, list[int]]]:
-    """The sequences of each step by rank; a step that was done again counts as done last."""
-    read: dict[int, dict[int, list[int]]] = {}
-    for attempt in attempts:
-        if (first := attempt.first) is None:
-            continue
-        read = {step: ranks for step, ranks in read.items() if step < first}
-        for step, rank, sequences in attempt.reads():
-            read.setdefault(step, {})[rank] = sequences
-    return read
-
-
-def is_cut_short(own: str, wanted: str) -> bool:
-    """Whether a step lacks but its evaluation, which a run that is told to stop leaves out."""
-    found, whole = json.loads(own), json.loads(wanted)
-    lacking = whole.keys() - found.keys()
-    return all(key.startswith("eval/") for key in lacking) and found == {
-        key: value for key, value in whole.items() if key not in lacking
-    }
-
-
-def last_step(run: Path) -> int:
-    return read_metrics(run)[-1]["step"] if lines_written(run) else 0
 
 
 def round_to(seconds: float) -> float:

@@ -11,6 +11,7 @@ import re
 import signal
 import subprocess
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import psutil
 
 from tests.cluster import cluster
 from tests.launching import BIN, SLOW_SAVES, Launch, Ranks, environment
+from tests.soak.reads import Reads
 
 ROOT = Path(__file__).parents[2]
 MARK = "T5VAE_SOAK"  # holds the folder of a start and a slash
@@ -50,7 +52,7 @@ def kill_all(folder: Path) -> None:
         time.sleep(0.05)
 
 
-class Attempt:
+class Attempt(Reads, ABC):
     """A start of the run.
 
     Args:
@@ -60,18 +62,20 @@ class Attempt:
     """
 
     def __init__(self, world: int, folder: Path, marked: Path):
-        self.world, self.folder, self.marked = world, folder, marked
+        super().__init__(world, folder)
+        self.marked = marked
 
+    @abstractmethod
     def is_alive(self) -> bool:
         """Whether what was started runs."""
-        raise NotImplementedError
 
+    @abstractmethod
     def output(self) -> str:
-        raise NotImplementedError
+        """What it printed."""
 
+    @abstractmethod
     def code(self) -> Any:
         """How what was started has ended."""
-        raise NotImplementedError
 
     def kill(self) -> None:
         """Kill all that is left."""
@@ -91,24 +95,6 @@ class Attempt:
     def launchers(self) -> list[psutil.Process]:
         """The launcher's own processes."""
         return []
-
-    def reads(self) -> list[tuple[int, int, list[int]]]:
-        """Step, rank and sequences of all that its ranks read, each rank's in turn."""
-        found = []
-        for rank in range(self.world):
-            for line in lines(self.folder / f"sequences-{rank}.jsonl"):
-                found.append((line["step"], rank, line["sequences"]))
-        return found
-
-    @property
-    def first(self) -> int | None:
-        """The first step that it reads for; None where it has not come so far."""
-        return min((step for step, _, _ in self.reads()), default=None)
-
-    @property
-    def last(self) -> int:
-        """The step that rank 0 is in; 0 before the first."""
-        return max((step for step, rank, _ in self.reads() if rank == 0), default=0)
 
     def wait(self, seen: Callable[[], object], pause: float = 0.005) -> None:
         """Until something is seen while it runs."""
@@ -135,12 +121,6 @@ class Attempt:
         while not ended():
             assert time.monotonic() < deadline, f"does not end:\n{self.output()[-3000:]}"
             time.sleep(0.1)
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file."""
-    text = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in text if line.endswith("\n")]
 
 
 class Forked(Attempt):

@@ -3,7 +3,7 @@
 from collections import Counter
 from pathlib import Path
 
-from tests.soak.launchers import lines
+from tests.soak.reads import lines
 from tests.soak.rounds import BATCH, EVERY
 
 

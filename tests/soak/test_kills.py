@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.launching import small_config, wait_until
-from tests.soak.kills import Soak, UnmetError, is_cut_short, served
-from tests.soak.launchers import Attempt, lines
+from tests.soak.kills import Soak, UnmetError
+from tests.soak.reads import Reads, is_cut_short, lines, served
 from tests.soak.rounds import EVERY, MOMENTS, draw_round
 from tests.soak.summary import summary
 
@@ -44,18 +44,20 @@ def test_a_hundred_kills_are_shared_by_launchers_and_victims(seed):
     assert {each.asynchronous for each in rounds} == {each.is_killed for each in rounds}
 
 
-class Read(Attempt):
+class Silent(Reads):
+    """Ranks that print nothing."""
+
     def output(self) -> str:
         return ""
 
 
-def attempt(folder: Path, reads: dict[int, list[list]]) -> Attempt:
+def attempt(folder: Path, reads: dict[int, list[list]]) -> Silent:
     """One whose ranks read these steps' sequences."""
     folder.mkdir()
     for rank, steps in reads.items():
         text = [json.dumps({"step": step, "sequences": read}) for step, read in steps]
         (folder / f"sequences-{rank}.jsonl").write_text("\n".join([*text, '{"step": 9, "seq']))
-    return Read(3, folder, folder)
+    return Silent(3, folder)
 
 
 def test_a_step_that_was_done_again_counts_as_done_last(tmp_path):

@@ -173,8 +173,8 @@ def test_a_dataset_in_the_hubs_cache_is_made_of_links_to_its_blobs(handed, hones
 
 
 OWN = {
-    "special_tokens_map_file": "/root/special_tokens_map.json",
-    "tokenizer_file": "/root/.cache/huggingface/tokenizer.json",
+    "special_tokens_map_file": "/home/somebody/special_tokens_map.json",
+    "tokenizer_file": "/home/somebody/models/tokenizer.json",
     "name_or_path": "/home/somebody/models/t5",
     "init_inputs": [],
     "sp_model_kwargs": {},
