@@ -69,7 +69,8 @@ class Windows:
         self.damaged: dict[int, str] = {}
         blocks = order.blocks_per_window
         self._rows = blocks * order.rows_per_block
-        self._size = blocks * int(reader.table["tokens"].max())
+        of_blocks = reader.table["tokens"].astype(np.int64)
+        self._size = int(min(blocks * of_blocks.max(), of_blocks.sum()))
         self._slots: dict[int, int] = {}  # of each window, by its name
         self._free: list[int] = []
         self._places = np.empty((0, self._rows), np.int64)
