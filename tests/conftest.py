@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 
 # Before torch and transformers are imported. Tiny models gain nothing from threads, which wait for
-# each other where other programs run; a forgotten download fails at once.
+# each other where other programs run; a forgotten download fails at once; torch's store asks for
+# the name of each address, and a name server that does not answer would hold it up for 10 s.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["RES_OPTIONS"] = "timeout:1 attempts:1"
 
 
 @pytest.fixture(autouse=True)
