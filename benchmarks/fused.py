@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from t5vae.objective import fused
+from t5vae.objective import fused, fused_kernels
 from t5vae.objective.kernels import make_kernel
 
 KERNELS = ("rbf", "multi_rbf", "imq", "legacy")
@@ -45,7 +45,7 @@ def usages(name: str, dimensions: int) -> Iterator[tuple[fused.Precision, fused.
     exact = precision == "fp32"
     width, whole = fused.padded_width(dimensions, precision)
     constants = {"WIDTH": width, "EXACT": exact, **form._asdict()}
-    program = fused._pair_kernel if whole else fused._slope_kernel
+    program = fused_kernels.pair if whole else fused_kernels.slope
     for tile in fused.tiles_of(width, whole, exact):
         yield precision, tile, compiled(program, constants, tile)
 

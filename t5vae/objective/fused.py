@@ -21,11 +21,10 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from t5vae.objective import blocked
+from t5vae.objective import blocked, fused_kernels
 from t5vae.objective.kernels import Gaussians, Kernel
 
 Precision = Literal["fp16", "fp32"]
@@ -34,12 +33,6 @@ Tile = tuple[int, ...]  # rows, columns, warps, stages
 FUSED = {"fp16": 256, "fp32": 128}  # a wider tile does not fit the registers
 TILE = 128  # rows and columns are padded to multiples of it, and tiles divide it
 CHUNK = 2**26  # elements of P held at a time
-
-FAR = tl.constexpr(1e30)  # the squared norm of padding: phi and P vanish there
-# Distances are taken shorter by this share of |x|^2 + |y|^2, which is about the rounding of their
-# product, so that equal codes, however large, are at distance 0.
-ROUNDING = tl.constexpr(2.0**-21)
-EXPM1 = tl.constexpr(tuple(1 / math.factorial(i) for i in range(7, 0, -1)))  # its series over u
 
 
 class Form(NamedTuple):
@@ -174,7 +167,7 @@ def pair_sum(
 
     pull_BD = torch.empty_like(x_BD)
     thin = _thin_tile(width)
-    _finish_kernel[(triton.cdiv(rows, thin["ROWS"]),)](
+    fused_kernels.finish[(triton.cdiv(rows, thin["ROWS"]),)](
         x_BD, x_RW, x_norm_R, pull_SRW, weight_SR, pull_BD, rows, dimensions, len(x_RW), width,
         len(pull_SRW), 1 / scale, slope, near, **thin,
     )  # fmt: skip
@@ -235,7 +228,7 @@ def _prepare(x_BD: Tensor, width: int, scale: float, factor: float, precision: P
     x_RW = x_BD.new_empty(padded, width, dtype=dtype)
     norm_R = x_BD.new_empty(padded)
     tile = _thin_tile(width)
-    _prepare_kernel[(padded // tile["ROWS"],)](
+    fused_kernels.prepare[(padded // tile["ROWS"],)](
         x_BD, x_RW, norm_R, rows, dimensions, width, scale, factor, precision == "fp16", **tile
     )
     return x_RW, norm_R
@@ -254,7 +247,7 @@ def _in_one(x_RW, y_CW, x_norm_R, y_norm_C, columns: int, twice: float, form: Fo
     pull_SRW = x_norm_R.new_empty(parts, rows, width)
     weight_SR, phi_SR = x_norm_R.new_empty(2, parts, rows)
     exact = x_RW.dtype == torch.float32
-    _pair_kernel[(rows // tile[0], parts)](
+    fused_kernels.pair[(rows // tile[0], parts)](
         x_RW, y_CW, x_norm_R, y_norm_C, pull_SRW, weight_SR, phi_SR, rows, columns, len(y_CW),
         span, twice, WIDTH=width, EXACT=exact, **form._asdict(), **_launched(tile),
     )  # fmt: skip
@@ -285,7 +278,7 @@ def _in_two(x_RW, y_CW, x_norm_R, y_norm_C, columns: int, twice: float, form: Fo
     for start in range(0, rows, chunk):
         part = slice(start, min(start + chunk, rows))
         x_rW, slope_rC = x_RW[part], slope_rC[: part.stop - start]
-        _slope_kernel[(len(x_rW) // tile[0], padded // tile[1])](
+        fused_kernels.slope[(len(x_rW) // tile[0], padded // tile[1])](
             x_rW, y_CW, x_norm_R[part], y_norm_C, slope_rC, weight_SR[:, part], phi_SR[:, part],
             rows, columns, padded, twice, WIDTH=width, EXACT=exact, **form._asdict(),
             **_launched(tile),
@@ -315,164 +308,3 @@ def tiles_of(width: int, fused: bool, exact: bool) -> tuple[Tile, ...]:
 
 def _launched(tile: Tile) -> dict[str, int]:
     return dict(zip(("ROWS", "COLUMNS", "num_warps", "num_stages"), tile, strict=True))
-
-
-@triton.jit
-def _prepare_kernel(
-    x_ptr, out_ptr, norm_ptr, rows, dimensions, width, scale, factor,
-    HALF: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    d = tl.arange(0, WIDTH)[None, :]
-    real = row < rows
-    x = tl.load(x_ptr + row[:, None] * dimensions + d, real[:, None] & (d < dimensions), 0.0)
-    x *= scale
-    if HALF:
-        x = tl.minimum(tl.maximum(x, -65504.0), 65504.0).to(tl.float16)
-    tl.store(out_ptr + row[:, None] * width + d, x, d < width)
-    x = x.to(tl.float32)
-    norm = tl.sum(x * x, 1) * ((1 - ROUNDING) * factor)
-    tl.store(norm_ptr + row, tl.where(real, norm, FAR))
-
-
-@triton.jit
-def _finish_kernel(
-    x_ptr, rounded_ptr, norm_ptr, pull_ptr, weight_ptr, out_ptr, rows, dimensions, padded, width,
-    parts, unscale, slope, near, ROWS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    d = tl.arange(0, WIDTH)[None, :]
-    pull = tl.zeros((ROWS, WIDTH), tl.float32)
-    weight = tl.zeros((ROWS,), tl.float32)
-    for part in range(parts):
-        pull += tl.load(pull_ptr + (part * padded + row)[:, None] * width + d, d < width, 0.0)
-        weight += tl.load(weight_ptr + part * padded + row)
-    real = (row < rows)[:, None] & (d < dimensions)
-    x = tl.load(x_ptr + row[:, None] * dimensions + d, real, 0.0)
-    # The roundings of all y near x average out, so that x itself is best not rounded; but alone
-    # with its own y it has to be rounded as that is, or their difference would not be 0.
-    rounded = tl.load(rounded_ptr + row[:, None] * width + d, d < width, 0.0).to(tl.float32)
-    x = tl.where((tl.load(norm_ptr + row) > near)[:, None], rounded * unscale, x)
-    pull = slope * (pull * unscale - weight[:, None] * x)
-    tl.store(out_ptr + row[:, None] * dimensions + d, pull, real)
-
-
-@triton.jit
-def _pair_kernel(
-    x_ptr, y_ptr, x_norm_ptr, y_norm_ptr, pull_ptr, weight_ptr, phi_ptr,
-    rows, columns, padded, span, twice,
-    WIDTH: tl.constexpr, EXACT: tl.constexpr, octaves: tl.constexpr, fractions: tl.constexpr,
-    terms: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    d = tl.arange(0, WIDTH)[None, :]
-    first = tl.program_id(1) * span
-    x = tl.load(x_ptr + row[:, None] * WIDTH + d)
-    x_norm = tl.load(x_norm_ptr + row)
-    pull = tl.zeros((ROWS, WIDTH), tl.float32)
-    weight = tl.zeros((ROWS,), tl.float32)
-    phi = tl.zeros((ROWS,), tl.float32)
-    column = first.to(tl.int64) + tl.arange(0, COLUMNS)
-    y_ptrs = y_ptr + column[:, None] * WIDTH + d
-    y_norm_ptrs = y_norm_ptr + column
-    for start in range(first, min(first + span, padded), COLUMNS):
-        y = tl.load(y_ptrs)
-        xy = tl.dot(x, y.T, input_precision="ieee")
-        s = x_norm[:, None] + tl.load(y_norm_ptrs)[None, :] - twice * xy
-        more, slope = _phi(s, start, columns, EXACT, octaves, fractions, terms, COLUMNS)
-        phi += more
-        weight += tl.sum(slope, 1)
-        pull = tl.dot(slope.to(y.dtype), y, pull, input_precision="ieee")
-        y_ptrs += COLUMNS * WIDTH
-        y_norm_ptrs += COLUMNS
-    row += tl.program_id(1) * rows
-    tl.store(pull_ptr + row[:, None] * WIDTH + d, pull)
-    tl.store(weight_ptr + row, weight)
-    tl.store(phi_ptr + row, phi / terms)
-
-
-@triton.jit
-def _slope_kernel(
-    x_ptr, y_ptr, x_norm_ptr, y_norm_ptr, slope_ptr, weight_ptr, phi_ptr,
-    rows, columns, padded, twice,
-    WIDTH: tl.constexpr, EXACT: tl.constexpr, octaves: tl.constexpr, fractions: tl.constexpr,
-    terms: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    SLICE: tl.constexpr = 32 if EXACT else 64
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    start = tl.program_id(1) * COLUMNS
-    column = start.to(tl.int64) + tl.arange(0, COLUMNS)
-    d = tl.arange(0, SLICE)[None, :]
-    x_ptrs = x_ptr + row[:, None] * WIDTH + d
-    y_ptrs = y_ptr + column[:, None] * WIDTH + d
-    xy = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for _ in range(0, WIDTH, SLICE):
-        xy = tl.dot(tl.load(x_ptrs), tl.load(y_ptrs).T, xy, input_precision="ieee")
-        x_ptrs += SLICE
-        y_ptrs += SLICE
-    s = tl.load(x_norm_ptr + row)[:, None] + tl.load(y_norm_ptr + column)[None, :] - twice * xy
-    phi, slope = _phi(s, start, columns, EXACT, octaves, fractions, terms, COLUMNS)
-    tl.store(slope_ptr + row[:, None] * padded + column[None, :], slope.to(x_ptr.dtype.element_ty))
-    row += tl.program_id(1) * rows
-    tl.store(weight_ptr + row, tl.sum(slope, 1))
-    tl.store(phi_ptr + row, phi / terms)
-
-
-@triton.jit
-def _phi(
-    s, start, columns, EXACT: tl.constexpr, octaves: tl.constexpr, fractions: tl.constexpr,
-    terms: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """The sum over a tile's columns of phi - 1, unless they are padding, and P for each pair.
-
-    With factors of fp32, Gaussians are added up as phi - 1, so that flat ones keep their digits;
-    otherwise phi is, and the ones are subtracted at the end, which halves the arithmetic.
-    """
-    within = tl.maximum(tl.minimum(columns - start, COLUMNS), 0)
-    s = tl.maximum(s, 0.0)
-    if octaves == 0:
-        s = tl.minimum(s, 1e9)  # beyond it the polynomials overflow
-        phi = tl.zeros_like(s)
-        slope = tl.zeros_like(s)
-        for g in tl.static_range(0, terms, 4):
-            part, falling = _fraction_at(s, fractions, 4 * g, terms - g if terms - g < 4 else 4)
-            phi += part
-            slope += falling
-    else:
-        power = tl.exp2(-s)
-        excess = _exp2m1(-s, power) if EXACT else power
-        phi = excess
-        slope = power
-        for m in tl.static_range(1, octaves):
-            power *= power
-            excess = excess * (excess + 2) if EXACT else power
-            phi += excess
-            slope += 2**m * power
-    if EXACT or octaves == 0:
-        phi = tl.where((tl.arange(0, COLUMNS) < within)[None, :], phi, 0.0)
-    ones = 0 if EXACT and octaves > 0 else terms
-    return tl.sum(phi, 1) - ones * within, slope
-
-
-@triton.jit
-def _fraction_at(s, fractions: tl.constexpr, FIRST: tl.constexpr, N: tl.constexpr):
-    """The fraction of n terms, and minus its derivative."""
-    inverse = 1 / _polynomial(s, fractions, FIRST + N, N + 1)
-    phi = _polynomial(s, fractions, FIRST, N) * inverse
-    rising = _polynomial(s, fractions, FIRST + 2 * N + 1, N - 1)
-    return phi, (phi * _polynomial(s, fractions, FIRST + 3 * N, N) - rising) * inverse
-
-
-@triton.jit
-def _polynomial(s, coefficients: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr):
-    value = coefficients[FIRST] if COUNT > 0 else 0.0
-    for i in tl.static_range(1, COUNT):
-        value = value * s + coefficients[FIRST + i]
-    return value
-
-
-@triton.jit
-def _exp2m1(v, power):
-    """2^v - 1 for v <= 0 with all its digits; `power` is 2^v. Triton has no expm1."""
-    u = v * 0.6931471805599453
-    return tl.where(v > -0.5, _polynomial(u, EXPM1, 0, 7) * u, power - 1)
