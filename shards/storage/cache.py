@@ -18,10 +18,10 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Protocol
+from typing import Protocol
 
 from t5vae.common.errors import DamageError, UserError
-from t5vae.common.locks import Lock, take_lock
+from t5vae.common.locks import Lock, open_lock, take_lock
 from t5vae.common.owners import is_mine
 
 CHUNK = 16 * 2**20  # bytes copied at once
@@ -242,7 +242,7 @@ class Copies:
         """Hold a file's lock, if it can be had; a killed process holds none."""
         with self._writing():
             self._own_folder()
-            file = _open_lock(f"{path}{LOCK}")
+            file = open_lock(Path(f"{path}{LOCK}"))
         with file:
             with self._writing():
                 state = take_lock(file, wait=wait)
@@ -290,13 +290,3 @@ def _refuse_others(path: Path) -> None:
         raise OSError(errno.ELOOP, f"{path} is a link")
     if not is_mine(path):
         raise PermissionError(errno.EACCES, f"{path} belongs to another user")
-
-
-def _open_lock(path: str) -> IO[bytes]:
-    """Open a file to be locked, and nothing that another user has put in its place."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    file = open(os.open(path, flags, 0o600), "r+b", buffering=0)  # noqa: SIM115 the caller's
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise OSError(errno.EINVAL, f"{path} is no file")
-    return file

@@ -10,7 +10,7 @@ from t5vae.cluster.scheduler import host_name, is_running, job_id
 from t5vae.common import records
 from t5vae.common.errors import UserError
 from t5vae.common.files import parse_json
-from t5vae.common.locks import Lock, take_lock
+from t5vae.common.locks import Lock, open_lock, take_lock
 from t5vae.common.records import Name, Record
 from t5vae.common.storage import patiently
 
@@ -84,8 +84,7 @@ def _take(folder: Path) -> tuple[IO[str] | None, Holder]:
         The lock, None where another has it; and who had it before.
     """
     job = job_id()
-    # Held until the run ends; no link is followed to a file that is then cut off.
-    lock = open(folder / LOCK, "a+", errors="replace", opener=_no_link)  # noqa: SIM115
+    lock = open_lock(folder / LOCK)  # held until the run ends
     lock.seek(0)
     before = _holder(lock.read(LONGEST))
     before = Holder() if is_copied(before.folder, folder) else before
@@ -104,10 +103,6 @@ def _take(folder: Path) -> tuple[IO[str] | None, Holder]:
     lock.flush()
     os.fsync(lock.fileno())  # so that other hosts read it
     return lock, before
-
-
-def _no_link(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def is_copied(original: str | None, folder: Path) -> bool:

@@ -2,9 +2,13 @@
 
 import errno
 import fcntl
+import os
+import stat
 from enum import Enum
+from pathlib import Path
 from typing import IO, Any
 
+NO_FILE = frozenset({errno.ELOOP, errno.EISDIR, errno.ENXIO})  # of a link, a folder, a socket
 NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP})  # Lustre without -o flock
 
 
@@ -14,6 +18,25 @@ class Lock(Enum):
     MINE = "this process has it until it closes the file or ends"
     ANOTHERS = "another process has it"
     NONE = "the file system has no locks"
+
+
+def open_lock(path: Path) -> IO[str]:
+    """Open a file that is to be locked, to read and to append to; it is made if there is none.
+
+    Raises:
+        OSError: that fails; with EINVAL where a link or no file is in its place, for anybody may
+            have put it there.
+    """
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    wrong = OSError(errno.EINVAL, f"{path} is no file")
+    try:
+        descriptor = os.open(path, flags, 0o666)
+    except OSError as error:
+        raise (wrong if error.errno in NO_FILE else error) from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise wrong
+    return open(descriptor, "a+", errors="replace")
 
 
 def take_lock(file: IO[Any], *, shared: bool = False, wait: bool = False) -> Lock:

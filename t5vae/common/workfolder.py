@@ -20,7 +20,7 @@ import psutil
 
 from t5vae.common.errors import DISK_FULL, UserError, first_line
 from t5vae.common.files import not_answering
-from t5vae.common.locks import Lock, take_lock
+from t5vae.common.locks import Lock, open_lock, take_lock
 from t5vae.common.owners import is_mine
 from t5vae.common.progress import say
 from t5vae.common.storage import WEATHER
@@ -85,7 +85,7 @@ def _claimed(folder: Path, out: Path) -> Iterator[None]:
     if not stat.S_ISDIR(os.lstat(folder).st_mode) or not is_mine(folder):
         raise UserError(f"{folder} is no folder of yours: remove it")
     try:
-        with _opened(folder / LOCK) as file:
+        with _open_lock(folder) as file:
             number = os.stat(folder).st_ino
             if _claim(file, out, number) != number:
                 _clear(folder, but=LOCK)
@@ -99,19 +99,13 @@ def _claimed(folder: Path, out: Path) -> Iterator[None]:
             folder.rmdir()
 
 
-def _opened(path: Path) -> IO[str]:
-    """Open a file, to read and to append to; no link, and nothing else."""
-    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+def _open_lock(folder: Path) -> IO[str]:
     try:
-        file = open(os.open(path, flags, 0o666), "a+")  # noqa: SIM115 the caller's
+        return open_lock(folder / LOCK)
     except OSError as error:
-        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
-            raise UserError(f"{path} is no file: remove {path.parent}") from None
+        if error.errno == errno.EINVAL:
+            raise UserError(f"{error.strerror}: remove {folder}") from None
         raise
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise UserError(f"{path} is no file: remove {path.parent}")
-    return file
 
 
 def _claim(file: IO[str], out: Path, number: int) -> Any:
