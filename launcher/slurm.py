@@ -21,8 +21,7 @@ from submitit.slurm.slurm import SlurmExecutor, _make_sbatch_string
 from launcher.backend import State, Task, ranks_per_node
 from t5vae.cluster.scheduler import AGAIN
 from t5vae.common.environment import changed
-from t5vae.common.errors import UserError
-from t5vae.common.section import CONTROL
+from t5vae.common.errors import UserError, printable
 from t5vae.config import Config
 
 OVER = (
@@ -105,9 +104,9 @@ def require_plain(folder: Path) -> None:
             f"{folder.absolute()}: SLURM puts a job's number or name in place of {found[0]}, and "
             "its log elsewhere: choose a run.output_dir without it"
         )
-    if CONTROL.search(str(folder.absolute())):
+    if (shown := printable(str(folder.absolute()))) != str(folder.absolute()):
         raise UserError(
-            f"{str(folder.absolute())!r} has a line break or another control character: choose a "
+            f"{shown} has a line break or another control character: choose a "
             "run.output_dir without it"
         )
 

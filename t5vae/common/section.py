@@ -1,6 +1,5 @@
 """What all sections of a configuration have in common."""
 
-import re
 from dataclasses import dataclass
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -15,11 +14,10 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, core_schema
 
-from t5vae.common.errors import UserError
+from t5vae.common.errors import UserError, printable
 from t5vae.common.kinds import Table
 from t5vae.common.paths import expanded
 
-CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Interval = Annotated[int, Field(ge=0)]
 
@@ -60,7 +58,7 @@ Place = Annotated[str, IsPath()]
 
 
 def _one_line(text: str) -> str:
-    if CONTROL.search(text):
+    if printable(text) != text:
         raise ValueError("it has a line break or another control character: leave it out")
     return text
 
