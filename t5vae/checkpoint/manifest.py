@@ -8,18 +8,20 @@ import hashlib
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from t5vae.checkpoint.files import ABSENT, reach
 from t5vae.checkpoint.fragments import LOSS_SCALE, WEIGHT
 from t5vae.checkpoint.rank_files import Fragments
+from t5vae.common import records
 from t5vae.common.cpus import cpus
 from t5vae.common.errors import UserError
-from t5vae.common.files import LARGEST, parse_json
+from t5vae.common.files import head, parse_json
 from t5vae.common.records import Record
 
 MANIFEST = "manifest.json"
@@ -115,13 +117,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
 
 
 def _content(checkpoint: Path) -> bytes:
-    """A manifest's file, no more of it than is read."""
-
-    def attempt() -> bytes:
-        with open(checkpoint / MANIFEST, "rb") as file:
-            return file.read(LARGEST + 1)
-
-    return reach(checkpoint / MANIFEST, attempt)
+    return reach(checkpoint / MANIFEST, partial(head, checkpoint / MANIFEST))
 
 
 def parse(content: bytes) -> dict[str, Any]:
@@ -136,11 +132,7 @@ def parse(content: bytes) -> dict[str, Any]:
             raise ValueError("it has changed")
     except RecursionError:
         raise ValueError("nested too deep") from None
-    try:
-        (_Manifest if manifest.get("format") == FORMAT else _Files).model_validate(manifest)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    records.parse(_Manifest if manifest.get("format") == FORMAT else _Files, manifest)
     return manifest
 
 

@@ -89,6 +89,16 @@ def iter_records(path: Path, tail: int | None = None) -> Iterator[dict[str, Any]
                     yield _parse(line, path)
 
 
+def head(path: Path) -> bytes:
+    """What a file holds, but of a large one no more than `parse_json` needs to refuse it.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with open(path, "rb") as file:
+        return file.read(LARGEST + 1)
+
+
 def parse_json(content: bytes | str) -> Any:
     """What JSON says.
 

@@ -41,24 +41,34 @@ def finite(value: Any) -> Any:
 Kind = TypeVar("Kind", bound=Record)
 
 
-def check(kind: type[Kind], said: Any, name: str) -> Kind:
+def parse(kind: type[Kind], said: Any) -> Kind:
     """What was read, as a record.
 
     Args:
         kind: of the record.
         said: JSON's objects and lists.
-        name: of the file, for people.
 
     Raises:
-        UserError: it is another thing.
+        ValueError: it is another thing; in one line, where and why.
     """
     try:
         return kind.model_validate(said)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        what = f"{where}: {first['msg']}" if where else first["msg"]
-        raise UserError(f"{name} is damaged ({what}): remove it") from None
+        raise ValueError(f"{where}: {first['msg']}" if where else first["msg"]) from None
+
+
+def check(kind: type[Kind], said: Any, name: str) -> Kind:
+    """The same, out of a file of that name.
+
+    Raises:
+        UserError: it is another thing.
+    """
+    try:
+        return parse(kind, said)
+    except ValueError as error:
+        raise UserError(f"{name} is damaged ({error}): remove it") from None
 
 
 def read(kind: type[Kind], path: Path) -> list[Kind]:

@@ -1,13 +1,15 @@
 """A report that is read back: what tables, pages and cards rely on is there, and of its type."""
 
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import AfterValidator, Field
 
+from t5vae.common import records
 from t5vae.common.errors import UserError
-from t5vae.common.files import LARGEST, parse_json, reading
+from t5vae.common.files import head, parse_json, reading
 from t5vae.common.records import Record
 from t5vae.common.storage import patiently
 from t5vae.evaluation.evaluate import SCHEMA_VERSION
@@ -115,11 +117,7 @@ def parse_report(content: bytes) -> dict[str, Any]:
     version = report.get("schema_version") if isinstance(report, dict) else None
     if version != SCHEMA_VERSION:
         raise ValueError(f"it is of version {version!r:.20}, not {SCHEMA_VERSION}")
-    try:
-        _Report.model_validate(report)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    records.parse(_Report, report)
     if len({len(report["pictures"]["map"][each]) for each in "xy"}) > 1:
         raise ValueError("pictures.map: points without a place")
     for row in ROWS:
@@ -175,9 +173,4 @@ def read_file(path: Path) -> dict[str, Any]:
         StorageError: the storage failed for minutes.
     """
     with reading(str(path)):
-        return parse_report(patiently(lambda: _content(path), str(path)))
-
-
-def _content(path: Path) -> bytes:
-    with open(path, "rb") as file:
-        return file.read(LARGEST + 1)
+        return parse_report(patiently(partial(head, path), str(path)))

@@ -27,7 +27,7 @@ from shards.write.corpora import Reading
 from shards.write.streams import copy_pipe, is_pipe
 from t5vae.common import records
 from t5vae.common.errors import UserError, first_line
-from t5vae.common.files import LARGEST, parse_json, reading
+from t5vae.common.files import head, parse_json, reading
 from t5vae.common.patient import open_patiently
 from t5vae.common.progress import say, stage
 from t5vae.common.records import Record
@@ -187,10 +187,9 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def _content(file: Path) -> bytes:
-    """What a file holds, no more of it than is read; nothing where there is none."""
+    """What a file holds; nothing where there is none."""
     try:
-        with open(file, "rb") as opened:
-            return opened.read(LARGEST + 1)
+        return head(file)
     except (FileNotFoundError, NotADirectoryError):
         return b""
 

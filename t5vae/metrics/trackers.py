@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from t5vae.cluster import scheduler
 from t5vae.common.environment import changed
 from t5vae.common.errors import UserError
-from t5vae.common.files import LARGEST, parse_json, read_records, reading
+from t5vae.common.files import head, parse_json, read_records, reading
 from t5vae.common.links import refuse_links
 from t5vae.common.records import finite
 from t5vae.config import Config, read_run
@@ -139,8 +139,8 @@ def track(run: Path, say: Callable[[str], None], **to: bool) -> int:
 
 def _tables(path: Path) -> Tables:
     """The texts of an evaluation, out of their file."""
-    with reading(str(path)), open(path, "rb") as file:
-        content = file.read(LARGEST + 1)
+    with reading(str(path)):
+        content = head(path)
     try:
         tables = parse_json(content)
     except ValueError:

@@ -2,7 +2,6 @@
 memory is taken before its size is known to be right.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from t5vae.common.files import head, parse_json
 from t5vae.model.configuration import T5VAEConfig
 from t5vae.model.modeling import T5VAE
 
 CONFIG = "config.json"
-LARGEST_CONFIG = 2**20  # bytes
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -25,12 +24,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
         OSError: there is none, or it cannot be read.
         ValueError: it is none.
     """
-    with open(folder / CONFIG, "rb") as file:
-        content = file.read(LARGEST_CONFIG + 1)
-    try:
-        settings = json.loads(content) if len(content) <= LARGEST_CONFIG else None
-    except RecursionError:
-        settings = None
+    settings = parse_json(head(folder / CONFIG))
     if not isinstance(settings, dict):
         raise ValueError(f"{CONFIG} holds no settings of a model")
     return settings
