@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from t5vae.common.errors import StorageError, UserError, first_line
+from t5vae.common.openers import only_file
 from t5vae.common.patient import open_patiently
 from t5vae.common.storage import WEATHER
 
@@ -95,7 +96,7 @@ def head(path: Path) -> bytes:
     Raises:
         OSError: it cannot be read.
     """
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=only_file) as file:
         return file.read(LARGEST + 1)
 
 

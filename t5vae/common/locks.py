@@ -3,12 +3,14 @@
 import errno
 import fcntl
 import os
-import stat
 from enum import Enum
 from pathlib import Path
 from typing import IO, Any
 
-NO_FILE = frozenset({errno.ELOOP, errno.EISDIR, errno.ENXIO})  # of a link, a folder, a socket
+from t5vae.common.openers import only_file
+
+# Of a link, a folder, a socket, and of what else is no file.
+NO_FILE = frozenset({errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.EINVAL})
 NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP})  # Lustre without -o flock
 
 
@@ -27,16 +29,16 @@ def open_lock(path: Path) -> IO[str]:
         OSError: that fails; with EINVAL where a link or no file is in its place, for anybody may
             have put it there.
     """
-    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    wrong = OSError(errno.EINVAL, f"{path} is no file")
     try:
-        descriptor = os.open(path, flags, 0o666)
+        return open(path, "a+", errors="replace", opener=_no_link)
     except OSError as error:
-        raise (wrong if error.errno in NO_FILE else error) from None
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise wrong
-    return open(descriptor, "a+", errors="replace")
+        if error.errno in NO_FILE:
+            raise OSError(errno.EINVAL, f"{path} is no file") from None
+        raise
+
+
+def _no_link(path: str, flags: int) -> int:
+    return only_file(path, flags | os.O_NOFOLLOW)
 
 
 def take_lock(file: IO[Any], *, shared: bool = False, wait: bool = False) -> Lock:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from t5vae.common.errors import UserError
+from t5vae.common.openers import only_file
 from t5vae.common.storage import patiently
 
 Opened = tuple[io.RawIOBase, object]
@@ -81,11 +82,12 @@ def open_patiently(path: str | Path, *, grows: bool = False) -> io.BufferedReade
 
     Args:
         path: the file's.
-        grows: lines may be added to it meanwhile.
+        grows: it is a run's own, and lines may be added to it meanwhile.
     """
 
     def opened() -> Opened:
-        file = open(path, "rb", buffering=0)  # noqa: SIM115
+        opener = only_file if grows else None  # others may be pipes
+        file = open(path, "rb", buffering=0, opener=opener)  # noqa: SIM115
         status = os.fstat(file.fileno())
         # Sizes and times as in a corpus's stamps: some mounts number their files anew.
         return file, status.st_ino if grows else (status.st_size, status.st_mtime_ns)

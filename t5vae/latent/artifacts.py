@@ -16,6 +16,7 @@ from torch import Tensor
 
 from t5vae.common.errors import UserError
 from t5vae.common.files import parse_json
+from t5vae.common.openers import only_file
 
 
 def write_tensors(
@@ -63,7 +64,7 @@ def read_tensors(
     Raises:
         UserError: the file is damaged.
     """
-    if not path.exists():
+    if not path.is_file():
         return None
     try:
         with safe_open(path, framework="pt") as file:
@@ -84,7 +85,7 @@ def open_array(path: Path) -> np.ndarray:
         ValueError: it is no whole array of numbers.
         OSError: it cannot be read.
     """
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=only_file) as file:
         shape, fortran, dtype = _header(file, os.fstat(file.fileno()).st_size)
         begin = file.tell()
     order: Literal["F", "C"] = "F" if fortran else "C"

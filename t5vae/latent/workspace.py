@@ -16,6 +16,7 @@ from t5vae.latent.corpus import Corpus, SplitTexts, encode_corpus, read_manifest
 from t5vae.latent.folders import export_folder
 from t5vae.latent.priors import Prior, fit_prior, load_prior, save_prior
 from t5vae.latent.properties import Property, load_property, save_property
+from t5vae.model.files import weight_files
 
 FOLDER = "latent"
 TRAINING = 1_000_000  # training sequences that are encoded
@@ -43,7 +44,7 @@ class Workspace:
     def model_sha256(self) -> str:
         """Of the model's weights."""
         digest = hashlib.sha256()
-        for path in sorted(self.export.glob("*.safetensors")):
+        for path in weight_files(self.export):
             with open(path, "rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()

@@ -41,6 +41,11 @@ def known(settings: dict[str, Any]) -> T5VAEConfig:
     return T5VAEConfig(**{name: settings[name] for name in names if name in settings})
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """What holds the weights of an exported model."""
+    return sorted(filter(Path.is_file, folder.glob("*.safetensors")))
+
+
 def load_weights(folder: Path) -> T5VAE:
     """An exported model, on the CPU, in the precision of its weights.
 
@@ -49,7 +54,7 @@ def load_weights(folder: Path) -> T5VAE:
         ValueError, TypeError: its files do not go together.
     """
     config, weights = known(read_settings(folder)), dict[str, Tensor]()
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in weight_files(folder):
         weights |= load_file(file)
     check(config, {name: tuple(weight.shape) for name, weight in weights.items()})
     dtypes = {weight.dtype for weight in weights.values()}

@@ -296,3 +296,31 @@ def test_a_job_has_its_logs_in_its_run_or_its_sweep(tmp_path):
     assert job.log() == run / "jobs/77_1_0_log.out"
     (tmp_path / "sweep/jobs/77_submission.sh").touch()
     assert job.log() == tmp_path / "sweep/jobs/77_1_0_log.out"
+
+
+# What opens a file of a run, of its export, or of codes, and what it says of a pipe there.
+OPENED = {
+    "run/metrics.jsonl": (["plot", "run"], "metrics.jsonl"),
+    "run/eval.json": (["compare", "run"], "run has not been evaluated"),
+    f"run/{STEP}/manifest.json": (["export", "run", "--dtype", "bf16"], "it is no regular file"),
+    "run/export/model.safetensors": (["sample", "run"], "is not a whole export"),
+    "codes/corpus.json": (["nearest", "run", "x", "--corpus", "codes"], "it is no regular file"),
+    "codes/codes.npy": (["decode", "run", "codes"], "it is no regular file"),
+}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", OPENED)
+def test_a_pipe_is_not_waited_for(handed, refused, name):
+    arguments, said = OPENED[name]
+    (handed.folder / name).unlink()
+    os.mkfifo(handed.folder / name)
+    assert said in refused(*arguments)
+
+
+@pytest.mark.timeout(60)
+def test_nor_is_one_in_place_of_a_job(handed, launched):
+    (handed.run / "jobs").mkdir()
+    os.mkfifo(handed.run / "jobs/77.json")
+    for word in ("status", "logs", "cancel"):
+        assert "it is no regular file" in refusal(launched(word, "run"))
