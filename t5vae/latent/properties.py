@@ -13,7 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from t5vae.common import records
 from t5vae.common.errors import UserError
+from t5vae.common.records import Record
+from t5vae.common.section import Line
 from t5vae.latent.artifacts import damaged, read_tensors, write_tensors
 
 KINDS = ("ridge", "mlp")
@@ -110,8 +113,13 @@ def save_property(property: Property, path: Path, made_from: dict[str, Any]) -> 
     write_tensors(path, tensors, about, FORMAT_VERSION, made_from)
 
 
-def load_property(path: Path, made_from: dict[str, Any]) -> Property | None:
+def load_property(path: Path, made_from: dict[str, Any], latent_size: int) -> Property | None:
     """The property kept in a file; None if there is none, or it was made from something else.
+
+    Args:
+        path: the file.
+        made_from: as it was kept.
+        latent_size: D.
 
     Raises:
         UserError: the file is damaged.
@@ -121,10 +129,38 @@ def load_property(path: Path, made_from: dict[str, Any]) -> Property | None:
         return None
     tensors, about = kept
     try:
+        said = records.parse(_About, about)
         layers = [(tensors[f"{i}.weight"], tensors[f"{i}.bias"]) for i in range(len(tensors) // 2)]
-        return Property(**about, layers=tuple(layers))
-    except (KeyError, TypeError) as error:
+        _check_layers(layers, latent_size)
+    except (KeyError, TypeError, ValueError) as error:
         raise damaged(path, error) from None
+    return Property(**said.model_dump(), layers=tuple(layers))
+
+
+class _About(Record):
+    """What is kept beside the layers."""
+
+    name: Line
+    kind: Line
+    r2: float
+    n: int
+    scale: float
+
+
+def _check_layers(layers: Sequence[Layer], latent_size: int) -> None:
+    """Refuse layers that do not lead from a code to one number."""
+    inputs = latent_size
+    for weight_OI, bias_O in layers:
+        outputs = len(bias_O)
+        if weight_OI.shape != (outputs, inputs) or bias_O.shape != (outputs,):
+            raise ValueError("its layers do not fit together")
+        if not all(
+            each.dtype == torch.float32 and each.isfinite().all() for each in (weight_OI, bias_O)
+        ):
+            raise ValueError("its layers are not finite numbers of float32")
+        inputs = outputs
+    if inputs != 1:
+        raise ValueError("its layers predict no number")
 
 
 def _fit(kind: str, z_ND: np.ndarray, values_N: np.ndarray, seed: int) -> Any:

@@ -326,7 +326,7 @@ class LatentSpace(Codec):
         Raises:
             UserError: none of that name.
         """
-        kept = self._workspace.property(name)
+        kept = self._workspace.property(self, name)
         if kept is not None:
             return kept
         if name not in NAMES:

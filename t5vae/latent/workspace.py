@@ -86,7 +86,7 @@ class Workspace:
         """A prior fitted on training sequences, fitted if it is not yet."""
         path = self.folder / "priors" / f"{name}.safetensors"
         made_from = {"model_sha256": self.model_sha256}
-        prior = load_prior(path, made_from)
+        prior = load_prior(path, made_from, codec.latent_size)
         if prior is None:
             corpus = self.training(codec)
             prior = fit_prior(name, corpus.codes_ND[self.fitting_rows(corpus)])
@@ -94,13 +94,14 @@ class Workspace:
             save_prior(name, prior, path, made_from)
         return prior
 
-    def property(self, name: str) -> Property | None:
+    def property(self, codec: Codec, name: str) -> Property | None:
         """The kept property of that name; None where there is none, or of another model.
 
         Raises:
             UserError: the name cannot be a file's, or the file is damaged.
         """
-        return load_property(self._property_path(name), {"model_sha256": self.model_sha256})
+        made_from = {"model_sha256": self.model_sha256}
+        return load_property(self._property_path(name), made_from, codec.latent_size)
 
     def keep(self, fitted: Property) -> Path:
         """Keep a property under its name; returns its file.

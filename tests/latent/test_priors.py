@@ -6,7 +6,8 @@ from torch import Generator
 
 from t5vae.common.errors import UserError
 from t5vae.common.kinds import PRIORS
-from t5vae.latent.priors import fit_prior, load_prior, save_prior
+from t5vae.latent.artifacts import write_tensors
+from t5vae.latent.priors import FORMAT_VERSION, fit_prior, load_prior, save_prior
 from t5vae.latent.priors.flow import Flow
 
 MADE_FROM = {"model_sha256": "abc"}
@@ -62,13 +63,13 @@ def test_the_density_adds_up_to_one_and_is_that_of_the_draws(prior):
 
 def test_a_kept_prior_draws_the_same(name, prior, tmp_path):
     path = tmp_path / "deep" / "prior.safetensors"
-    assert load_prior(path, MADE_FROM) is None
+    assert load_prior(path, MADE_FROM, 2) is None
     save_prior(name, prior, path, MADE_FROM)
-    kept = load_prior(path, MADE_FROM)
+    kept = load_prior(path, MADE_FROM, 2)
     assert type(kept) is type(prior)
     assert torch.equal(kept.draw(9, generator()), prior.draw(9, generator()))
     assert torch.equal(kept.log_density(ring(9)), prior.log_density(ring(9)))
-    assert load_prior(path, {"model_sha256": "abd"}) is None
+    assert load_prior(path, {"model_sha256": "abd"}, 2) is None
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
@@ -79,7 +80,45 @@ def test_a_kept_prior_that_lacks_tensors_is_damaged(name, prior, tmp_path, monke
     monkeypatch.setattr(prior, "tensors", lambda: tensors)
     save_prior(name, prior, path, MADE_FROM)
     with pytest.raises(UserError, match=r"prior.safetensors is damaged .*: remove it"):
-        load_prior(path, MADE_FROM)
+        load_prior(path, MADE_FROM, 2)
+
+
+CHANGES = {
+    "of another dimension": lambda tensor: tensor[None],
+    "twice": lambda tensor: torch.cat([tensor, tensor]),
+    "nothing": lambda tensor: tensor[:0],
+    "infinite": lambda tensor: tensor * math.inf,
+}
+PARTS = [
+    *(("gaussian", part) for part in ("mean_D", "axes_DD", "scales_D")),
+    *(("gmm", part) for part in ("axes_DD", "weights_K", "means_KD", "roots_KDD")),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=list(CHANGES))
+@pytest.mark.parametrize(("kind", "part"), PARTS)
+def test_a_kept_prior_of_other_tensors_is_damaged(tmp_path, monkeypatch, kind, part, change):
+    path, prior = tmp_path / "prior.safetensors", fit_prior(kind, ring(400))
+    tensors = prior.tensors()
+    monkeypatch.setattr(prior, "tensors", lambda: tensors | {part: change(tensors[part])})
+    save_prior(kind, prior, path, MADE_FROM)
+    with pytest.raises(UserError, match=r"prior.safetensors is damaged .*: remove it"):
+        load_prior(path, MADE_FROM, 2)
+
+
+@pytest.mark.parametrize("said", [7, None, [], {}, "../gaussian"])
+def test_a_kept_prior_of_no_kind_is_damaged(tmp_path, said):
+    path, tensors = tmp_path / "prior.safetensors", fit_prior("gaussian", ring(40)).tensors()
+    write_tensors(path, tensors, {"prior": said}, FORMAT_VERSION, MADE_FROM)
+    with pytest.raises(UserError, match=r"prior.safetensors is damaged .*: remove it"):
+        load_prior(path, MADE_FROM, 2)
+
+
+def test_a_kept_prior_of_another_latent_size_is_damaged(name, prior, tmp_path):
+    path = tmp_path / "prior.safetensors"
+    save_prior(name, prior, path, MADE_FROM)
+    with pytest.raises(UserError, match=r"prior.safetensors is damaged .*: remove it"):
+        load_prior(path, MADE_FROM, 3)
 
 
 def test_mixture_and_flow_find_the_hole_that_a_gaussian_fills():

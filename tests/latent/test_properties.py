@@ -88,12 +88,12 @@ def test_a_property_is_kept_with_what_it_was_made_from(tmp_path, kind):
     made_from = {"model_sha256": "abc", "texts": 100}
     found = fit_property(z_ND, z_ND.norm(dim=1), name="norm", kind=kind)
     path = tmp_path / "norm.safetensors"
-    assert load_property(path, made_from) is None
+    assert load_property(path, made_from, 4) is None
     save_property(found, path, made_from)
-    kept = load_property(path, made_from)
+    kept = load_property(path, made_from, 4)
     assert repr(kept) == repr(found)
     assert torch.equal(kept.predict(z_ND), found.predict(z_ND))
-    assert load_property(path, {**made_from, "model_sha256": "abd"}) is None
+    assert load_property(path, {**made_from, "model_sha256": "abd"}, 4) is None
 
 
 def test_a_kept_property_that_lacks_something_is_damaged(tmp_path):
@@ -101,4 +101,34 @@ def test_a_kept_property_that_lacks_something_is_damaged(tmp_path):
     for tensors, about in (({}, {"name": "p"}), ({"1.weight": torch.ones(1, 4)} | BIAS, ABOUT)):
         write_tensors(path, tensors, about, FORMAT_VERSION, {})
         with pytest.raises(UserError, match=r"p.safetensors is damaged .*: remove it"):
-            load_property(path, {})
+            load_property(path, {}, 4)
+
+
+LAYER = {"0.weight": torch.ones(1, 4), "0.bias": torch.ones(1)}
+WRONG_LAYERS = {
+    "of another latent size": {"0.weight": torch.ones(1, 5)},
+    "of many numbers": {"0.weight": torch.ones(3, 4), "0.bias": torch.ones(3)},
+    "of a bias of another size": {"0.bias": torch.ones(2)},
+    "of a scalar": {"0.bias": torch.ones(())},
+    "of integers": {"0.weight": torch.ones(1, 4, dtype=torch.int64)},
+    "not finite": {"0.weight": torch.full((1, 4), torch.nan)},
+}
+
+
+@pytest.mark.parametrize("tensors", WRONG_LAYERS.values(), ids=list(WRONG_LAYERS))
+def test_a_kept_property_of_other_layers_is_damaged(tmp_path, tensors):
+    path = tmp_path / "p.safetensors"
+    write_tensors(path, LAYER, ABOUT, FORMAT_VERSION, {})
+    assert load_property(path, {}, 4).predict(codes(2)).shape == (2,)
+    write_tensors(path, LAYER | tensors, ABOUT, FORMAT_VERSION, {})
+    with pytest.raises(UserError, match=r"p.safetensors is damaged .*: remove it"):
+        load_property(path, {}, 4)
+
+
+@pytest.mark.parametrize("key", ABOUT)
+@pytest.mark.parametrize("value", [None, [], {}, math.nan, "a\nb"])
+def test_a_kept_property_that_says_something_else_is_damaged(tmp_path, key, value):
+    path = tmp_path / "p.safetensors"
+    write_tensors(path, LAYER, ABOUT | {key: value}, FORMAT_VERSION, {})
+    with pytest.raises(UserError, match=r"p.safetensors is damaged .*: remove it"):
+        load_property(path, {}, 4)

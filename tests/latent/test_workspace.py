@@ -104,7 +104,7 @@ def test_another_model_in_the_run_starts_anew(space, run):
     space.prior("gaussian")
     tiny.export(run / "export", seed=1)
     other = LatentSpace.load(run, device="cpu")
-    assert other.workspace.property("length") is None
+    assert other.workspace.property(other, "length") is None
     texts = first.texts([0])
     again = other.training()
     assert again.texts([0]) == texts

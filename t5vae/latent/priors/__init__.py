@@ -6,7 +6,7 @@ Shapes: N rows, D latent size.
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Generator, Tensor
 
 from t5vae.common.errors import UserError
 from t5vae.common.kinds import PRIORS, find
@@ -60,8 +60,13 @@ def save_prior(name: str, prior: Prior, path: Path, made_from: dict[str, Any]) -
     write_tensors(path, prior.tensors(), {"prior": name}, FORMAT_VERSION, made_from)
 
 
-def load_prior(path: Path, made_from: dict[str, Any]) -> Prior | None:
+def load_prior(path: Path, made_from: dict[str, Any], latent_size: int) -> Prior | None:
     """The prior kept in a file; None if there is none, or it was made from something else.
+
+    Args:
+        path: the file.
+        made_from: as it was kept.
+        latent_size: D.
 
     Raises:
         UserError: the file is damaged.
@@ -71,6 +76,10 @@ def load_prior(path: Path, made_from: dict[str, Any]) -> Prior | None:
         return None
     tensors, about = kept
     try:
-        return find(PRIORS, about["prior"]).from_tensors(tensors)
-    except (KeyError, RuntimeError) as error:
+        prior: Prior = find(PRIORS, about["prior"]).from_tensors(tensors)
+        drawn_1D = prior.draw(1, Generator().manual_seed(0))
+        if drawn_1D.shape != (1, latent_size):
+            raise ValueError(f"it draws codes of another size than {latent_size}")
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise damaged(path, error) from None
+    return prior

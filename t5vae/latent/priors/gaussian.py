@@ -8,7 +8,7 @@ from typing import Self
 import torch
 from torch import Generator, Tensor
 
-from t5vae.latent.priors.prior import Prior, log_normal
+from t5vae.latent.priors.prior import Prior, log_normal, stored
 
 
 class Gaussian(Prior):
@@ -58,4 +58,6 @@ class Gaussian(Prior):
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> Self:
-        return cls(*(tensors[name] for name in ("mean_D", "axes_DD", "scales_D")))
+        size = tensors["mean_D"].numel()
+        shapes = {"mean_D": (size,), "axes_DD": (size, size), "scales_D": (size,)}
+        return cls(*(stored(tensors, name, *shape) for name, shape in shapes.items()))

@@ -10,7 +10,7 @@ import torch
 from torch import Generator, Tensor
 
 from t5vae.latent.priors.gaussian import Gaussian
-from t5vae.latent.priors.prior import Prior, log_normal
+from t5vae.latent.priors.prior import Prior, log_normal, stored
 
 
 class Mixture(Prior):
@@ -79,5 +79,7 @@ class Mixture(Prior):
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> Self:
-        parts = (tensors[name] for name in ("weights_K", "means_KD", "roots_KDD"))
-        return cls(Gaussian.from_tensors(tensors), *parts)
+        frame = Gaussian.from_tensors(tensors)
+        parts, size = tensors["weights_K"].numel(), len(frame.mean_D)
+        shapes = {"weights_K": (), "means_KD": (size,), "roots_KDD": (size, size)}
+        return cls(frame, *(stored(tensors, name, parts, *own) for name, own in shapes.items()))

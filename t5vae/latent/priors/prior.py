@@ -5,6 +5,7 @@ Shapes: N rows, D latent size.
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import ClassVar, Self
 
 from torch import Generator, Tensor
@@ -13,6 +14,18 @@ from torch import Generator, Tensor
 def log_normal(noise_ND: Tensor) -> Tensor:
     """Log density of N(0, I), [N]."""
     return -0.5 * (noise_ND.square() + math.log(2 * math.pi)).sum(-1)
+
+
+def stored(tensors: Mapping[str, Tensor], name: str, *shape: int) -> Tensor:
+    """One of the tensors that a prior is made of, finite, float64 of that shape.
+
+    Raises:
+        KeyError, ValueError: there is none.
+    """
+    tensor = tensors[name].double()
+    if tensor.shape != shape or not tensor.isfinite().all():
+        raise ValueError(f"{name} is not {list(shape)} finite numbers")
+    return tensor
 
 
 class Prior(ABC):
@@ -44,4 +57,5 @@ class Prior(ABC):
     @classmethod
     @abstractmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> Self:
-        """The prior that `tensors` was called on; KeyError or RuntimeError where they are none."""
+        """The prior that `tensors` was called on; KeyError, RuntimeError or ValueError where they
+        are none."""
