@@ -29,16 +29,13 @@ def open_lock(path: Path) -> IO[str]:
         OSError: that fails; with EINVAL where a link or no file is in its place, for anybody may
             have put it there.
     """
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
-        return open(path, "a+", errors="replace", opener=_no_link)
+        return open(only_file(str(path), flags), "a+", errors="replace")
     except OSError as error:
         if error.errno in NO_FILE:
             raise OSError(errno.EINVAL, f"{path} is no file") from None
         raise
-
-
-def _no_link(path: str, flags: int) -> int:
-    return only_file(path, flags | os.O_NOFOLLOW)
 
 
 def take_lock(file: IO[Any], *, shared: bool = False, wait: bool = False) -> Lock:
