@@ -25,7 +25,8 @@ def orthogonalized(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     With X_0 the matrix over its Frobenius norm and G = X X^T, a step is X <- (a + b G + c G^2) X.
     All factors are polynomials of G_0, so for a wide matrix their product Q is gathered in place of
     X, and G <- P G P: 2 m^2 n operations twice and 2 m^3 some 17 times, in place of 10 m^2 n a step
-    (Dao-AILab's Gram Newton-Schulz).
+    (Dao-AILab's Gram Newton-Schulz). In bf16 that would not do: the rounding of G gives a matrix of
+    low rank, as gradients are, eigenvalues below 0, which each step makes larger.
 
     Args:
         matrix: floating, [rows, columns].
@@ -37,7 +38,8 @@ def orthogonalized(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.mT if tall else matrix
     x = (x / (torch.linalg.matrix_norm(x) + 1e-7)).to(dtype)
-    x = _by_gram(x) if x.shape[1] >= WIDE * x.shape[0] else _plainly(x)
+    gathers = dtype == torch.float32 and x.shape[1] >= WIDE * x.shape[0]
+    x = _by_gram(x) if gathers else _plainly(x)
     return (x.mT if tall else x).to(matrix.dtype).contiguous()
 
 

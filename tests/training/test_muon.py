@@ -51,6 +51,16 @@ def test_singular_values_come_near_one(shape):
     assert values.max() < 1.3
 
 
+@pytest.mark.parametrize("noise", [0.0, 1e-4, 1e-2])
+@pytest.mark.parametrize("rank", [1, 4])
+@pytest.mark.parametrize("shape", [(32, 512), (128, 32), (64, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_direction_grows_in_a_matrix_of_low_rank(dtype, shape, rank, noise):
+    low = gradient((shape[0], rank)) @ gradient((rank, shape[1]))
+    values = torch.linalg.svdvals(orthogonalized(low + noise * gradient(shape), dtype))
+    assert values.max() < 1.3
+
+
 @pytest.mark.parametrize("fault", [float("nan"), float("inf")])
 def test_a_gradient_that_is_not_finite_leaves_the_momentum_alone(ours, fault):
     grad, momentum = gradient((4, 6)), torch.ones(4, 6)
