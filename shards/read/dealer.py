@@ -32,6 +32,7 @@ class Batch:
         source: int64 [B], which dataset of a mixture.
         consumed: the position to resume from once this batch is done: it moves by G with the
             last micro batch of a step.
+        places: int64 [N], where the N real tokens of rows of weight 1 lie in the flattened ids.
     """
 
     ids: torch.Tensor
@@ -40,17 +41,42 @@ class Batch:
     sequence: torch.Tensor
     source: torch.Tensor
     consumed: int
+    places: torch.Tensor
+
+    @classmethod
+    def of(
+        cls,
+        ids: torch.Tensor,
+        lengths: torch.Tensor,
+        weights: torch.Tensor,
+        sequence: torch.Tensor,
+        source: torch.Tensor,
+        consumed: int = 0,
+    ) -> "Batch":
+        """A batch of the CPU, whose places are found."""
+        real = torch.arange(ids.shape[1]) < torch.where(weights > 0, lengths, 0)[:, None]
+        places = real.flatten().nonzero()[:, 0]
+        return cls(ids, lengths, weights, sequence, source, consumed, places)
 
     def pinned(self) -> "Batch":
         """The same in page-locked memory."""
-        return Batch(
-            self.ids.pin_memory(),
-            self.lengths.pin_memory(),
-            self.weights.pin_memory(),
-            self.sequence.pin_memory(),
-            self.source.pin_memory(),
-            self.consumed,
-        )
+        return self._with(torch.Tensor.pin_memory)
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same on a device; from page-locked memory without waiting for it."""
+        return self._with(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def used_by(self, stream: torch.Stream) -> None:
+        """Keep the memory of its tensors until a stream is through with them."""
+        for tensor in self._tensors.values():
+            tensor.record_stream(stream)
+
+    @property
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        return {name: value for name, value in vars(self).items() if torch.is_tensor(value)}
+
+    def _with(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        return replace(self, **{name: change(tensor) for name, tensor in self._tensors.items()})
 
 
 @dataclass
@@ -114,7 +140,7 @@ class Dealer:
             )
         )
         for number, width in enumerate(widths.tolist()):
-            batch = Batch(
+            batch = Batch.of(
                 torch.from_numpy(self._gather(plan, number, self.pad_to or width)),
                 lengths[number],
                 weights[number],

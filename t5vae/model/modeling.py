@@ -28,7 +28,7 @@ from t5vae.model.noise import (
     keyed_uniform,
 )
 from t5vae.model.output import CACHE, T5VAEOutput
-from t5vae.model.packed import Layout, decode, encode
+from t5vae.model.packed import Layout, decode, encode, places_of
 from t5vae.model.posterior import Posterior
 
 MODES = ("encode", "expand", "score", "decode", "reconstruct")
@@ -158,6 +158,7 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         *,
         latent: Tensor | None = None,
         mode: str = "decode",
+        places: Tensor | None = None,
         regularisers: Regularisers | None = None,
         on_latent: Callable[[Tensor], None] | None = None,
         cache: Any = None,
@@ -179,6 +180,9 @@ class T5VAE(PreTrainedModel, GenerationMixin):
                 given the code, without ever storing the logits of pads; "decode" returns logits
                 for `decoder_input_ids`, or for `labels` shifted right, and the cross-entropy of
                 `labels`; "reconstruct" returns what `generate` makes of `input_ids`.
+            places: int64 [N], where the real tokens of `labels` lie in the flattened [B, T], and
+                those of `input_ids`. Default: they are looked for, which on an accelerator makes
+                the host wait; with them it waits for nothing in modes "encode" and "score".
             regularisers: training-time noise; None for none.
             on_latent: called with z [B, D] as soon as it is known.
             decoder_input_ids, decoder_attention_mask, encoder_outputs, inputs_embeds,
@@ -233,7 +237,9 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         }
         found: dict[str, Any] = {"latent": latent}
         if mode == "encode" or (latent is None and encoder_outputs is None):
-            found = self._encode(input_ids, attention_mask, regularisers, inputs_embeds, layers)
+            found = self._encode(
+                input_ids, attention_mask, places, regularisers, inputs_embeds, layers
+            )
             if mode == "encode":
                 return found["latent"]
         if encoder_outputs is None:
@@ -262,10 +268,10 @@ class T5VAE(PreTrainedModel, GenerationMixin):
                     f"{list(inputs.shape[:2])}"
                 )
 
-        real_BT = None if labels is None else labels != self.pad
         plain = decoder_inputs_embeds is None and decoder_attention_mask is None
         if mode == "score" and plain and not (layers or use_cache) and self._packs(labels):
-            states = self._decode_packed(decoder_input_ids, memory_BMC, real_BT)
+            states_NC, places_N = self._decode_packed(decoder_input_ids, memory_BMC, labels, places)
+            found |= self._score(states_NC, labels, places_N)
         else:
             states, more = self._decode(
                 memory_BMC,
@@ -277,15 +283,17 @@ class T5VAE(PreTrainedModel, GenerationMixin):
                 **layers,
             )
             found |= more
+            if labels is not None and places is None:
+                places = places_of(labels != self.pad)
             if mode == "score":
-                states = states[real_BT]
-        if mode == "score":
-            found |= self._score(self._scaled(states), labels, real_BT)
-        else:
-            found["logits"] = self.t5.lm_head(self._scaled(states))
-            if labels is not None:
-                logits_NV, labels_N = found["logits"][real_BT].float(), labels[real_BT]
-                found |= _losses(cross_entropy(logits_NV, labels_N, reduction="none"), real_BT)
+                states_NC = states.flatten(0, 1).index_select(0, places)
+                found |= self._score(states_NC, labels, places)
+            else:
+                found["logits"] = self.t5.lm_head(self._scaled(states))
+                if labels is not None:
+                    logits_NV = found["logits"].flatten(0, 1)[places].float()
+                    nll_N = cross_entropy(logits_NV, labels.flatten()[places], reduction="none")
+                    found |= _losses(nll_N, places, labels.shape)
         output = T5VAEOutput(**found)
         by_name = self.config.return_dict if return_dict is None else return_dict
         return output if by_name else output.to_tuple()
@@ -305,13 +313,20 @@ class T5VAE(PreTrainedModel, GenerationMixin):
             "cross_attentions": decoded.get("cross_attentions"),
         }
 
-    def _decode_packed(self, ids_BT: Tensor, memory_BMC: Tensor, real_BT: Tensor) -> Tensor:
-        """The decoder's states [N, C] of the real tokens alone."""
+    def _decode_packed(
+        self, ids_BT: Tensor, memory_BMC: Tensor, labels_BT: Tensor, places_N: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The decoder's states [N, C] of the real tokens alone, and the places of these."""
+        if places_N is not None:
+            layout = Layout.at(places_N, labels_BT.shape)
+            states_NC = decode(self.t5.decoder, layout.pack(ids_BT), layout, memory_BMC)
+            return states_NC[: len(places_N)], places_N
+        real_BT = labels_BT != self.pad
         # a pad inside a row is context like any other token; those that end it are none
-        layout = Layout(real_BT.flip(1).cummax(1).values.flip(1))
+        layout = Layout.of(real_BT.flip(1).cummax(1).values.flip(1))
         states_NC = decode(self.t5.decoder, layout.pack(ids_BT), layout, memory_BMC)
         scored_N = layout.pack(real_BT)
-        return states_NC if scored_N.all() else states_NC[scored_N]
+        return states_NC if scored_N.all() else states_NC[scored_N], places_of(real_BT)
 
     def _scaled(self, states: Tensor) -> Tensor:
         """The decoder's states as the output layer takes them."""
@@ -330,6 +345,7 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         self,
         ids_BT: Tensor | None,
         mask_BT: Tensor | None,
+        places_N: Tensor | None,
         regularisers: Regularisers | None,
         embedded_BTC: Tensor | None,
         layers: dict[str, bool],
@@ -361,11 +377,14 @@ class T5VAE(PreTrainedModel, GenerationMixin):
             raise ValueError("encoding needs either input_ids or inputs_embeds")
         found: dict[str, Any] = {}
         if ids_BT is not None and not layers and self._packs(ids_BT):
-            layout = Layout(mask_BT.bool())
+            layout = self._encoder_layout(ids_BT, mask_BT, places_N)
             states_BTC = layout.unpack(encode(self.t5.encoder, layout.pack(ids_BT), layout))
         else:
             encoded = self.t5.encoder(
-                input_ids=ids_BT, inputs_embeds=embedded_BTC, attention_mask=mask_BT, **layers
+                input_ids=ids_BT,
+                inputs_embeds=embedded_BTC,
+                attention_mask=self._encoder_mask(mask_BT, places_N),
+                **layers,
             )
             states_BTC = encoded.last_hidden_state
             if layers:
@@ -379,6 +398,25 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         if posterior is not None:
             found["mean"], found["log_variance"] = posterior
         return found
+
+    def _encoder_layout(self, ids_BT: Tensor, mask_BT: Tensor, places_N: Tensor | None) -> Layout:
+        if not self.config.mask_padding:
+            return Layout.whole(ids_BT)
+        if places_N is None:
+            return Layout.of(mask_BT.bool())
+        return Layout.at(places_N, ids_BT.shape)
+
+    def _encoder_mask(self, mask_BT: Tensor, places_N: Tensor | None) -> Tensor | None:
+        """The mask as transformers takes it; one of [B, T] it asks whether it hides anything."""
+        if not self.config.mask_padding:
+            return None
+        if places_N is None:
+            return mask_BT
+        if len(places_N) == mask_BT.numel():
+            return None
+        dtype = self.t5.encoder.dtype
+        hidden_B11T = mask_BT[:, None, None, :] == 0
+        return hidden_B11T.to(dtype) * torch.finfo(dtype).min
 
     def compress(
         self, states_BTC: Tensor, mask_BT: Tensor, keys_B: Tensor | None = None
@@ -410,13 +448,13 @@ class T5VAE(PreTrainedModel, GenerationMixin):
             dropped_BT &= ids_BT != special
         return ids_BT.masked_fill(dropped_BT, self.config.unknown_token_id)
 
-    def _score(self, states_NC: Tensor, labels_BT: Tensor, real_BT: Tensor) -> T5VAEOutput:
-        """Cross-entropy of the labels that are real, from the states before each of them."""
-        labels_N = labels_BT[real_BT]
+    def _score(self, states_NC: Tensor, labels_BT: Tensor, places_N: Tensor) -> T5VAEOutput:
+        """Cross-entropy of the labels at places, from the states before each of them."""
+        states_NC, labels_N = self._scaled(states_NC), labels_BT.flatten()[places_N]
         if self.fused_cross_entropy and torch.is_grad_enabled():
             nll = self.t5.lm_head(states_NC, labels_N, fused=True)
             return T5VAEOutput(loss=nll / max(1, len(labels_N)))
-        return _losses(self.t5.lm_head(states_NC, labels_N), real_BT)
+        return _losses(self.t5.lm_head(states_NC, labels_N), places_N, labels_BT.shape)
 
     def generate(self, inputs: Tensor | None = None, *, latent: Tensor | None = None, **kwargs):
         """transformers' `generate` from a code [B, D], or from sequences [B, T] to reconstruct.
@@ -436,10 +474,10 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         return super().generate(**kwargs)
 
 
-def _losses(nll_N: Tensor, real_BT: Tensor) -> T5VAEOutput:
+def _losses(nll_N: Tensor, places_N: Tensor, shape: torch.Size) -> T5VAEOutput:
     """The mean over real tokens, and the sum of each row."""
-    nll_BT = torch.zeros(real_BT.shape, dtype=nll_N.dtype, device=nll_N.device)
-    nll_B = nll_BT.masked_scatter(real_BT, nll_N).sum(1)
+    nll_P = nll_N.new_zeros(shape.numel()).index_copy(0, places_N, nll_N)
+    nll_B = nll_P.view(shape).sum(1)
     return T5VAEOutput(loss=nll_B.sum() / max(1, len(nll_N)), nll=nll_B)
 
 

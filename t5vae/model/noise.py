@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from t5vae.common.devices import sent
+
 NOISE, ENCODER_MASK, WORD_DROPOUT, POSTERIOR = range(4)  # streams
 
 
@@ -72,4 +74,4 @@ def row_keys(seed: int, position: int, sequence_B: Tensor) -> Tensor:
     """One key a row, int64 [B], from the run's seed, the step's position in the stream of data
     (`consumed` before the step) and each row's sequence number."""
     step = splitmix64(splitmix64(torch.tensor(_signed(seed))) + position)
-    return splitmix64(step.to(sequence_B.device) ^ sequence_B)
+    return splitmix64(sent(step, sequence_B.device) ^ sequence_B)

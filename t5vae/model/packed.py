@@ -2,13 +2,14 @@
 
 transformers computes [B, T] tokens, pads included; on short lines they are a third. Here the tokens
 of a batch stand in one row, [N, C], and only attention sees them by sequence again. The modules are
-transformers' own, called one by one, so weights, hooks and results are theirs. An accelerator would
-have to tell the host how many tokens there are, and wait.
+transformers' own, called one by one, so weights, hooks and results are theirs.
 
 Shapes: B sequences, T tokens, N tokens that are no pads, H heads, Q width of a head, I = H Q, S
 tokens attended to, M memory length, C model width.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -22,16 +23,33 @@ class Layout:
     """Where the tokens of a batch lie.
 
     Attributes:
-        real_BT: bool [B, T], what is no pad. One token at least is taken for real.
+        real_BT: bool [B, T], what is no pad.
+        places: int64 [N], where each token lies in the flattened batch; one at least.
     """
 
     real_BT: Tensor
+    places: Tensor
 
-    @cached_property
-    def places(self) -> Tensor:
-        """int64 [N], where each token lies in the flattened batch."""
-        place_N = self.real_BT.flatten().nonzero()[:, 0]
-        return place_N if len(place_N) else place_N.new_zeros(1)
+    @classmethod
+    def of(cls, real_BT: Tensor) -> "Layout":
+        """The layout of what is real, which is looked for."""
+        return cls._with(real_BT, places_of(real_BT))
+
+    @classmethod
+    def at(cls, places_N: Tensor, shape: Sequence[int]) -> "Layout":
+        """The layout of tokens at these places of [B, T]."""
+        real_P = torch.zeros(math.prod(shape), dtype=torch.bool, device=places_N.device)
+        return cls._with(real_P.index_fill(0, places_N, True).view(*shape), places_N)
+
+    @classmethod
+    def whole(cls, ids_BT: Tensor) -> "Layout":
+        """The layout of a batch without pads, or whose pads are tokens like any other."""
+        places_N = torch.arange(ids_BT.numel(), device=ids_BT.device)
+        return cls(torch.ones_like(ids_BT, dtype=torch.bool), places_N)
+
+    @classmethod
+    def _with(cls, real_BT: Tensor, places_N: Tensor) -> "Layout":
+        return cls(real_BT, places_N if len(places_N) else places_N.new_zeros(1))
 
     @cached_property
     def tokens(self) -> Tensor:
@@ -56,6 +74,11 @@ class Layout:
         row_N, column_N = self.places // width, self.places % width
         place_NH = (row_N[:, None] * heads + head_H) * width + column_N[:, None]
         return head_BHT.flatten(), place_NH.flatten()
+
+
+def places_of(real_BT: Tensor) -> Tensor:
+    """int64 [N], where what is real lies in the flattened batch; the host waits for its number."""
+    return real_BT.flatten().nonzero()[:, 0]
 
 
 class _ToSequences(torch.autograd.Function):

@@ -12,7 +12,7 @@ from t5vae.objective.term import Codes, Cost, Term
 if TYPE_CHECKING:
     from t5vae.objective.discrepancy import mmd, mmd_of
     from t5vae.objective.epps_pulley import sliced_epps_pulley
-    from t5vae.objective.gathering import Gathering, start_gather
+    from t5vae.objective.gathering import Gathering, rows_that_count, start_gather
 
 __all__ = [
     "Codes",
@@ -21,6 +21,7 @@ __all__ = [
     "Term",
     "mmd",
     "mmd_of",
+    "rows_that_count",
     "sliced_epps_pulley",
     "start_gather",
 ]
@@ -28,6 +29,7 @@ HOMES = {
     "Gathering": "gathering",
     "mmd": "discrepancy",
     "mmd_of": "discrepancy",
+    "rows_that_count": "gathering",
     "sliced_epps_pulley": "epps_pulley",
     "start_gather": "gathering",
 }

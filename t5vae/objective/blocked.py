@@ -18,7 +18,6 @@ def pair_sum(x_BD: Tensor, y_ND: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor
     """Sum phi over all pairs, and what pulls each x; half the work where `y_ND` is `x_BD`.
 
     Distances come from a product, so their error grows with the norms: in fp32 about 1e-7 |x|^2.
-    Where |x|^2 is many times the squared distance at which the kernel falls, fp64 is used.
 
     Args:
         x_BD: float32 or float64 [b, D], centred for accuracy: a common shift changes nothing.
@@ -31,14 +30,9 @@ def pair_sum(x_BD: Tensor, y_ND: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor
     alone = y_ND is x_BD
     x_norm_B1 = _squared_norms(x_BD)
     y_norm_N1 = x_norm_B1 if alone else _squared_norms(y_ND)
-    farthest = torch.cat([x_norm_B1, y_norm_N1]).max()
-    if x_BD.dtype == torch.float32 and farthest > FARTHEST * reach(kernel):
-        x_64 = x_BD.double()
-        total, pull_BD = pair_sum(x_64, x_64 if alone else y_ND.double(), kernel)
-        return total, pull_BD.float()
-
     # One product of augmented rows gives unit * |x - y|^2.
     unit, slope_unit, terms = _units(kernel)
+    bounds = (0, None) if unit > 0 else (None, 0)
     left_BE = torch.cat([-2 * unit * x_BD, unit * x_norm_B1, torch.ones_like(x_norm_B1)], 1)
     right_NE = torch.cat([y_ND, torch.ones_like(y_norm_N1), unit * y_norm_N1], 1)
     pull_BD, weight_B = torch.zeros_like(x_BD), torch.zeros_like(x_BD[:, 0])
@@ -50,6 +44,9 @@ def pair_sum(x_BD: Tensor, y_ND: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor
         pairs = len(x_rD) * len(y_cD)
         s_rc, slope_rc, spare_rc = buffers[:, :pairs].view(3, len(x_rD), len(y_cD))
         torch.mm(left_BE[rows], right_NE[columns].T, out=s_rc)
+        s_rc.clamp_(
+            *bounds
+        )  # else what is nearly 0 may be negative: a kernel can have a pole there
         sums = _phi(kernel, s_rc, slope_rc, spare_rc)
         pull_BD[rows].addmm_(slope_rc, y_cD)
         weight_B[rows] += slope_rc.sum(1)
@@ -64,6 +61,28 @@ def pair_sum(x_BD: Tensor, y_ND: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor
     if terms > 1:
         total = total / terms - len(x_BD) * len(y_ND)
     return total, pull_BD.addcmul_(weight_B[:, None], x_BD, value=-1).mul_(slope_unit)
+
+
+def exact_pair_sum(x_BD: Tensor, y_ND: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor]:
+    """`pair_sum` of float32 codes in float64."""
+    x_64 = x_BD.double()
+    total, pull_BD = pair_sum(x_64, x_64 if y_ND is x_BD else y_ND.double(), kernel)
+    return total, pull_BD.float()
+
+
+def is_far(z_ND: Tensor, kernel: Kernel, *, centred: bool) -> bool:
+    """Whether some codes are so far out that fp32 loses what the kernel sees.
+
+    That is where |z|^2 is many times the squared distance at which the kernel falls.
+
+    Args:
+        centred: as codes are that are compared with each other alone.
+    """
+    if not len(z_ND):
+        return False
+    if centred:
+        z_ND = z_ND - z_ND.mean(0)
+    return bool(_squared_norms(z_ND).max() > FARTHEST * reach(kernel))
 
 
 def _squared_norms(x_BD: Tensor) -> Tensor:

@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from t5vae.common.devices import sent
 from t5vae.objective import blocked
-from t5vae.objective.gathering import Gathering, start_gather
+from t5vae.objective.gathering import Gathering, rows_that_count, start_gather
 from t5vae.objective.gradient import with_gradient
 from t5vae.objective.kernels import Kernel, make_kernel
 from t5vae.objective.priors import CLOSED, draws
@@ -59,16 +60,18 @@ def mmd(
         log, where fewer than two rows of the global batch count.
 
     Raises:
-        ValueError: before anything is communicated, for codes that are not finite or not [b, D]
+        ValueError: before codes are communicated, for codes that are not finite or not [b, D]
             with b, D >= 1, one single code with estimator "u", or an unknown name.
     """
     options = {"kernel": kernel, "prior": prior, "estimator": estimator}
     _check_names(**options, implementation=implementation)
     if not z_BD.sum(dtype=torch.float64).isfinite():
         raise ValueError("codes are not finite")
-    gathering = start_gather(z_BD, weights_B=weights_B, group=group)
-    if estimator == "u" and gathering.work is None and len(z_BD) < 2:
+    counting_WB = rows_that_count(z_BD, weights_B, group)
+    if estimator == "u" and counting_WB.size < 2:
         raise ValueError('estimator "u" compares codes with each other: it needs at least 2')
+    gathering = start_gather(z_BD, counting_WB=counting_WB, group=group)
+    phi = make_kernel(kernel, z_BD.shape[1], sigma)
     return mmd_of(
         gathering,
         **options,
@@ -76,6 +79,8 @@ def mmd(
         gradient_scale=gradient_scale,
         generator_seed=generator_seed,
         implementation=implementation,
+        exact=_sums_in_fp32(implementation, phi, z_BD.shape[1])
+        and blocked.is_far(gathering.everyone(), phi, centred=prior != "sampled"),
     )
 
 
@@ -89,10 +94,15 @@ def mmd_of(
     gradient_scale: float | None = None,
     generator_seed: int = 0,
     implementation: str = "blocked",
+    exact: bool = False,
 ) -> Tensor:
     """MMD^2 of codes that are being gathered; arguments and result as in `mmd`.
 
-    Codes that are not finite make it NaN on every rank.
+    Codes that are not finite make it NaN on every rank. Nothing here asks an accelerator.
+
+    Args:
+        exact: sum over pairs in float64, for codes so far out that float32 loses what the kernel
+            sees, as `mmd` finds out. Without it distances there err by some 1e-7 |z|^2.
     """
     _check_names(kernel, prior, estimator, implementation)
     own_BD, everyone_ND = gathering.own(), gathering.everyone()
@@ -100,7 +110,7 @@ def mmd_of(
     if count < 2:
         log.warning("MMD is 0: fewer than two codes of the global batch count")
         return with_gradient(gathering.z_BD, own_BD.new_zeros(()), torch.zeros_like(gathering.z_BD))
-    pair_sum = _pair_sum(implementation)
+    pair_sum = _pair_sum(implementation, exact=exact)
     phi = make_kernel(kernel, dimensions, sigma)
     pairs = count * (count - 1) if estimator == "u" else count**2
 
@@ -113,7 +123,7 @@ def mmd_of(
         value, gradient_BD = total / pairs, pull_BD.mul_(4 / pairs)
         value += 0 * centre_D.sum()  # NaN where a code is not finite, whatever a kernel clamps
         if prior == "sampled":
-            drawn_ND = draws(count, dimensions, sigma, generator_seed).to(own_BD.device)
+            drawn_ND = sent(draws(count, dimensions, sigma, generator_seed), own_BD.device)
             total, pull_BD = pair_sum(own_BD, drawn_ND, phi)
             value -= 2 / count**2 * total
             gradient_BD.sub_(pull_BD, alpha=4 / count**2)
@@ -131,11 +141,7 @@ def mmd_of(
     if gradient_scale is None:
         gradient_scale = dist.get_world_size(gathering.group) if gathering.work else 1
     gradient_BD *= gradient_scale
-    counts_B = gathering.weights_B > 0
-    if len(own_BD) < len(counts_B):
-        gradient_BD = torch.zeros_like(gathering.z_BD, dtype=torch.float32).masked_scatter(
-            counts_B[:, None], gradient_BD
-        )
+    gradient_BD = gathering.spread(gradient_BD)
     return with_gradient(gathering.z_BD, (value + constant).float(), gradient_BD)
 
 
@@ -150,9 +156,19 @@ def _check_names(kernel: str, prior: str, estimator: str, implementation: str) -
             raise ValueError(f"{name} is {value!r}; choose {', '.join(choices)}")
 
 
-def _pair_sum(implementation: str) -> PairSum:
+def _pair_sum(implementation: str, *, exact: bool) -> PairSum:
+    if exact:
+        return blocked.exact_pair_sum
     if implementation == "triton":
         from t5vae.objective import fused
 
         return fused.pair_sum
     return blocked.pair_sum
+
+
+def _sums_in_fp32(implementation: str, kernel: Kernel, dimensions: int) -> bool:
+    if implementation == "triton":
+        from t5vae.objective import fused
+
+        return fused.default_precision(kernel, dimensions) == "fp32"
+    return True

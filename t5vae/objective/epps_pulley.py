@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from t5vae.common.devices import sent
+from t5vae.objective.gathering import rows_that_count
 from t5vae.objective.gradient import with_gradient
 
 # The trapezoid rule with step h turns cos(t d) into a function of d of period 2 pi / h (Poisson's
@@ -69,6 +71,45 @@ def sliced_epps_pulley(
             estimator, a negative number of slices, or no direction at all.
     """
     _check(z_BD, slices, axes, estimator)
+    if not z_BD.isfinite().all():
+        raise ValueError("codes are not finite")
+    counting_WB = rows_that_count(z_BD, weights_B, group)
+    return epps_pulley_of(
+        z_BD,
+        int(counting_WB.sum()),
+        slices=slices,
+        axes=axes,
+        estimator=estimator,
+        sigma=sigma,
+        weights_B=weights_B,
+        group=group,
+        gradient_scale=gradient_scale,
+        generator_seed=generator_seed,
+    )
+
+
+def epps_pulley_of(
+    z_BD: Tensor,
+    count: int,
+    *,
+    slices: int = 256,
+    axes: bool = True,
+    estimator: str = "u",
+    sigma: float = 1.0,
+    weights_B: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+    gradient_scale: float | None = None,
+    generator_seed: int = 0,
+) -> Tensor:
+    """The statistic where it is known how many rows count; arguments and result as above.
+
+    Codes that are not finite make it NaN on every rank. Nothing here asks an accelerator.
+
+    Args:
+        count: N.
+    """
+    if count < 2:
+        return with_gradient(z_BD, z_BD.new_zeros((), dtype=torch.float32), torch.zeros_like(z_BD))
     ranks = dist.get_world_size(group) if dist.is_initialized() else 1
     with torch.autocast(z_BD.device.type, enabled=False):
         scaled_BD = z_BD.detach().float() / sigma
@@ -79,19 +120,14 @@ def sliced_epps_pulley(
 
         sums = [_power_sums(_turns(scaled_BD, chunk), weights_B1) for chunk in chunks]
         sums_KM = torch.cat(sums, dim=1)
-        count = weights_B1.sum(dtype=torch.float64)
-        packed = torch.cat([torch.view_as_real(sums_KM).flatten(), count[None]])
         if ranks > 1:
-            dist.all_reduce(packed, group=group)
-        number = packed[-1].item()
+            dist.all_reduce(torch.view_as_real(sums_KM), group=group)
+        phi_KM = sums_KM / count
         gradient_BD = torch.zeros_like(scaled_BD)
-        if number < 2:
-            return with_gradient(z_BD, gradient_BD.sum(), gradient_BD)
-        phi_KM = torch.view_as_complex(packed[:-1].view(*sums_KM.shape, 2)) / number
 
         t_K1, mass_K1 = _knots(z_BD.device)
         normal_K1 = torch.exp(-t_K1.square() / 2)
-        square = number / (number - 1) if estimator == "u" else 1.0
+        square = count / (count - 1) if estimator == "u" else 1.0
         distance_KM = square * phi_KM.abs().square() - 2 * normal_K1 * phi_KM.real
         distance_KM += 1 - square + normal_K1.square()
         value = (mass_K1 * distance_KM).sum(0).mean().float()
@@ -99,7 +135,7 @@ def sliced_epps_pulley(
         # The derivative to a projection p is the real part of sum_k slope_k exp(i t_k p).
         scale = 2 * (ranks if gradient_scale is None else gradient_scale)
         slope_KM = 1j * t_K1 * mass_K1 * (square * phi_KM - normal_K1).conj()
-        slope_KM *= scale / (number * phi_KM.shape[1] * sigma)
+        slope_KM *= scale / (count * phi_KM.shape[1] * sigma)
         start = 0
         for chunk in chunks:
             turn_Bm = _turns(scaled_BD, chunk)
@@ -122,8 +158,6 @@ def _check(z_BD: Tensor, slices: int, axes: bool, estimator: str) -> None:
         raise ValueError(f"slices is {slices}; choose 0 or more")
     if slices == 0 and not axes:
         raise ValueError("no direction to project codes on; choose slices, axes or both")
-    if not z_BD.isfinite().all():
-        raise ValueError("codes are not finite")
 
 
 def _directions(slices: int, dimensions: int, seed: int) -> Tensor:
@@ -139,7 +173,7 @@ def _chunks(z_BD: Tensor, slices: int, axes: bool, seed: int) -> list[Tensor | s
     size = max(1, (2**18 if z_BD.device.type == "cpu" else 2**22) // rows)
     chunks: list[Tensor | slice] = []
     if slices:
-        chunks += _directions(slices, dimensions, seed).to(z_BD.device).split(size)
+        chunks += sent(_directions(slices, dimensions, seed), z_BD.device).split(size)
     if axes:
         chunks += [slice(i, min(i + size, dimensions)) for i in range(0, dimensions, size)]
     return chunks

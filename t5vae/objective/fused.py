@@ -137,7 +137,7 @@ def pair_sum(
         kernel: phi; P = -phi'.
         precision: of the factors of both products; sums are fp32. "fp16" keeps 11 significant
             bits, as many as tf32, at twice its rate; codes beyond some 2e4 times the kernel's
-            width are cut off. "fp32" is slow, and leaves codes too far out for it to `blocked`.
+            width are cut off. "fp32" is slow.
             Default: what `default_precision` says.
         tile: one of its `Problem`'s. Default: the one in use, or the fastest.
 
@@ -155,10 +155,6 @@ def pair_sum(
     sizes = (width, scale, factor, precision)
     x_RW, x_norm_R = _prepare(x_BD, *sizes)
     y_CW, y_norm_C = (x_RW, x_norm_R) if y_ND is x_BD else _prepare(y_ND, *sizes)
-    if precision == "fp32":
-        farthest = torch.cat([x_norm_R[:rows], y_norm_C[: len(y_ND)]]).max() / unit
-        if farthest > blocked.FARTHEST * blocked.reach(kernel):
-            return blocked.pair_sum(x_BD, y_ND, kernel)
     run = _in_one if fused else _in_two
     pull_SRW, weight_SR, phi_SR = run(
         x_RW, y_CW, x_norm_R, y_norm_C, len(y_ND), 2 * factor, form, tile

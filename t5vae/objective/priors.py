@@ -26,12 +26,18 @@ def normal_cross(z_BD: Tensor, mixture: Mixture, sigma: float) -> tuple[Tensor, 
         float64 scalar: sum_i (h(z_i) - 1); float32 [b, D]: the gradient of h at each code.
     """
     squares_B1 = torch.linalg.vector_norm(z_BD, dim=1, keepdim=True).double().square()
-    weights_K, gammas_K = squares_B1.new_tensor((mixture.weights, mixture.gammas))
+    weights_K, gammas_K = _components(mixture, z_BD.device)
     spread_K = 1 + 2 * gammas_K * sigma**2
     log_BK = squares_B1 * (-gammas_K / spread_K)
     log_BK -= 0.5 * z_BD.shape[1] * spread_K.log()
     slope_B = log_BK.exp() @ (-2 * weights_K * gammas_K / spread_K)
     return (log_BK.expm1() @ weights_K).sum(), z_BD * slope_B[:, None].to(z_BD.dtype)
+
+
+@cache
+def _components(mixture: Mixture, device: torch.device) -> Tensor:
+    """Weights and gammas, float64 [2, K], which travel to an accelerator once."""
+    return torch.tensor((mixture.weights, mixture.gammas), dtype=torch.float64, device=device)
 
 
 @cache

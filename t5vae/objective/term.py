@@ -29,6 +29,7 @@ class Codes:
         weights_B: 0 for rows that do not count, 1 for others.
         scale: standard deviation of the prior.
         seed: of what a term draws; another in every micro batch, the same on every rank.
+        count: N, rows of the global batch that count.
         gathering: of the codes of all ranks, under way; for terms that need "gathered".
         mean_BD, log_variance_BD: float32, of the posterior; for terms that need "posterior".
     """
@@ -37,6 +38,7 @@ class Codes:
     weights_B: "Tensor"
     scale: float
     seed: int
+    count: int
     gathering: "Gathering | None" = None
     mean_BD: "Tensor | None" = None
     log_variance_BD: "Tensor | None" = None
@@ -146,7 +148,8 @@ class Term(Section, ABC):
     def values(self, codes: Codes) -> tuple["Tensor", ...]:
         """What `logs` names: scalars, float32 or more.
 
-        All ranks call it together, with finite codes.
+        All ranks call it together. It asks an accelerator nothing, since the host would wait for
+        the answer. Where codes are not finite, neither is what it comes to.
         """
 
     @abstractmethod

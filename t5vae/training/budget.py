@@ -122,7 +122,8 @@ def _step_seconds(engine: Any, feed: Feed, loss: Loss, most: float = math.inf) -
     while passed < SECONDS and steps < most:
         batches = feed.read()
         agreed = feed.agree(batches)
-        loss.begin(feed.position, agreed.tokens, loss.objective.weights(0, 1))
+        weights = loss.objective.weights(0, 1)
+        loss.begin(feed.position, agreed.tokens, weights, agreed.counting)
         for micro, batch in enumerate(batches):
             backward(engine, loss(engine, batch, micro))
             update(engine)

@@ -315,9 +315,8 @@ def update(engine: Any) -> None:
         engine.step()
 
 
-def gradient_norm(engine: Any, optim: Optim) -> dict[str, float]:
-    """`grad_norm` of the last step before clipping, where DeepSpeed tells it."""
-    norm = engine.get_global_grad_norm()
-    if norm is None or not find(OPTIMISERS, optim.name).knows_gradient_norm:
-        return {}
-    return {"grad_norm": float(norm) if engine.was_step_applied() else math.nan}
+def gradient_norm(engine: Any, optim: Optim) -> Tensor | float | None:
+    """The norm of the last step's gradient before clipping, where DeepSpeed tells it."""
+    if not find(OPTIMISERS, optim.name).knows_gradient_norm:
+        return None
+    return engine.get_global_grad_norm()

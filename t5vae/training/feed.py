@@ -5,7 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
 
 from shards import Batch, ShardStream
 from t5vae.cluster.agreement import all_sum, raise_together
@@ -26,12 +28,15 @@ class Agreed:
         flops: operations that its training takes.
         stop: whether any rank was told to stop.
         written: whether all ranks have written the checkpoint that was started.
+        counting: bool [W, B] for each micro batch, which rows of all ranks count; None where all
+            do, as in a step without damaged ones.
     """
 
     tokens: float
     flops: float
     stop: bool
     written: bool
+    counting: list[np.ndarray] | None
 
 
 def open_feed(job: Job, device: torch.device) -> "Feed":
@@ -49,7 +54,7 @@ def open_feed(job: Job, device: torch.device) -> "Feed":
         pad_to=None if job.config.model.mask_padding else job.dataset.max_length,
         pin_memory=device.type == "cuda",
     )
-    return Feed(stream, job.split, work_of(job.settings))
+    return Feed(stream, job.split, work_of(job.settings), device)
 
 
 class Feed:
@@ -59,6 +64,7 @@ class Feed:
         stream: of this rank.
         split: how the global batch is dealt.
         work: counts the operations of a batch.
+        device: this rank's.
 
     Attributes:
         position: of the stream before the batches that were read last.
@@ -71,14 +77,20 @@ class Feed:
         stream: ShardStream,
         split: BatchSplit,
         work: Callable[[Batch], float],
+        device: torch.device,
     ):
-        self.stream, self.split, self.work = stream, split, work
+        self.stream, self.split, self.work, self.device = stream, split, work, device
+        self.copies = None if device.type == "cpu" else torch.Stream(device)
+        self.counts: list[np.ndarray] = []
         self.position, self.waited = stream.consumed, 0.0
         self.problem: UserError | StorageError | None = None
         self.quarantined = 0
 
     def read(self) -> list[Batch]:
-        """The next step's; none where they cannot be read, which `agree` raises on all ranks."""
+        """The next step's, on their way to the device while it is still at work on others.
+
+        None where they cannot be read, which `agree` raises on all ranks.
+        """
         began, self.position = time.perf_counter(), self.stream.consumed
         batches: list[Batch] = []
         with phase("data"):
@@ -87,7 +99,20 @@ class Feed:
             except (UserError, StorageError) as error:
                 self.problem = error
         self.waited = time.perf_counter() - began
-        return batches
+        self.counts = [batch.weights.numpy() > 0 for batch in batches]
+        return self._sent(batches)
+
+    def _sent(self, batches: list[Batch]) -> list[Batch]:
+        """Batches on the device, copied beside what it computes."""
+        if self.copies is None:
+            return batches
+        present = torch.accelerator.current_stream(self.device)
+        with self.copies:
+            sent = [batch.to(self.device) for batch in batches]
+        present.wait_stream(self.copies)
+        for batch in sent:
+            batch.used_by(present)
+        return sent
 
     def agree(self, batches: list[Batch], *, stop: bool = False, written: bool = False) -> Agreed:
         """Tell the other ranks, and hear from them; all of them call it together.
@@ -100,18 +125,25 @@ class Feed:
         Raises:
             SharedError, SharedStorageError: where any rank could not read.
         """
-        tokens, flops, stops, unread, quarantined, written_by = all_sum(
+        tokens, flops, stops, unread, left_out, written_by = all_sum(
             sum(map(real_tokens, batches)),
             sum(map(self.work, batches)),
             stop,
             self.problem is not None,
-            sum(int((batch.weights == 0).sum()) for batch in batches),
+            sum(counts_B.size - counts_B.sum() for counts_B in self.counts),
             written,
         )
         if unread:
             raise_together(self.problem)
-        self.quarantined += int(quarantined)
-        return Agreed(tokens, flops, stops > 0, written_by == self.split.ranks)
+        self.quarantined += int(left_out)
+        counting = self._counting() if left_out else None
+        return Agreed(tokens, flops, stops > 0, written_by == self.split.ranks, counting)
+
+    def _counting(self) -> list[np.ndarray]:
+        """Ask all ranks which of their rows count."""
+        everyone: list[list[np.ndarray]] = [[]] * self.split.ranks
+        dist.all_gather_object(everyone, self.counts)
+        return [np.stack(of_ranks) for of_ranks in zip(*everyone, strict=True)]
 
     def figures(self) -> dict[str, float]:
         """How far it is, how often it went through the data, and what was left out as damaged."""

@@ -15,6 +15,7 @@ from t5vae.training.feed import open_feed
 from t5vae.training.job import resolve
 from t5vae.training.meter import Meter, peak_flops
 from t5vae.training.midrun import GivenUpError, MidRunEvaluation
+from t5vae.training.outcome import Outcomes
 from t5vae.training.profiling import Profiler
 from t5vae.training.start import started
 from t5vae.training.step import Loss
@@ -41,7 +42,7 @@ def run(config: Config, together: Together, stop: StopRequest) -> None:
     with started(job, preflight) as (job, device, engine, log):
         config, objective, optim = job.config, job.config.objective, job.config.optim
         feed, loss = open_feed(job, device), Loss(objective, config.run.seed, job.split, device)
-        anomalies = Anomalies(config.train.max_bad_steps, config.train.spike)
+        outcomes, anomalies = Outcomes(), Anomalies(config.train.max_bad_steps, config.train.spike)
         with phase("resume"):
             start = resume(job.folder, config.checkpoint, job.identity, job.layout, engine, log)
         if start.done:
@@ -67,26 +68,32 @@ def run(config: Config, together: Together, stop: StopRequest) -> None:
             checkpoints.commit(agreed.written)
 
             set_learning_rate(engine, share := schedule(step - 1, job.steps, optim))
-            loss.begin(feed.position, agreed.tokens, objective.weights(step - 1, job.steps))
+            weights = objective.weights(step - 1, job.steps)
+            loss.begin(feed.position, agreed.tokens, weights, agreed.counting)
             for micro, batch in enumerate(batches):
                 backward(engine, loss(engine, batch, micro))
                 update(engine)
             meter.count(agreed.tokens, agreed.flops, feed.waited)
+            about = {"lr": share * optim.lr} | feed.figures()
+            norm = gradient_norm(engine, optim)
+            outcome = loss.end(step, engine.was_step_applied(), norm, about)
 
-            figures = loss.figures() | gradient_norm(engine, optim)
-            event = anomalies.look(figures, engine.was_step_applied(), loss.nonfinite_ranks)
             ends, findings = agreed.stop, None
             if job.evaluates_after(step) and not ends:
                 try:
                     findings = evaluate()
                 except GivenUpError:
                     ends = True
-            if event or findings or job.logs_after(step):
-                figures |= loss.latent_diagnostics() | {"lr": share * optim.lr} | anomalies.counts
-                log.step(step, figures | feed.figures() | meter.read(), findings, event)
-            anomalies.stop_if_over(f"step {step:,}: {event}", job.replay(feed.position))
+            logs, saves = bool(findings) or job.logs_after(step), ends or job.saves_after(step)
+            for past in outcomes.after(outcome, wait=logs or saves):
+                figures = past.figures()
+                event = anomalies.look(figures, past.applied, past.nonfinite_ranks())
+                if event or (logs and past is outcome):
+                    figures |= past.latent_diagnostics() | anomalies.counts | meter.read()
+                    log.step(past.step, figures, findings if past is outcome else None, event)
+                anomalies.stop_if_over(f"step {past.step:,}: {event}", job.replay(past.position))
 
-            if ends or job.saves_after(step):
+            if saves:
                 state = {"data": feed.state_dict(), "watch": anomalies.state_dict()}
                 held_out = {"held_out": findings and findings.held_out}
                 save(engine, step, state | held_out, last=ends or step == job.steps)

@@ -70,6 +70,7 @@ class Meter:
         self.device = device
         self.split = split
         self.peaks = None if peak is None else peak * split.ranks
+        self.last: dict[str, float] = {}
         self._begin()
 
     def _begin(self) -> None:
@@ -104,7 +105,7 @@ class Meter:
         return timed
 
     def read(self) -> dict[str, float]:
-        """The figures, for metrics.jsonl; the meter begins anew.
+        """The figures, for metrics.jsonl; the meter begins anew, unless there was no step since.
 
         Returns:
             tokens_per_second, sequences_per_second: of all ranks; step_seconds: of one step;
@@ -112,15 +113,18 @@ class Meter:
             data_wait: share of the time spent waiting for data; memory_bytes: the peak so far.
             Times and memory are this rank's.
         """
+        if not self.steps:
+            return self.last
         seconds = time.perf_counter() - self.began - self.paused
         figures = {
             "tokens_per_second": self.tokens / seconds,
             "sequences_per_second": self.steps * self.split.sequences / seconds,
-            "step_seconds": seconds / max(1, self.steps),
+            "step_seconds": seconds / self.steps,
             "data_wait": self.waited / seconds,
             "memory_bytes": peak_memory(self.device),
         }
         if self.peaks is not None:
             figures["mfu"] = self.flops / (seconds * self.peaks)
         self._begin()
+        self.last = figures
         return figures

@@ -1,71 +1,66 @@
 """The loss of micro batches across all ranks: reconstruction, and the terms of the objective."""
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from shards import Batch
 from shards.read.order import key_state
-from t5vae.cluster.agreement import all_sum
 from t5vae.cluster.phases import phase
 from t5vae.common.seeds import FIRST_SEED, LAST_SEED
 from t5vae.config import BatchSplit, Objective
 from t5vae.model import Regularisers, row_keys
 from t5vae.objective import Codes, Gathering, start_gather
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a micro batch came to.
-
-    Attributes:
-        codes_BD: this rank's codes, without gradient.
-        figures: over all ranks: "nll", the summed cross-entropy in nats, and what terms log; NaN
-            where a loss was not finite.
-    """
-
-    codes_BD: Tensor
-    figures: dict[str, float]
+from t5vae.training.outcome import Arriving, Outcome
 
 
 class Loss:
     """The loss of a step's micro batches, one after the other; all ranks call it together.
 
-    Where the loss of any rank is not finite, no gradient of any rank is either: DeepSpeed then
-    discards the whole step, on all ranks and with all its micro batches.
+    It asks an accelerator nothing, so that the host runs ahead of it: what a step came to is on its
+    way when the step ends. Where the loss of a rank is not finite, neither is any gradient of it,
+    nor of those that are reduced: DeepSpeed then discards the whole step, on all ranks and with all
+    its micro batches.
 
     Args:
         objective: what is minimised.
         seed: of the run; what is drawn is a function of it and of the position.
         split: how the global batch is dealt.
         device: this rank's.
-
-    Attributes:
-        nonfinite_ranks: whose loss was not finite in this step.
     """
 
     def __init__(self, objective: Objective, seed: int, split: BatchSplit, device: torch.device):
         self.objective, self.seed, self.split, self.device = objective, seed, split, device
         self.terms = objective.computed
-        self.logs = [log for term in self.terms.values() for log in term.logs]
+        of_ranks = [log for term in self.terms.values() if term.per_sequence for log in term.logs]
+        of_all = [log for term in self.terms.values() if not term.per_sequence for log in term.logs]
+        self.shares, self.logs = 1 + len(of_ranks), ("nll", *of_ranks, *of_all)
         self.gathers = any("gathered" in term.needs for term in self.terms.values())
 
-    def begin(self, position: int, tokens: float, weights: Mapping[str, float]) -> None:
+    def begin(
+        self,
+        position: int,
+        tokens: float,
+        weights: Mapping[str, float],
+        counting: Sequence[np.ndarray] | None = None,
+    ) -> None:
         """Begin a step.
 
         Args:
             position: of the stream before it.
             tokens: real tokens of the global batch.
             weights: of the terms in the loss.
+            counting: bool [W, B] for each micro batch, which rows of all ranks count; None where
+                all do.
         """
         self.position, self.tokens, self.weights = position, tokens, weights
-        self.found: list[Found] = []
-        self.nonfinite_ranks: set[int] = set()
+        self.counting = counting
+        self.codes: list[Tensor] = []
+        self.numbers: list[Tensor] = []
 
     @property
     def unit(self) -> float:
@@ -74,105 +69,88 @@ class Loss:
 
     def __call__(self, engine: Any, batch: Batch, micro: int) -> Tensor:
         """Forward pass of one micro batch, the `micro`-th of this rank; what to go back from."""
-        weights_B = batch.weights.to(self.device, non_blocking=True)
-        gathering = _Gathering(weights_B)
-        ids_BT = batch.ids.to(self.device, non_blocking=True)
+        batch = batch.to(self.device)
+        counting_WB = self.counting[micro] if self.counting else None
+        gathering = _Gathering(counting_WB)
         with phase("forward"):
             output = engine(
-                ids_BT,
-                labels=ids_BT.masked_fill(weights_B[:, None] == 0, -100),
+                batch.ids,
+                labels=batch.ids.masked_fill(batch.weights[:, None] == 0, -100),
+                places=batch.places,
                 mode="score",
                 regularisers=self._regularisers(batch),
                 on_latent=gathering if self.gathers else None,
             )
+        every = self.split.ranks * len(batch.ids)
         codes = Codes(
             output.latent,
-            weights_B,
+            batch.weights,
             scale=self.objective.scale,
             seed=seed_at(self.seed, self.position + micro),
+            count=every if counting_WB is None else int(counting_WB.sum()),
             gathering=gathering.started,
             mean_BD=output.mean,
             log_variance_BD=output.log_variance,
         )
-        codes_BD, nll = output.latent.detach(), output.loss * real_tokens(batch)
-        sums = {"nll": nll, **self._values(codes, per_sequence=True)}
-        finite, *read = _read(codes_BD.isfinite().all(), *sums.values())
-        own = bool(finite) and all(map(math.isfinite, read))
-        infinite, *read = all_sum(not own, *read)
-        statistics = {} if infinite else self._values(codes, per_sequence=False)
-        read += _read(*statistics.values())
-        if infinite or not all(map(math.isfinite, read)):
-            if codes.gathering:
-                codes.gathering.everyone()  # which may be under way
-            self.nonfinite_ranks |= _ranks_where(not own)
-            self.found.append(Found(codes_BD, dict.fromkeys(("nll", *self.logs), math.nan)))
-            return nll * math.nan
-        values = sums | statistics
-        self.found.append(Found(codes_BD, dict(zip(values, read, strict=True))))
+        nll = output.loss * real_tokens(batch)
         # DeepSpeed divides by ranks and micro steps; a sum over the global batch must not be.
         share = self.split.parts / self.unit
-        loss = nll * share
+        loss, logged = nll * share, {"nll": nll}
         for name, term in self.terms.items():
-            value = values[term.logs[0]]
-            loss = loss + self.weights[name] * (value * share if term.per_sequence else value)
-        return loss
+            with phase(name):
+                values = term.values(codes)
+            logged |= zip(term.logs, values, strict=True)
+            loss = loss + self.weights[name] * (values[0] * (share if term.per_sequence else 1))
+        return loss * self._noted(output.latent.detach(), logged)
 
-    def _values(self, codes: Codes, *, per_sequence: bool) -> dict[str, Tensor]:
-        """What terms log, of one kind of them."""
-        values: dict[str, Tensor] = {}
-        for name, term in self.terms.items():
-            if term.per_sequence == per_sequence:
-                with phase(name):
-                    values |= zip(term.logs, term.values(codes), strict=True)
-        return values
+    def _noted(self, codes_BD: Tensor, logged: Mapping[str, Tensor]) -> Tensor:
+        """Keep what a micro batch came to; 1, or NaN where any of it is not finite."""
+        number_L = torch.stack([logged[name].detach().double() for name in self.logs])
+        own = 0 * (number_L[: self.shares].sum() + codes_BD.sum(dtype=torch.float64))
+        self.codes.append(codes_BD)
+        self.numbers.append(torch.cat([number_L, own[None]]))
+        return 1 + (0 * self.numbers[-1].sum()).float()
 
     def _regularisers(self, batch: Batch) -> Regularisers:
-        number_B = batch.sequence + (batch.source << 40)
         return Regularisers(
-            row_keys(self.seed, self.position, number_B.to(self.device)),
+            row_keys(self.seed, self.position, batch.sequence + (batch.source << 40)),
             latent_noise=self.objective.latent_noise,
             input_mask=self.objective.input_mask,
             word_dropout=self.objective.word_dropout,
         )
 
-    def figures(self) -> dict[str, float]:
-        """What the step's micro batches come to, over all ranks."""
-        sums = {
-            name: sum(part.figures[name] for part in self.found) for name in ("nll", *self.logs)
-        }
-        loss = reconstruction = sums["nll"] / self.unit
-        of_terms: dict[str, float] = {}
-        for name, term in self.terms.items():
-            parts = len(self.found)
-            among = self.split.sequences if term.per_sequence else parts
-            of_terms |= {log: sums[log] / among for log in term.logs}
-            if term.has_schedule:
-                of_terms[f"{name}_weight"] = self.weights[name]
-            minimised = sums[term.logs[0]] / (self.unit if term.per_sequence else parts)
-            loss += self.weights[name] * minimised
-        return {
-            "loss": loss,
-            "reconstruction": reconstruction,
-            "nats_per_token": sums["nll"] / self.tokens,
-            "nats_per_sequence": sums["nll"] / self.split.sequences,
-            **of_terms,
-        }
+    def end(
+        self, step: int, applied: bool, norm: Tensor | float | None, about: Mapping[str, float]
+    ) -> Outcome:
+        """End a step, all ranks together; what it came to is on its way to the host.
 
-    def latent_diagnostics(self) -> dict[str, float]:
-        """How this rank's codes of the step compare with N(0, I), for which it is about 1, 1 and 0.
-
-        Returns:
-            latent_variance: mean over the coordinates; latent_square: mean |z|^2 / D;
-            latent_saturated: share of coordinates beyond 0.99 in size and below 1, as tanh leaves
-            them.
+        Args:
+            step: its number.
+            applied: whether the weights were updated.
+            norm: of the gradient; None where it is not known.
+            about: figures of it that the host has.
         """
-        z_BD = torch.cat([part.codes_BD for part in self.found]).float()
-        size = z_BD.abs()
-        return {
-            "latent_variance": z_BD.var(0).mean().item(),
-            "latent_square": z_BD.square().mean().item(),
-            "latent_saturated": ((size > 0.99) & (size <= 1)).float().mean().item(),
-        }
+        numbers = torch.stack(self.numbers).sum(0)
+        if self.split.ranks > 1:
+            dist.all_reduce(numbers[: self.shares])
+        names = (*self.logs, "own")
+        if isinstance(norm, Tensor):
+            numbers, names = torch.cat([numbers, norm.double().view(1)]), (*names, "norm")
+        return Outcome(
+            step=step,
+            position=self.position,
+            applied=applied,
+            about=about,
+            terms=self.terms,
+            weights=self.weights,
+            split=self.split,
+            tokens=self.tokens,
+            unit=self.unit,
+            codes=self.codes,
+            norm=None if isinstance(norm, Tensor) else norm,
+            names=names,
+            arriving=Arriving(numbers),
+        )
 
 
 def seed_at(seed: int, position: int) -> int:
@@ -188,19 +166,7 @@ def seed_at(seed: int, position: int) -> int:
 
 def real_tokens(batch: Batch) -> float:
     """Tokens that count, end tokens included."""
-    return float((batch.lengths * batch.weights).sum())
-
-
-def _read(*scalars: Tensor) -> list[float]:
-    """Numbers of the device, at once."""
-    return torch.stack(scalars).tolist() if scalars else []
-
-
-def _ranks_where(true: bool) -> set[int]:
-    """The ranks that say so; all of them where none does, since the fault is in what they share."""
-    said: list[bool] = [False] * dist.get_world_size()
-    dist.all_gather_object(said, true)
-    return {rank for rank, yes in enumerate(said) if yes} or set(range(len(said)))
+    return float(len(batch.places))
 
 
 class _Gathering:
@@ -208,8 +174,8 @@ class _Gathering:
 
     started: Gathering | None = None
 
-    def __init__(self, weights_B: Tensor):
-        self.weights_B = weights_B
+    def __init__(self, counting_WB: np.ndarray | None):
+        self.counting_WB = counting_WB
 
     def __call__(self, z_BD: Tensor) -> None:
-        self.started = start_gather(z_BD, weights_B=self.weights_B, equal_rows=True)
+        self.started = start_gather(z_BD, counting_WB=self.counting_WB)

@@ -103,7 +103,7 @@ def test_layers_that_are_compiled_or_checkpointed_are_transformers(build):
 @given(st.lists(st.integers(0, LONGEST), min_size=1, max_size=6))
 def test_packing_and_unpacking_give_real_tokens_back(lengths):
     real_BT = torch.arange(LONGEST) < torch.tensor(lengths)[:, None]
-    layout = Layout(real_BT)
+    layout = Layout.of(real_BT)
     x_BTC = torch.randn(*real_BT.shape, 3)
     there_and_back = layout.unpack(layout.pack(x_BTC))
     if real_BT.any():

@@ -13,7 +13,9 @@ def codes(rows: int = 5, scale: float = 1.0, weights_B: Tensor | None = None) ->
     mean_BD, log_variance_BD = torch.randn(2, rows, 3, dtype=torch.float64).requires_grad_()
     if weights_B is None:
         weights_B = torch.ones(rows, dtype=torch.float64)
-    return Codes(mean_BD, weights_B, scale, 0, mean_BD=mean_BD, log_variance_BD=log_variance_BD)
+    return Codes(
+        mean_BD, weights_B, scale, 0, rows, mean_BD=mean_BD, log_variance_BD=log_variance_BD
+    )
 
 
 def each_divergence(codes: Codes) -> Tensor:
@@ -62,7 +64,7 @@ def test_where_in_memory_the_weights_lie_changes_no_bit():
         for start in range(16)
         for weights_B in [torch.ones(32)[start : start + 7]]
         for codes_of in [
-            Codes(mean_BD, weights_B, 1.0, 0, mean_BD=mean_BD, log_variance_BD=log_variance_BD)
+            Codes(mean_BD, weights_B, 1.0, 0, 7, mean_BD=mean_BD, log_variance_BD=log_variance_BD)
         ]
     }
     assert len(found) == 1

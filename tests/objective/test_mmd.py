@@ -215,7 +215,7 @@ def test_gradient_scale_multiplies_the_gradient_and_not_the_value():
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_gather_finished_later_gives_the_same(kernel):
     z_ND, weights_N = codes(9, 4).requires_grad_(), torch.tensor([1.0] * 7 + [0.0] * 2)
-    pending = start_gather(z_ND, weights_B=weights_N)
+    pending = start_gather(z_ND, counting_WB=weights_N[None].numpy() > 0)
     value = mmd_of(pending, kernel=kernel, estimator="v")
     (gradient,) = torch.autograd.grad(value, z_ND)
     options = {"weights_B": weights_N, "kernel": kernel, "estimator": "v"}

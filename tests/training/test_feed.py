@@ -21,7 +21,7 @@ def feed_of(folder: Path, rank: int, world: int) -> Feed:
     options = {"global_batch_size": ROWS, "micro_batch_size": 15, "on_corrupt": "skip"}
     stream = ShardStream(folder / "data", seed=0, rank=rank, world_size=world, **options)
     split = SimpleNamespace(accumulation=ROWS // world // 15, ranks=world)
-    return Feed(stream, split, lambda batch: 0.0)
+    return Feed(stream, split, lambda batch: 0.0, torch.device("cpu"))
 
 
 def go(feed: Feed, steps: int) -> list[int]:

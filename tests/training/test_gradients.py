@@ -28,7 +28,7 @@ from t5vae.cluster.process_group import free_port, start_process_group
 from t5vae.cluster.ranks import Ranks
 from t5vae.config import Config
 from t5vae.model import T5VAE, Regularisers, row_keys
-from t5vae.objective import Gathering, mmd, sliced_epps_pulley
+from t5vae.objective import Gathering, gathering, mmd, sliced_epps_pulley
 from t5vae.training.build import model_config
 from t5vae.training.engine import backward, build_engine, deepspeed_config, set_learning_rate
 from t5vae.training.step import Loss
@@ -160,7 +160,9 @@ def micro_batches(case: Case, rank: int = 0, world: int = 1) -> list[Batch]:
         own = slice(first, first + ROWS // world)
         longest = int(lengths[own].max())
         batches.append(
-            Batch(ids[own, :longest], lengths[own], weights[own], number[own], number[own] % 2, 0)
+            Batch.of(
+                ids[own, :longest], lengths[own], weights[own], number[own], number[own] % 2, 0
+            )
         )
     return batches
 
@@ -247,7 +249,9 @@ def rank_step(engine: Any, name: str, stage: int) -> dict[str, Any]:
     config, batches = make_config(case, stage, world), micro_batches(case, rank, world)
     tokens = all_tokens(micro_batches(case))
     loss = Loss(config.objective, SEED, config.data.split(world), CPU)
-    loss.begin(POSITION, tokens, config.objective.weights(0, 1) | {"mmd": case.weight})
+    weights = config.objective.weights(0, 1) | {"mmd": case.weight}
+    counting = [batch.weights.view(world, -1).numpy() > 0 for batch in micro_batches(case)]
+    loss.begin(POSITION, tokens, weights, counting if case.left_out else None)
     with recorded(engine) as events:
         for micro, batch in enumerate(batches):
             if micro:
@@ -260,10 +264,15 @@ def rank_step(engine: Any, name: str, stage: int) -> dict[str, Any]:
     set_learning_rate(engine, 0.0)
     engine.step()  # only forgets the gradients
     afterwards = [
-        mmd(part.codes_BD, **mmd_options(config), **draw(batch, micro)).item()
-        for micro, (part, batch) in enumerate(zip(loss.found, batches, strict=True))
+        mmd(codes_BD, **mmd_options(config), **draw(batch, micro)).item()
+        for micro, (codes_BD, batch) in enumerate(zip(loss.codes, batches, strict=True))
     ]
-    found = {name: [part.figures.get(name, 0.0) for part in loss.found] for name in PARTS}
+    numbers_ML = torch.stack(loss.numbers)
+    shares_MS = numbers_ML[:, : loss.shares].contiguous()
+    dist.all_reduce(shares_MS)
+    numbers_ML[:, : loss.shares] = shares_MS
+    of_logs = dict(zip(loss.logs, numbers_ML.T.tolist(), strict=False))
+    found = {name: of_logs.get(name, [0.0] * len(batches)) for name in PARTS}
     return {**found, "gradients": gradients, "events": events, "afterwards": afterwards}
 
 
@@ -271,7 +280,7 @@ def rank_step(engine: Any, name: str, stage: int) -> dict[str, Any]:
 def recorded(engine: Any) -> Iterator[list[str]]:
     """The order of gather and decoder, while micro steps run."""
     events: list[str] = []
-    gather, everyone = dist.all_gather, Gathering.everyone
+    gather, everyone = gathering.all_gather, Gathering.everyone
 
     class Work:
         def __init__(self, work: dist.Work):
@@ -281,13 +290,13 @@ def recorded(engine: Any) -> Iterator[list[str]]:
             events.append("gather awaited")
             self.work.wait()
 
-    def gathering(*arguments: Any, **options: Any) -> Work:
+    def starting(*arguments: Any, **options: Any) -> Work:
         events.append("gather starts")
         return Work(gather(*arguments, **options))
 
-    def finishing(gathering: Gathering) -> Tensor:
+    def finishing(codes: Gathering) -> Tensor:
         events.append("finish")
-        return everyone(gathering)
+        return everyone(codes)
 
     decoder = engine.module.t5.decoder
     hooks = [
@@ -295,7 +304,7 @@ def recorded(engine: Any) -> Iterator[list[str]]:
         decoder.final_layer_norm.register_forward_hook(lambda *_: events.append("decoder ends")),
     ]
     with (
-        patch.object(dist, "all_gather", gathering),
+        patch.object(gathering, "all_gather", starting),
         patch.object(Gathering, "everyone", finishing),
     ):
         yield events

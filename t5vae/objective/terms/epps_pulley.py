@@ -30,10 +30,11 @@ class EppsPulley(Term):
             raise ValueError("objective.epps_pulley needs directions: set slices, axes or both")
 
     def values(self, codes: Codes) -> tuple["Tensor", ...]:
-        from t5vae.objective import sliced_epps_pulley
+        from t5vae.objective.epps_pulley import epps_pulley_of
 
-        statistic = sliced_epps_pulley(
+        statistic = epps_pulley_of(
             codes.z_BD,
+            codes.count,
             slices=self.slices,
             axes=self.axes,
             sigma=codes.scale,
