@@ -21,7 +21,7 @@ from t5vae.checkpoint.fragments import fragments, scalars
 from t5vae.checkpoint.manifest import MANIFEST, seal
 from t5vae.checkpoint.randomness import random_state
 from t5vae.checkpoint.rank_files import write
-from t5vae.cluster.agreement import from_first
+from t5vae.cluster.agreement import from_first, gather_objects
 from t5vae.cluster.scheduler import host_name
 from t5vae.common.errors import StorageError, UserError, first_line
 from t5vae.common.files import fsync
@@ -115,8 +115,7 @@ class Saver:
         except FAILURES as error:
             problem = problem or _told(error)
         self.pending = None
-        reports: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(reports, (files, problem))
+        reports = gather_objects((files, problem))
         problem = next((found for _, found in reports if found), None)
         self.manifest["files"] = {name: of for files, _ in reports for name, of in files.items()}
         if dist.get_rank() == 0 and problem is None:

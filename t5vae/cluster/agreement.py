@@ -1,8 +1,14 @@
-"""What all ranks of a process group find, sum or refuse together, over gloo on the CPU."""
+"""What all ranks find, sum or refuse together: their bookkeeping, over gloo on the CPU.
+
+It has a process group of its own, so that none of it waits for tensors under way in the default one
+(NCCL's where there is an accelerator), nor is mistaken for them.
+"""
 
 import hashlib
 import json
+import weakref
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +23,38 @@ from t5vae.common.storage import patiently
 Result = TypeVar("Result")
 _Told = tuple[str, bool]
 
+_made: weakref.ref[dist.ProcessGroup] | None = None
+
+
+def _group() -> dist.ProcessGroup | None:
+    """That of the bookkeeping; None for the default one, where that was joined without it."""
+    return _made() if _made else None
+
+
+def start_bookkeeping(timeout: float) -> None:
+    """Connect the ranks for their bookkeeping; all of the default process group call it together.
+
+    Leaving the default group ends this one too.
+
+    Args:
+        timeout: seconds that ranks wait for each other, here and in each call.
+
+    Raises:
+        RuntimeError: torch's, where a rank does not come.
+    """
+    global _made
+    group = dist.new_group(
+        backend="gloo", timeout=timedelta(seconds=timeout), group_desc="bookkeeping"
+    )
+    _made = weakref.ref(group)  # torch alone keeps it, until the default group is left
+
+
+def gather_objects(own: Result) -> list[Result]:
+    """What each rank has, in their order, on all ranks; it must be fit for pickle."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, own, _group())
+    return found
+
 
 def raise_together(problem: UserError | StorageError | None) -> None:
     """Raise on all ranks what any rank has to complain of; all ranks call it.
@@ -25,8 +63,7 @@ def raise_together(problem: UserError | StorageError | None) -> None:
         SharedError, SharedStorageError: the first rank's that has one, with its name and host
             unless all have one.
     """
-    found: list[tuple[str, _Told | None]] = [("", None)] * dist.get_world_size()
-    dist.all_gather_object(found, (host_name(), _told(problem)))
+    found = gather_objects((host_name(), _told(problem)))
     broken = {rank: (host, told) for rank, (host, told) in enumerate(found) if told}
     for rank, (host, (text, weather)) in broken.items():
         everywhere = len(broken) == len(found)
@@ -53,8 +90,7 @@ def check_shared(file: Path) -> None:
         found = patiently(file.read_text, str(file))
     except FileNotFoundError:
         found = None
-    everyone: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, found)
+    everyone = gather_objects(found)
     elsewhere = [str(rank) for rank, own in enumerate(everyone) if own != everyone[0]]
     if elsewhere:
         raise SharedError(
@@ -73,8 +109,7 @@ def check_same(facts: dict[str, Any]) -> None:
         SharedError: naming the first fact that differs, and those who have it otherwise.
     """
     own = {name: _digest(value) for name, value in facts.items()}
-    everyone: list[tuple[str, dict[str, str]]] = [("", {})] * dist.get_world_size()
-    dist.all_gather_object(everyone, (host_name(), own))
+    everyone = gather_objects((host_name(), own))
     for name, digest in everyone[0][1].items():
         others = [rank for rank, (_, theirs) in enumerate(everyone) if theirs[name] != digest]
         if others:
@@ -92,7 +127,7 @@ def _digest(value: Any) -> str:
 def all_sum(*values: float) -> list[float]:
     """Sum each value over the ranks, in fp64."""
     total = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(total)
+    dist.all_reduce(total, group=_group())
     return total.tolist()
 
 
@@ -101,7 +136,7 @@ def all_max(*values: float) -> list[float]:
     if not dist.is_initialized():
         return list(values)
     largest = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    dist.all_reduce(largest, dist.ReduceOp.MAX, _group())
     return largest.tolist()
 
 
@@ -117,7 +152,7 @@ def from_first(decide: Callable[[], Result]) -> Result:
             found[0] = decide()
         except (UserError, StorageError) as error:
             found[1] = _told(error)
-    dist.broadcast_object_list(found, src=0)
+    dist.broadcast_object_list(found, 0, _group())
     if found[1]:
         text, weather = found[1]
         raise (SharedStorageError if weather else SharedError)(text)

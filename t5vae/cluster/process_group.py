@@ -1,4 +1,4 @@
-"""The process group: joined through DeepSpeed, limited in its patience, and left."""
+"""The process groups: one of tensors, one of bookkeeping; joined, limited in patience, and left."""
 
 import os
 import socket
@@ -9,6 +9,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from t5vae.cluster.agreement import start_bookkeeping
 from t5vae.cluster.allocator import keep_freed_memory
 from t5vae.cluster.ranks import Ranks
 from t5vae.cluster.scheduler import host_name
@@ -61,17 +62,22 @@ def require_address(ranks: Ranks) -> None:
 def start_process_group(
     ranks: Ranks, timeout: float = 600, *, compiles: bool = False, interface: str | None = None
 ) -> torch.device:
-    """Join the process group through DeepSpeed and choose this rank's device.
+    """Join the process groups, DeepSpeed's too, and choose this rank's device.
+
+    The default group is of tensors on that device alone, over gloo on a CPU and over its own
+    library (NCCL) on an accelerator, like those that DeepSpeed makes: were it gloo's as well, so
+    would they be, and each of gloo's connects all pairs of ranks. Bookkeeping has its own, of
+    gloo's: see `agreement`.
 
     Args:
         ranks: which process this is.
-        timeout: seconds after which a collective that others do not join ends the process.
+        timeout: seconds after which a collective that others do not join ends the process; those
+            of an accelerator wait for `LONGER` more.
         compiles: leave torch.compile on where there is no accelerator.
         interface: network interface to talk over; by default the one to the other hosts.
 
     Returns:
-        The accelerator of this local rank, or the CPU where there is none. Tensors of the CPU go
-        over gloo always, those of an accelerator over its own library.
+        The accelerator of this local rank, or the CPU where there is none.
     """
     accelerated = torch.accelerator.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     if not accelerated:
@@ -101,21 +107,22 @@ def start_process_group(
 
     # DeepSpeed would compile this when it starts on a CPU; it serves inference alone.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    device, backend = torch.device("cpu"), "gloo"
+    device, backend, limit = torch.device("cpu"), "gloo", timedelta(seconds=timeout)
     if accelerated:
         kind = torch.accelerator.current_accelerator().type
         device = torch.device(kind, device_index(ranks.local_rank))
         torch.accelerator.set_device_index(device.index)
-        backend = f"cpu:gloo,{kind}:{dist.get_default_backend_for_device(kind)}"
+        backend = dist.get_default_backend_for_device(kind)
+        # The end of gloo's waiting can be told; that of NCCL's is its watchdog's, which aborts.
+        limit += timedelta(seconds=LONGER)
     # Those that DeepSpeed makes would wait for half an hour.
-    dist.distributed_c10d.default_pg_timeout = timedelta(seconds=timeout)
-    dist.distributed_c10d.default_pg_nccl_timeout = timedelta(seconds=timeout + LONGER)
-    deepspeed.init_distributed(
-        dist_backend=backend,
-        auto_mpi_discovery=False,
-        timeout=timedelta(seconds=timeout),
-        verbose=False,
-    )
+    dist.distributed_c10d.default_pg_timeout = limit
+    dist.distributed_c10d.default_pg_nccl_timeout = limit
+    # DeepSpeed would have NCCL connect first, which, unlike gloo, waits for a lost rank for ever.
+    dist.init_process_group(backend, timeout=limit)
+    start_bookkeeping(timeout)
+    dist.all_reduce(torch.zeros(1, device=device))  # by which NCCL knows the device of its barriers
+    deepspeed.init_distributed(verbose=False)
     return device
 
 
@@ -141,7 +148,7 @@ def limit_waiting(timeout: float) -> None:
 
 
 def leave_process_group() -> None:
-    """End the process group, if there is one."""
+    """End all process groups, if there are any."""
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from shards import Dataset
 from t5vae.checkpoint.randomness import undisturbed
+from t5vae.cluster.agreement import gather_objects
 from t5vae.cluster.phases import phase
 from t5vae.common.errors import first_line
 from t5vae.config import Eval
@@ -119,7 +120,7 @@ class DealtSpace(LatentSpace):
             yield batch
 
     def _go_on(self) -> None:
-        if any(self._everyones(self.told())):
+        if any(gather_objects(self.told())):
             raise GivenUpError
 
     def _share(self, ids: Ids) -> Ids:
@@ -135,13 +136,8 @@ class DealtSpace(LatentSpace):
 
     def _gathered(self, own: Any, count: int) -> list[Any]:
         """The rows of all ranks in their order, from an array or list of this rank's."""
-        shares = self._everyones(own)
+        shares = gather_objects(own)
         return [shares[row % len(shares)][row // len(shares)] for row in range(count)]
-
-    def _everyones(self, own: Any) -> list[Any]:
-        found: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(found, own)
-        return found
 
 
 class Forgiving:

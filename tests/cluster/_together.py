@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from t5vae.cluster import together as module
+from t5vae.cluster.agreement import all_sum, start_bookkeeping
 from t5vae.cluster.errors import SharedError
 from t5vae.cluster.phases import begin_step, phase
 from t5vae.cluster.process_group import free_port
@@ -71,6 +72,7 @@ DOES = {
     "nothing": lambda: None,
     "is slow": lambda: time.sleep(1),
     "collective": collective,
+    "bookkeeping": lambda: all_sum(1),
     "device": device,
     "python": lambda: [time.sleep(0.01) for _ in range(60_000)],
     "hangs": hangs,
@@ -107,6 +109,7 @@ def be_rank(rank: int, port: int, request: dict) -> int:
             limit = timedelta(seconds=request["timeout"])
             store = dist.PrefixStore("group", together.store)
             dist.init_process_group("gloo", timeout=limit, store=store, rank=rank, world_size=world)
+            start_bookkeeping(request["timeout"])
             collective()
             DOES[does]()
             dist.destroy_process_group()

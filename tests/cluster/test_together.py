@@ -186,11 +186,11 @@ def test_a_launcher_that_ends_is_named_as_that(end, world, others):
     assert all(line.startswith(told) for _, line in ended.lines)
 
 
-@pytest.mark.parametrize("hung", [0, 2])
-def test_a_rank_that_hangs_while_its_process_lives_is_named_with_what_it_is_at(end, hung):
+@pytest.mark.parametrize(("hung", "others"), [(0, "collective"), (2, "bookkeeping")])
+def test_a_rank_that_hangs_while_its_process_lives_is_named_with_what_it_is_at(end, hung, others):
     does = ["", "", ""]
     does[hung] = "hangs"
-    ended = end(*does, timeout=3)
+    ended = end(*does, timeout=3, others=others)
     assert ended.codes == [1, 1, 1]
     ((rank, line),) = ended.lines
     assert rank == 0
