@@ -21,6 +21,7 @@ from t5vae.checkpoint.fragments import fragments, scalars
 from t5vae.checkpoint.manifest import MANIFEST, seal
 from t5vae.checkpoint.randomness import random_state
 from t5vae.checkpoint.rank_files import write
+from t5vae.checkpoint.staging import Staging
 from t5vae.cluster.agreement import from_first, gather_objects
 from t5vae.cluster.scheduler import host_name
 from t5vae.common.errors import StorageError, UserError, first_line
@@ -59,10 +60,11 @@ class Saver:
         self.folder = folder
         self.asynchronous = asynchronous
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.staging = Staging()
         self.pending: Future[dict[str, Any]] | None = None
 
     def start(self, engine: Any, step: int, manifest: dict[str, Any]) -> None:
-        """Begin to save; `finish` must follow before the next step unless `asynchronous`.
+        """Begin to save; `finish` must follow, before the next step unless `asynchronous`.
 
         Args:
             step: steps done.
@@ -88,7 +90,7 @@ class Saver:
         generators, plain = random_state()
         tensors |= {f"random/{name}/0": state for name, state in generators.items()}
         if self.asynchronous:
-            tensors = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
+            tensors = self.staging.copy(tensors)
         path = self.tmp / f"rank-{dist.get_rank():05d}.safetensors"
         self.pending = self.thread.submit(_write, path, tensors, plain)
         self.stall = time.perf_counter() - self.started
