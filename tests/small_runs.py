@@ -112,13 +112,13 @@ class Together:
     def get_world_size(self) -> int:
         return self.world
 
-    def all_gather_object(self, found: list[Any], own: Any) -> None:
+    def all_gather_object(self, found: list[Any], own: Any, group: None = None) -> None:
         self.said[self.get_rank()] = own
         self.barrier()
         found[:] = self.said
         self.barrier()
 
-    def broadcast_object_list(self, found: list[Any], src: int) -> None:
+    def broadcast_object_list(self, found: list[Any], src: int, group: None = None) -> None:
         everyone: list[Any] = [None] * self.world
         self.all_gather_object(everyone, list(found))
         found[:] = everyone[src]

@@ -131,22 +131,6 @@ def device_index(local_rank: int) -> int:
     return local_rank % torch.accelerator.device_count()
 
 
-def limit_waiting(timeout: float) -> None:
-    """Limit how long collectives wait from now on.
-
-    Those of an accelerator wait longer than those of the CPU, whose end can be told: that of NCCL's
-    is its watchdog's, which aborts the process.
-
-    Args:
-        timeout: seconds.
-    """
-    cpu, limit = torch.device("cpu"), timedelta(seconds=timeout)
-    for group in list(dist.distributed_c10d._world.pg_map):
-        dist.distributed_c10d._set_pg_timeout(limit + timedelta(seconds=LONGER), group)
-        if cpu in group._device_types:
-            group._get_backend(cpu)._set_default_timeout(limit)
-
-
 def leave_process_group() -> None:
     """End all process groups, if there are any."""
     if dist.is_initialized():

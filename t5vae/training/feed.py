@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from shards import Batch, ShardStream
-from t5vae.cluster.agreement import all_sum, raise_together
+from t5vae.cluster.agreement import all_sum, gather_objects, raise_together
 from t5vae.cluster.phases import phase
 from t5vae.common.errors import StorageError, UserError
 from t5vae.config import BatchSplit
@@ -141,8 +140,7 @@ class Feed:
 
     def _counting(self) -> list[np.ndarray]:
         """Ask all ranks which of their rows count."""
-        everyone: list[list[np.ndarray]] = [[]] * self.split.ranks
-        dist.all_gather_object(everyone, self.counts)
+        everyone = gather_objects(self.counts)
         return [np.stack(of_ranks) for of_ranks in zip(*everyone, strict=True)]
 
     def figures(self) -> dict[str, float]:

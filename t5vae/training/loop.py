@@ -10,6 +10,7 @@ from t5vae.cluster.stopping import StopRequest
 from t5vae.cluster.together import Together
 from t5vae.config import Config
 from t5vae.training.anomalies import Anomalies
+from t5vae.training.collecting import collected_between_steps
 from t5vae.training.engine import backward, gradient_norm, schedule, set_learning_rate, update
 from t5vae.training.feed import open_feed
 from t5vae.training.job import resolve
@@ -39,7 +40,10 @@ def run(config: Config, together: Together, stop: StopRequest) -> None:
         job = resolve(config, ranks)
     if together.from_first(job.is_finished):
         return job.tell_finished()
-    with started(job, preflight) as (job, device, engine, log):
+    with (
+        started(job, preflight) as (job, device, engine, log),
+        collected_between_steps() as collect,
+    ):
         config, objective, optim = job.config, job.config.objective, job.config.optim
         feed, loss = open_feed(job, device), Loss(objective, config.run.seed, job.split, device)
         outcomes, anomalies = Outcomes(), Anomalies(config.train.max_bad_steps, config.train.spike)
@@ -62,6 +66,7 @@ def run(config: Config, together: Together, stop: StopRequest) -> None:
         step = start.done
         for step in log.steps(start.done):
             begin_step(step)
+            collect()
             profile(step)
             batches = feed.read()
             agreed = feed.agree(batches, stop=stop.requested, written=checkpoints.written)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from t5vae.cluster.agreement import gather_objects
 from t5vae.config import BatchSplit
 from t5vae.objective import Term
 
@@ -85,8 +85,7 @@ class Outcome:
         """
         if self.is_finite:
             return []
-        said: list[bool] = [False] * self.split.ranks
-        dist.all_gather_object(said, math.isfinite(self.numbers["own"]))
+        said = gather_objects(math.isfinite(self.numbers["own"]))
         to_blame = [rank for rank, finite in enumerate(said) if not finite]
         return to_blame or list(range(self.split.ranks))
 

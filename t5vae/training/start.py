@@ -7,14 +7,13 @@ from threading import Thread
 from typing import IO, Any
 
 import torch
-import torch.distributed as dist
 
 from t5vae.checkpoint.randomness import be_deterministic
 from t5vae.checkpoint.retention import newest_manifest
 from t5vae.cluster import attempts
 from t5vae.cluster.agreement import check_same, check_shared, from_first
 from t5vae.cluster.preflight import Preflight
-from t5vae.cluster.process_group import limit_waiting, start_process_group
+from t5vae.cluster.process_group import leave_process_group, start_process_group
 from t5vae.cluster.run_folder import LOCK, lock_run, make_folder
 from t5vae.common.quiet import log_libraries_to, quiet_start
 from t5vae.metrics.runlog import RunLog
@@ -58,7 +57,6 @@ def started(job: Job, preflight: Preflight) -> Iterator[tuple[Job, torch.device,
         tiles, tiled = settle_tiles(config.objective, size, job.split, device, kept)
         job, fixed = fix_steps(replace(job, config=config, tiles=tiles), device, build)
         engine = build(job, device)
-        limit_waiting(config.train.timeout)
     log_libraries_to(job.log_file)
     log = RunLog(job.config, enabled=ranks.is_first)
     log.attempt(attempt, health)
@@ -66,7 +64,7 @@ def started(job: Job, preflight: Preflight) -> Iterator[tuple[Job, torch.device,
         log.say(reason)
     yield job, device, engine, log
     log.close()
-    dist.destroy_process_group()
+    leave_process_group()
     if lock:
         _release(lock)
 
