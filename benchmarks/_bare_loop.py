@@ -31,6 +31,7 @@ from t5vae.config import load_config
 from t5vae.metrics.runlog import RunLog
 from t5vae.model import Regularisers
 from t5vae.training.job import Job, resolve
+from t5vae.training.outcome import Outcomes
 from t5vae.training.precision import settle
 from t5vae.training.start import build
 
@@ -54,7 +55,8 @@ def random_batches(file: Path, ranks: Ranks, dataset: Dataset, device: torch.dev
         ids_BT[torch.arange(rows), lengths_B - 1] = dataset.eos_id
         sequence_B = torch.arange(rows) + rows * ranks.rank
         like = torch.zeros_like(sequence_B)
-        batches.append(Batch(ids_BT.to(device), lengths_B, torch.ones(rows), sequence_B, like, 0))
+        batch = Batch.of(ids_BT, lengths_B, torch.ones(rows), sequence_B, like)
+        batches.append(batch.to(device))
     return batches
 
 
@@ -63,7 +65,8 @@ def variants(engine: Any, job: Job, device: torch.device) -> dict[str, TakeStep]
     config, loss = job.config, _step.loss_of(job.config, job.ranks.world_size, device)
 
     def bare(batch: Batch) -> None:
-        engine.backward(engine(batch.ids, labels=batch.ids, mode="score").loss)
+        output = engine(batch.ids, labels=batch.ids, places=batch.places, mode="score")
+        engine.backward(output.loss)
         engine.step()
 
     def with_mmd(batch: Batch, regularisers: Regularisers | None = None) -> None:
@@ -73,7 +76,12 @@ def variants(engine: Any, job: Job, device: torch.device) -> dict[str, TakeStep]
             gathers.append(_objective.gather(z_BD))
 
         output = engine(
-            batch.ids, labels=batch.ids, mode="score", regularisers=regularisers, on_latent=start
+            batch.ids,
+            labels=batch.ids,
+            places=batch.places,
+            mode="score",
+            regularisers=regularisers,
+            on_latent=start,
         )
         statistic = _objective.statistic(gathers[0], config)
         engine.backward(output.loss + config.objective.mmd.weight * statistic)
@@ -82,8 +90,11 @@ def variants(engine: Any, job: Job, device: torch.device) -> dict[str, TakeStep]
     def with_noise(batch: Batch) -> None:
         with_mmd(batch, _step.noise_of(batch, config, device))
 
+    outcomes = Outcomes()
+
     def with_sums(batch: Batch) -> None:
-        _step.take_step(loss, engine, batch)
+        for outcome in outcomes.after(_step.take_step(loss, engine, batch), wait=False):
+            outcome.figures()
 
     return {"bare": bare, "mmd": with_mmd, "noise": with_noise, "sums": with_sums}
 
@@ -95,14 +106,11 @@ def parts(job: Job, batch: Batch, device: torch.device) -> dict[str, Callable[[]
     z_BD = torch.randn(len(batch.ids), config.model.latent_size, dtype=dtype, device=device)
     z_BD.requires_grad_()
 
-    def sums() -> None:
-        _step.sums(batch)
-        _step.sums_of_loss(z_BD)
-
+    sums = _step.Sums(job, device)
     return {
         "mmd": lambda: _objective.statistic(_objective.gather(z_BD), config).backward(),
         "noise": lambda: _step.with_noise(z_BD, batch, config).sum().backward(),
-        "sums": sums,
+        "sums": lambda: sums.exchange(batch),
         "line": line_of_log(job, device),
     }
 
@@ -111,11 +119,11 @@ def line_of_log(job: Job, device: torch.device) -> Callable[[], object]:
     """Write a line of metrics.jsonl with its diagnostics, and show the gist of it."""
     job.folder.mkdir(parents=True, exist_ok=True)
     log = RunLog(job.config, enabled=job.ranks.is_first)
-    loss = _step.logged_loss(job, device)
+    outcome = _step.Sums(job, device).outcome()
     figures = {f"figure_{number}": 0.1234567890123 for number in range(12)}
 
     def write() -> None:
-        log.metrics({"step": 0, "loss": 1.0, **figures, **loss.latent_diagnostics()})
+        log.metrics({"step": 0, "loss": 1.0, **figures, **outcome.latent_diagnostics()})
 
     return write
 

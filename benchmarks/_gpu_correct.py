@@ -357,8 +357,9 @@ def train(job: Job, bench: Bench, device: torch.device) -> Trained:
                 loss.begin(feed.position, feed.agree(batches).tokens, weights_of(config.objective))
                 backward(engine, loss(engine, batches[0], 0))
                 update(engine)
-            found.losses.append(loss.figures()["loss"])
-            found.skipped += not engine.was_step_applied()
+            applied = engine.was_step_applied()
+            found.losses.append(loss.end(number, applied, None, {}).figures()["loss"])
+            found.skipped += not applied
     if bench.on_gpu:
         found.peak += torch.cuda.max_memory_allocated()
     take_apart(engine)

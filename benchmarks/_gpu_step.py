@@ -9,7 +9,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 from statistics import median
@@ -165,7 +165,7 @@ def real_batches(job: Job, device: torch.device) -> list[Batch]:
     """A few, on the device."""
     with open_feed(job, device).stream as stream:
         found = [next(stream) for _ in range(8)]
-    return [replace(batch, ids=batch.ids.to(device)) for batch in found]
+    return [batch.to(device) for batch in found]
 
 
 def bare_seconds(job: Job, batches: list[Batch], steps: int, device: torch.device) -> float:

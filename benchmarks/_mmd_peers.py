@@ -39,10 +39,10 @@ def ours(z_ND: Tensor, p_ND: Tensor, kernel: str, **options: Any) -> Tensor:
     return mmd(z_ND, kernel=kernel, **options)
 
 
-def ours_block(z_BD: Tensor, gathered_NE: Tensor, kernel: str) -> Tensor:
+def ours_block(z_BD: Tensor, gathered_ND: Tensor, kernel: str) -> Tensor:
     from _objective import statistic_of_rank
 
-    return statistic_of_rank(z_BD, gathered_NE, kernel)
+    return statistic_of_rank(z_BD, gathered_ND, kernel)
 
 
 def ours_exact(z_ND: Tensor, p_ND: Tensor, kernel: str, prior: str = "normal") -> Tensor:
@@ -51,8 +51,8 @@ def ours_exact(z_ND: Tensor, p_ND: Tensor, kernel: str, prior: str = "normal") -
     return exact_statistic(z_ND, kernel, prior)
 
 
-def block_exact(z_BD: Tensor, gathered_NE: Tensor, kernel: str) -> Tensor:
-    return ours_exact(torch.cat([z_BD, gathered_NE[len(z_BD) :, :-1]]), gathered_NE, kernel)
+def block_exact(z_BD: Tensor, gathered_ND: Tensor, kernel: str) -> Tensor:
+    return ours_exact(torch.cat([z_BD, gathered_ND[len(z_BD) :]]), gathered_ND, kernel)
 
 
 # The peers: means of three blocks of a kernel, the prior's expectations by as many draws.
@@ -185,11 +185,10 @@ def with_gradient(loss: Loss, z_BD: Tensor, other: Tensor) -> tuple[Tensor, Tens
 
 
 def inputs(contender: Contender, z_ND: Tensor, p_ND: Tensor) -> tuple[Tensor, Tensor]:
-    """What its loss takes: codes and draws, or a rank's codes and everyone's with weights."""
+    """What its loss takes: codes and draws, or a rank's codes and everyone's."""
     if contender.ranks == 1:
         return z_ND, p_ND
-    weights_N1 = torch.ones_like(z_ND[:, :1])
-    return z_ND[: len(z_ND) // contender.ranks], torch.cat([z_ND, weights_N1], 1)
+    return z_ND[: len(z_ND) // contender.ranks], z_ND
 
 
 def check(contender: Contender, loss: Loss, z_BD: Tensor, other: Tensor, threads: int) -> None:

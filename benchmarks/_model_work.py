@@ -85,7 +85,7 @@ def batch(size: Size, full: bool) -> Batch:
     ids_BT[torch.arange(size.rows), lengths_B - 1] = END
     sequence_B = torch.arange(size.rows)
     weights_B = torch.ones(size.rows)
-    return Batch(ids_BT, lengths_B, weights_B, sequence_B, torch.zeros_like(sequence_B), 0)
+    return Batch.of(ids_BT, lengths_B, weights_B, sequence_B, torch.zeros_like(sequence_B))
 
 
 # Training steps

@@ -6,7 +6,6 @@ Shapes: B codes of this rank, N codes of all, D latent size.
 from datetime import timedelta
 
 import _report  # noqa: F401 (makes `shards` the package)
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -16,7 +15,7 @@ from t5vae.objective import Gathering, mmd_of, start_gather
 
 def gather(z_BD: Tensor) -> Gathering:
     """Of the codes of all ranks, under way."""
-    return start_gather(z_BD, equal_rows=True)
+    return start_gather(z_BD)
 
 
 def statistic(gathering: Gathering, config: Config) -> Tensor:
@@ -29,12 +28,11 @@ class Over(dist.Work):
         return True
 
 
-def statistic_of_rank(z_BD: Tensor, gathered_NE: Tensor, kernel: str) -> Tensor:
+def statistic_of_rank(z_BD: Tensor, gathered_ND: Tensor, kernel: str) -> Tensor:
     """What the first of several ranks does, in a group of its own: a gather that is over."""
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    weights_B = torch.ones(len(z_BD), device=z_BD.device)
-    return mmd_of(Gathering(z_BD, weights_B, None, gathered_NE, Over()), kernel=kernel)
+    return mmd_of(Gathering(z_BD, None, None, None, gathered_ND, Over()), kernel=kernel)
 
 
 def exact_statistic(z_ND: Tensor, kernel: str, prior: str) -> Tensor:

@@ -16,7 +16,8 @@ from t5vae.model import Regularisers, row_keys
 from t5vae.model.noise import NOISE, keyed_normal
 from t5vae.training.engine import backward
 from t5vae.training.job import Job
-from t5vae.training.step import Found, Loss, real_tokens
+from t5vae.training.outcome import Outcome
+from t5vae.training.step import Loss, real_tokens
 
 
 def noise_of(batch: Batch, config: Config, device: torch.device) -> Regularisers:
@@ -52,21 +53,26 @@ def sums(batch: Batch) -> float:
     return tokens
 
 
-def sums_of_loss(z_BD: Tensor) -> None:
-    """What they tell each other of a loss."""
-    all_sum(0.0, not z_BD.sum().isfinite())
-
-
-def take_step(loss: Loss, engine: Any, batch: Batch) -> None:
-    """A run's step with its sums over ranks, but for data, schedule and log."""
+def take_step(loss: Loss, engine: Any, batch: Batch) -> Outcome:
+    """A run's step with its sums over ranks, but for data, schedule and log; what it came to."""
     backward(engine, whole_loss(loss, engine, batch, sums(batch)))
     engine.step()
+    return loss.end(1, True, None, {})
 
 
-def logged_loss(job: Job, device: torch.device) -> Loss:
-    """As after a step, for its `latent_diagnostics`; the codes are random."""
-    loss = loss_of(job.config, job.ranks.world_size, device)
-    loss.begin(0, 1.0, {})
-    codes_BD = torch.randn(job.split.micro, job.settings.latent_size, device=device)
-    loss.found.append(Found(codes_BD, {}))
-    return loss
+class Sums:
+    """What ranks tell each other in a step, before it and of what it came to, on random codes."""
+
+    def __init__(self, job: Job, device: torch.device):
+        self.loss = loss_of(job.config, job.ranks.world_size, device)
+        self.codes_BD = torch.randn(job.split.micro, job.settings.latent_size, device=device)
+
+    def outcome(self) -> Outcome:
+        self.loss.begin(0, 1.0, dict.fromkeys(self.loss.terms, 0.0))
+        self.loss.codes.append(self.codes_BD)
+        self.loss.numbers.append(self.codes_BD.new_zeros(len(self.loss.logs) + 1).double())
+        return self.loss.end(1, True, None, {})
+
+    def exchange(self, batch: Batch) -> None:
+        sums(batch)
+        self.outcome().figures()

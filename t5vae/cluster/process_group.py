@@ -62,7 +62,7 @@ def require_address(ranks: Ranks) -> None:
 def start_process_group(
     ranks: Ranks, timeout: float = 600, *, compiles: bool = False, interface: str | None = None
 ) -> torch.device:
-    """Join the process groups, DeepSpeed's too, and choose this rank's device.
+    """Join the process groups, DeepSpeed's too, unless they are, and choose this rank's device.
 
     The default group is of tensors on that device alone, over gloo on a CPU and over its own
     library (NCCL) on an accelerator, like those that DeepSpeed makes: were it gloo's as well, so
@@ -118,11 +118,12 @@ def start_process_group(
     # Those that DeepSpeed makes would wait for half an hour.
     dist.distributed_c10d.default_pg_timeout = limit
     dist.distributed_c10d.default_pg_nccl_timeout = limit
-    # DeepSpeed would have NCCL connect first, which, unlike gloo, waits for a lost rank for ever.
-    dist.init_process_group(backend, timeout=limit)
-    start_bookkeeping(timeout)
-    dist.all_reduce(torch.zeros(1, device=device))  # by which NCCL knows the device of its barriers
-    deepspeed.init_distributed(verbose=False)
+    if not dist.is_initialized():
+        # DeepSpeed would have NCCL connect first, which waits for a lost rank for ever.
+        dist.init_process_group(backend, timeout=limit)
+        start_bookkeeping(timeout)
+        dist.all_reduce(torch.zeros(1, device=device))  # so NCCL knows the device of its barriers
+        deepspeed.init_distributed(verbose=False)
     return device
 
 
