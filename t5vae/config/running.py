@@ -140,9 +140,9 @@ class Train(Section):
     """In place of steps: so many as are done in these minutes, from the start of the process on,
     evaluations and saves included; fixed before the first one, by a trial of a few."""
     precision: Literal["fp32", "bf16", "fp16"] | None = None
-    """Of weights and activations; bf16 and fp16 keep fp32 weights for the optimiser. null: bf16
-    where the model's products are 1.2 times as fast in it on the slowest rank, timed at the start,
-    else fp32; a run that goes on keeps its own."""
+    """Of weights and activations; bf16 and fp16 keep fp32 weights for the optimiser, and fp32
+    multiplies in TF32 on CUDA. null: bf16 where the model's products are 1.2 times as fast in it on
+    the slowest rank, timed at the start, else fp32; a run that goes on keeps its own."""
     max_bad_steps: int = Field(default=10, ge=0)
     """Steps in a row that are skipped (a loss or gradient is not finite) or spike, before the run
     stops; 0 never stops it."""

@@ -96,6 +96,9 @@ def build_model(
 ) -> T5VAE:
     """A T5VAE with random weights from a seed, its T5's from the base if there is one.
 
+    On CUDA an fp32 model's matrices are multiplied in TF32 from now on, as this process's others
+    are: see `t5vae.objective.precision`.
+
     Args:
         settings: the model's.
         options: the configuration's section, which says how the model computes.
@@ -112,6 +115,9 @@ def build_model(
     if half and device.type == "cpu":
         # On a CPU torch's fused attention is slower in half precision than the plain one.
         model.set_attn_implementation("eager")
+    if not half and device.type == "cuda":
+        # In TF32. torch.compile still reads this setting, not only the newer fp32_precision.
+        torch.backends.cuda.matmul.allow_tf32 = True
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     if options.compile:

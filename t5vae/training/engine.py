@@ -19,17 +19,21 @@ from t5vae.common.kinds import OPTIMISERS, find
 from t5vae.config import BatchSplit, DeepSpeed, Optim
 from t5vae.training.optimisers import Group, Optimiser, Place
 
-BUCKET = 500_000_000
-"""Elements that DeepSpeed reduces at once unless it is told otherwise."""
+BUCKET = 50_000_000
+"""Elements of the gradient that are reduced at once: many enough for a network's full speed, few
+enough that reduction begins while the backward pass goes on."""
 
 
 def deepspeed_config(
     deepspeed: DeepSpeed, optim: Optim, precision: str | None, split: BatchSplit
 ) -> dict[str, Any]:
-    """DeepSpeed's configuration: ours, over the user's own.
+    """DeepSpeed's configuration: ours, over the user's own, over what we prefer to its defaults.
 
     "auto" in the user's own, which transformers would fill in, is ours where we have a value, and
     else left to DeepSpeed.
+
+    More than two gradients in bf16 are summed in fp32, over ranks and over micro steps, unless the
+    user says otherwise: each sum in bf16 is rounded to 8 bits, as a sum of two has to be anyway.
 
     Raises:
         UserError: where the user's own contradicts ours, with both values, or is not readable.
@@ -67,8 +71,13 @@ def deepspeed_config(
                 f"deepspeed.config sets {name}, which would not be used: set {instead} in its place"
             )
     merged = _without_auto(_merge(theirs, ours))
-    _refuse_unsaved(merged)
-    return {"steps_per_print": 2**31, **merged}
+    preferred: dict[str, Any] = {"steps_per_print": 2**31}
+    if precision == "bf16" and split.parts > 2:
+        preferred["communication_data_type"] = "fp32"
+        if split.accumulation > 1 and deepspeed.zero_stage:
+            merged["data_types"] = {"grad_accum_dtype": "fp32", **(merged.get("data_types") or {})}
+    _refuse_unsupported(merged)
+    return preferred | merged
 
 
 def stage_of(settings: dict[str, Any]) -> int:
@@ -81,8 +90,8 @@ def is_half(settings: dict[str, Any]) -> bool:
     return any(settings.get(kind, {}).get("enabled") for kind in ("bf16", "fp16"))
 
 
-def _refuse_unsaved(merged: dict[str, Any]) -> None:
-    """Refuse what keeps weights or moments where a checkpoint would not find them."""
+def _refuse_unsupported(merged: dict[str, Any]) -> None:
+    """Refuse what DeepSpeed cannot do, or keeps where no checkpoint would find it."""
     for name in ("offload_optimizer", "offload_param"):
         if (merged["zero_optimization"].get(name) or {}).get("device") == "nvme":
             raise UserError(
@@ -90,12 +99,10 @@ def _refuse_unsaved(merged: dict[str, Any]) -> None:
                 "checkpoint has: use cpu"
             )
     accumulates = (merged.get("data_types") or {}).get("grad_accum_dtype")
-    in_bf16 = merged.get("bf16", {}).get("enabled")
-    offloaded = merged["zero_optimization"].get("offload_optimizer")
-    if stage_of(merged) == 1 and in_bf16 and accumulates == "fp32" and not offloaded:
+    if stage_of(merged) == 0 and is_half(merged) and accumulates == "fp32":
         raise UserError(
-            "deepspeed.config sets data_types.grad_accum_dtype to fp32, for which DeepSpeed has "
-            "another optimiser at stage 1 that knows no Muon: set deepspeed.zero_stage to 2"
+            "deepspeed.config sets data_types.grad_accum_dtype to fp32, which DeepSpeed does not "
+            "do without ZeRO: set deepspeed.zero_stage to 1"
         )
 
 
@@ -221,10 +228,7 @@ def build_engine(model: nn.Module, settings: dict[str, Any], optim: Optim) -> An
         raise UserError("this device does not compute in fp16: set train.precision to bf16 or fp32")
     for buffer in model.buffers():  # which DeepSpeed leaves where they are if weights are sharded
         buffer.data = buffer.data.to(get_accelerator().current_device_name())
-    elements = sum(getattr(weight, "ds_numel", weight.numel()) for weight in model.parameters())
-    # More of the buffer that this makes in every step would stay empty.
-    bucket = {"reduce_bucket_size": min(BUCKET, elements)}
-    zero = bucket | settings["zero_optimization"]
+    zero = settings["zero_optimization"]
     offload = zero.get("offload_optimizer") or {}
     place = Place(
         ranks=dist.get_world_size(),
@@ -235,11 +239,54 @@ def build_engine(model: nn.Module, settings: dict[str, Any], optim: Optim) -> An
     unpartitioned, half = stage_of(settings) == 0, is_half(settings)
     if unpartitioned and not half:
         _skip_nonfinite(optimizer)
-    settings = settings | {"zero_optimization": zero}
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    settings = settings | {"zero_optimization": _reduction(model, stage_of(settings), place) | zero}
+    with _zero_at_stage_1():
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     if unpartitioned and half:
         _undo_first_step(engine.optimizer)
     return engine
+
+
+@contextlib.contextmanager
+def _zero_at_stage_1() -> Iterator[None]:
+    """Have DeepSpeed take ZeRO's optimiser at stage 1 where it sums bf16 gradients in fp32 too.
+
+    It would take another for them, which knows no Muon.
+    """
+    from deepspeed.runtime.constants import BFLOAT16
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION
+
+    choose = DeepSpeedEngine._do_optimizer_sanity_check
+
+    def choose_zero(self: DeepSpeedEngine, optimizer: torch.optim.Optimizer) -> str | None:
+        chosen = choose(self, optimizer)
+        return ZERO_OPTIMIZATION if chosen == BFLOAT16 else chosen
+
+    DeepSpeedEngine._do_optimizer_sanity_check = choose_zero
+    try:
+        yield
+    finally:
+        DeepSpeedEngine._do_optimizer_sanity_check = choose
+
+
+def bucket(stage: int, elements: int) -> int:
+    """Of so many elements of the gradient, those that are reduced at once.
+
+    Without ZeRO DeepSpeed's number is fixed. At stage 3 Muon takes as many elements at once, and
+    the more matrices there are among them, the more ranks have one to orthogonalise.
+    """
+    return min({0: 10, 3: 5}.get(stage, 1) * BUCKET, elements)
+
+
+def _reduction(model: nn.Module, stage: int, place: Place) -> dict[str, Any]:
+    """How gradients are reduced, in DeepSpeed's words."""
+    elements = sum(getattr(weight, "ds_numel", weight.numel()) for weight in model.parameters())
+    # More of the buffer that this makes in every step would stay empty.
+    reduction: dict[str, Any] = {"reduce_bucket_size": bucket(stage, elements)}
+    if stage in (1, 2) and place.ranks > 1 and not place.on_cpu and not place.offloaded:
+        reduction["overlap_comm"] = True
+    return reduction
 
 
 @torch.no_grad()

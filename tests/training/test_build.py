@@ -54,3 +54,25 @@ def test_equal_seeds_give_equal_weights(make_config, index):
 
     assert weights(1) == weights(1)
     assert weights(1) != weights(2)
+
+
+@pytest.mark.parametrize(
+    ("half", "device", "allowed"),
+    [(False, "cuda", True), (True, "cuda", False), (False, "cpu", False)],
+)
+def test_an_fp32_model_is_multiplied_in_tf32_on_cuda_alone(
+    make_config, index, half, device, allowed
+):
+    matmul, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision, cpu.fp32_precision
+    matmul.allow_tf32 = False
+    config = make_config()
+    settings = model_config(config, index)
+    try:
+        build.build_model(settings, config.model, seed=0, half=half, device=torch.device(device))
+        assert matmul.allow_tf32 == allowed
+        assert matmul.fp32_precision == ("tf32" if allowed else "ieee")
+        assert cpu.fp32_precision == before[1]
+    finally:
+        matmul.allow_tf32 = False
+        matmul.fp32_precision = before[0]

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -103,7 +103,7 @@ CASES = {
 }
 
 
-def make_config(case: Case, stage: int = 0, world: int = 1) -> Config:
+def make_config(case: Case, stage: int = 0, world: int = 1, precision: str = "fp32") -> Config:
     model = MODELS[case.model]
     zero = {
         "zero_optimization": {
@@ -127,7 +127,7 @@ def make_config(case: Case, stage: int = 0, world: int = 1) -> Config:
         },
         objective=case.objective,
         optim={"name": "adamw", "gradient_clipping": 0},
-        train={"precision": "fp32"},
+        train={"precision": precision},
         deepspeed={"zero_stage": stage, "config": zero if stage == 3 else {}},
     )
 
@@ -235,9 +235,9 @@ def one_process(name: str) -> Found:
 # What a rank runs.
 
 
-def make_engine(case: Case, stage: int, world: int) -> Any:
-    config = make_config(case, stage, world)
-    settings = deepspeed_config(config.deepspeed, config.optim, "fp32", config.data.split(world))
+def make_engine(case: Case, stage: int, world: int, precision: str = "fp32") -> Any:
+    config = make_config(case, stage, world, precision)
+    settings = deepspeed_config(config.deepspeed, config.optim, precision, config.data.split(world))
     return build_engine(make_model(case), settings, config.optim)
 
 
@@ -340,6 +340,34 @@ def backward_collectives(engine: Any, batch: Batch) -> dict[str, dict[str, int]]
     return found
 
 
+def lost_in_sums(stage: int, rank: int, world: int) -> float:
+    """The relative error of the sum of bf16 gradients over micro steps and ranks."""
+    from deepspeed.utils import safe_get_full_grad
+
+    case = CASES["accumulation 4"]
+    engine = make_engine(case, stage, world, "bf16")
+    engine.train()
+    exact: dict[str, Tensor] = {}
+
+    def add(name: str, gradient: Tensor) -> None:
+        exact[name] = exact.get(name, 0) + gradient.double()
+
+    parameters = dict(engine.module.named_parameters())
+    for name, parameter in parameters.items():
+        parameter.register_hook(partial(add, name))
+    for micro, batch in enumerate(micro_batches(case, rank, world)):
+        if micro:
+            engine.step()
+        engine.backward(engine(batch.ids, mode="score").nll.sum())
+    errors, norms = [], []
+    for name, gradient in exact.items():
+        dist.all_reduce(gradient)
+        gradient /= world
+        errors.append((safe_get_full_grad(parameters[name]) - gradient).norm())
+        norms.append(gradient.norm())
+    return (torch.stack(errors).norm() / torch.stack(norms).norm()).item()
+
+
 def rank_main(rank: int, world: int, port: int, folder: Path) -> None:
     torch.set_num_threads(1)
     start_process_group(Ranks(rank, world, rank, world, "127.0.0.1", port))
@@ -356,6 +384,8 @@ def rank_main(rank: int, world: int, port: int, folder: Path) -> None:
             if stage == 0 and model == CASES["whole"].model:
                 batch = micro_batches(CASES["whole"], rank, world)[0]
                 results["backward"] = backward_collectives(engine, batch)
+        if stage:  # without ZeRO, micro steps are summed in bf16
+            results["lost in sums", stage] = lost_in_sums(stage, rank, world)
     torch.save(results, folder / f"{rank} of {world}.pt")
     dist.destroy_process_group()
 
@@ -439,6 +469,12 @@ def test_backward_calls_no_collective_for_the_mmd(ranks):
             assert found["without"]
             gathered = found["with a gather that has a gradient"]
             assert sum(gathered.values()) > sum(found["without"].values())
+
+
+@pytest.mark.parametrize("stage", STAGES[1:])
+def test_gradients_in_bf16_are_summed_in_fp32(ranks, stage):
+    for results in ranks:
+        assert results["lost in sums", stage] < 1e-6
 
 
 if __name__ == "__main__":
