@@ -19,6 +19,7 @@ from t5vae.objective import blocked
 from t5vae.objective.gathering import Gathering, rows_that_count, start_gather
 from t5vae.objective.gradient import with_gradient
 from t5vae.objective.kernels import Kernel, make_kernel
+from t5vae.objective.precision import true_fp32
 from t5vae.objective.priors import CLOSED, draws
 
 log = logging.getLogger(__name__)
@@ -84,6 +85,7 @@ def mmd(
     )
 
 
+@true_fp32()
 def mmd_of(
     gathering: Gathering,
     *,

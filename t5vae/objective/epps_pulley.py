@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from t5vae.common.devices import sent
-from t5vae.objective.gathering import rows_that_count
 from t5vae.objective.gradient import with_gradient
+from t5vae.objective.precision import true_fp32
 
 # The trapezoid rule with step h turns cos(t d) into a function of d of period 2 pi / h (Poisson's
 # summation formula). For 16 steps to t = 5 that is 20.1, so the rule errs by less than 1e-6 while
@@ -73,10 +73,13 @@ def sliced_epps_pulley(
     _check(z_BD, slices, axes, estimator)
     if not z_BD.isfinite().all():
         raise ValueError("codes are not finite")
-    counting_WB = rows_that_count(z_BD, weights_B, group)
+    counts_B = z_BD.new_ones(len(z_BD)) if weights_B is None else weights_B
+    count = counts_B.sum(dtype=torch.float64)
+    if dist.is_initialized() and dist.get_world_size(group) > 1:
+        dist.all_reduce(count, group=group)
     return epps_pulley_of(
         z_BD,
-        int(counting_WB.sum()),
+        int(count),
         slices=slices,
         axes=axes,
         estimator=estimator,
@@ -88,6 +91,7 @@ def sliced_epps_pulley(
     )
 
 
+@true_fp32()
 def epps_pulley_of(
     z_BD: Tensor,
     count: int,

@@ -30,9 +30,9 @@ def padded(monkeypatch):
     return compute
 
 
-def scored(model: T5VAE, ids_BT: torch.Tensor, labels_BT: torch.Tensor):
+def scored(model: T5VAE, ids_BT: torch.Tensor, labels_BT: torch.Tensor, **options):
     """The loss, each row's, the code, and all gradients."""
-    output = model(ids_BT, labels=labels_BT, mode="score")
+    output = model(ids_BT, labels=labels_BT, mode="score", **options)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     gradients = torch.autograd.grad(output.loss, weights, allow_unused=True)
     return output.loss, output.nll, output.latent, gradients
@@ -68,6 +68,53 @@ def test_labels_that_do_not_count_change_nothing(build, padded, labels):
     torch.testing.assert_close(
         scored(model, ids_BT, labels_BT), padded(lambda: scored(model, ids_BT, labels_BT))
     )
+
+
+@pytest.mark.parametrize("lengths", [[9, 1, 4, 7, 2], [6, 6, 6], [5], [0, 0]])
+@pytest.mark.parametrize("way", ["packed", "padded"])
+@pytest.mark.parametrize("bottleneck", ["flatten", "attention"])
+def test_places_that_are_given_change_nothing(build, padded, bottleneck, way, lengths):
+    model = build(bottleneck=bottleneck)
+    ids_BT = sequences(lengths)
+    places_N = (ids_BT != 0).flatten().nonzero()[:, 0]
+
+    def compare():
+        torch.testing.assert_close(
+            scored(model, ids_BT, ids_BT, places=places_N), scored(model, ids_BT, ids_BT)
+        )
+
+    compare() if way == "packed" else padded(compare)
+
+
+@pytest.mark.parametrize("way", ["packed", "padded"])
+def test_a_row_that_has_no_places_adds_nothing_and_changes_no_other(build, padded, way):
+    model, ids_BT = build(bottleneck="flatten"), sequences([4, 6, 2])
+    labels_BT = ids_BT.clone()
+    labels_BT[1] = -100
+    places_N = (labels_BT > 0).flatten().nonzero()[:, 0]
+
+    def compare():
+        with_places = model(ids_BT, labels=labels_BT, places=places_N, mode="score")
+        without = model(ids_BT, labels=labels_BT, mode="score")
+        torch.testing.assert_close(with_places.nll, without.nll)
+        assert with_places.nll[1] == 0
+        torch.testing.assert_close(with_places.latent[::2], without.latent[::2])
+
+    compare() if way == "packed" else padded(compare)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_the_mask_that_is_made_of_places_hides_pads_from_every_attention(build, padded, attention):
+    model = build(bottleneck="attention")
+    model.set_attn_implementation(attention)
+    ids_BT = sequences([9, 3])
+    longer_BT = torch.nn.functional.pad(ids_BT, (0, 5))
+
+    def codes(ids_BT):
+        places_N = (ids_BT != 0).flatten().nonzero()[:, 0]
+        return model(ids_BT, labels=ids_BT, places=places_N, mode="score").latent
+
+    torch.testing.assert_close(padded(lambda: codes(longer_BT)), padded(lambda: codes(ids_BT)))
 
 
 def test_a_mask_with_holes_hides_what_it_says(build, padded):
