@@ -44,7 +44,11 @@ def quality(bench: Bench) -> Iterator[Part]:
         steps=last["step"],
         minutes="" if bench.smoke else f" in {minutes:.1f} minutes, start-up included",
     )
-    own = [(name, f"{last[name]:.3f}") for name in sorted(last) if name.startswith("eval/")]
+    own = [
+        (name, "" if value is None else f"{value:.3f}")
+        for name, value in sorted(last.items())
+        if name.startswith("eval/")
+    ]
     yield Part("table", head + table(("the run's own last evaluation", ""), own))
 
     export(launch.run)
