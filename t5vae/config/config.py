@@ -50,11 +50,6 @@ class Config(Section):
                 f"optim.gradient_clipping goes with optim.name adamw: {optimiser}'s updates have a "
                 "fixed norm, which DeepSpeed would clip in place of the gradient's; leave it out"
             )
-        if self.model.compile and self.deepspeed.zero_stage == 3:
-            raise ValueError(
-                "model.compile does not go with deepspeed.zero_stage 3, whose gathering of weights "
-                "splits every layer into single operations: leave one out"
-            )
         stage = self.deepspeed.zero_stage
         if self.train.precision == "fp16" and stage == 0:
             raise ValueError(

@@ -17,6 +17,7 @@ from transformers.models.t5.modeling_t5 import T5LayerNorm
 from t5vae.common.kinds import BOTTLENECKS, find
 from t5vae.model.base import load_base
 from t5vae.model.bottleneck import Bottleneck
+from t5vae.model.compiling import compile_layers
 from t5vae.model.configuration import T5VAEConfig
 from t5vae.model.head import Head, untie
 from t5vae.model.noise import (
@@ -132,16 +133,10 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         return self.t5.decoder
 
     def compile_layers(self) -> None:
-        """torch.compile every layer of the encoder and the decoder, in place.
-
-        By layer and not as a whole, so that equal layers share their compiled code, for any length.
-        """
-        # All layers are one function to torch, which by default compiles that 8 times at most.
-        torch.compiler.config.recompile_limit = 64
+        """torch.compile every layer, in place; see `t5vae.model.compiling`."""
         self.compiled = True
         for stack in (self.t5.encoder, self.t5.decoder):
-            for block in stack.block:
-                block.compile(dynamic=True)
+            compile_layers(stack)
 
     def forward(
         self,

@@ -1,4 +1,4 @@
-"""Ways to execute a model that leave what it computes alone: liger's cross-entropy, torch.compile.
+"""Liger's fused cross-entropy, which leaves what a model computes alone.
 
 Triton's interpreter has to be chosen before the kernels are imported: its cases run in a process
 of their own, which is this file run as a script.
@@ -8,15 +8,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from functools import cache, partialmethod
+from functools import cache
 from itertools import product
 from typing import NamedTuple
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch._dynamo.utils import counters
+from torch import Tensor
 from transformers import DynamicCache
 
 from t5vae.model import T5VAE, T5VAEConfig
@@ -61,8 +59,6 @@ def worst(gradients: dict[str, Tensor], right: dict[str, Tensor]) -> float:
         for name in right
     )
 
-
-# Fused cross-entropy.
 
 LABELS = {
     "padded with 0": {},
@@ -158,100 +154,6 @@ def test_on_cuda_the_fused_cross_entropy_is_the_plain_one_in_less_memory(tied, d
         model(ids_BT, mode="score").loss.backward()
         peaks.append(torch.cuda.max_memory_allocated())
     assert peaks[1] < peaks[0] / 2
-
-
-# torch.compile.
-
-
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.fixture
-def traced(fresh_compiler, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.compile without code generation, which takes most of the time: PyTorch runs graphs."""
-    compiling = partialmethod(nn.Module.compile, backend="eager")
-    monkeypatch.setattr(nn.Module, "compile", compiling)
-
-
-def graphs() -> int:
-    return counters["stats"]["unique_graphs"]
-
-
-@pytest.mark.slow
-def test_compiled_layers_give_the_loss_and_gradients_of_the_others(fresh_compiler):
-    plain, compiled = make_model(), make_model()
-    compiled.compile_layers()
-    for lengths in ([8, 3, 5], [16, 16, 2]):
-        loss, gradients = score(compiled, sequences(lengths))
-        right_loss, right = score(plain, sequences(lengths))
-        assert loss == pytest.approx(right_loss, rel=1e-6)
-        assert worst(gradients, right) <= 1e-5
-    assert graphs() == 2  # of the encoder's layer and the decoder's, whatever the length
-
-
-@pytest.mark.slow
-def test_layers_share_graphs_over_all_lengths(traced):
-    plain, compiled = make_model(layers=4), make_model(layers=4)
-    compiled.compile_layers()
-    for longest in (8, 16, 24, 32):
-        ids_BT = sequences([longest, 2, 5, 3, 6])
-        loss, gradients = score(compiled, ids_BT)
-        right_loss, right = score(plain, ids_BT)
-        assert loss == pytest.approx(right_loss, rel=1e-6)
-        assert worst(gradients, right) <= 1e-5
-    assert graphs() == 4  # the first layer of a stack computes the position bias of the others
-
-
-@pytest.mark.slow
-def test_no_layer_runs_uncompiled_for_want_of_graphs(traced):
-    compiled = make_model(layers=4)
-    compiled.compile_layers()
-    for lengths in ([LONGEST] * 6, [LONGEST, 5, 5, 5, 5, 5], [24] * 6, [6] * 6, [6, 2, 2, 3, 4, 5]):
-        score(compiled, sequences(lengths))
-        with torch.no_grad():
-            compiled(sequences(lengths), mode="score")
-    assert graphs() > 8  # torch's own limit
-    assert counters["frames"]["ok"] == counters["frames"]["total"]
-
-
-@pytest.mark.slow
-def test_a_compiled_model_encodes_and_generates_as_before(traced):
-    plain, compiled = make_model(tied=False).eval(), make_model(tied=False).eval()
-    compiled.compile_layers()
-    ids_BT = sequences(PADDED)
-    with torch.no_grad():
-        z_BD = plain(ids_BT, mode="encode")
-        torch.testing.assert_close(compiled(ids_BT, mode="encode"), z_BD)
-    right_BT = plain.generate(latent=z_BD, do_sample=False)
-    assert torch.equal(compiled.generate(latent=z_BD, do_sample=False), right_BT)
-    assert right_BT.shape[1] > 3  # the cache was used
-
-
-def test_compiling_changes_no_name_in_the_state_dict(traced):
-    model = make_model()
-    names = list(model.state_dict())
-    model.compile_layers()
-    assert list(model.state_dict()) == names
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
-def test_compiled_layers_can_be_checkpointed(traced):
-    plain, compiled = make_model(layers=2), make_model(layers=2)
-    compiled.gradient_checkpointing_enable()
-    compiled.compile_layers()
-    for longest in (8, 16):
-        ids_BT = sequences([longest, 2, 5])
-        loss, gradients = score(compiled, ids_BT)
-        right_loss, right = score(plain, ids_BT)
-        assert loss == pytest.approx(right_loss, rel=1e-6)
-        assert worst(gradients, right) <= 1e-5
-    assert graphs()
 
 
 def test_scoring_fills_no_cache(monkeypatch):

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, partialmethod
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
+from torch._dynamo.utils import counters
 
 from t5vae.cluster.process_group import free_port, start_process_group
 from t5vae.cluster.ranks import Ranks
@@ -51,7 +52,8 @@ RUNS = {
     "fused, tied": Run(fused=True),
     "fused, untied": Run("attention", tied=False, fused=True),
     "fused, a rank without a token": Run(fused=True, left_out=(1,)),
-    "compiled": Run(stage=1, compiled=True),
+    "compiled": Run(compiled=True),
+    "compiled, not sharded": Run(stage=1, compiled=True),
 }
 
 
@@ -139,8 +141,8 @@ def rank_found(run: Run, rank: int) -> Found:
     model = make_model(run)
     model.fused_cross_entropy = run.fused
     if run.compiled:
-        compiling = partialmethod(nn.Module.compile, backend="eager")  # no code generation
-        with patch.object(nn.Module, "compile", compiling):
+        compiling = partial(torch.compile, backend="eager", fullgraph=True)  # no code generation
+        with patch.object(torch, "compile", compiling):
             model.compile_layers()
     zero = {"stage": run.stage, "stage3_param_persistence_threshold": 0}
     engine, *_ = deepspeed.initialize(
@@ -165,7 +167,10 @@ def rank_found(run: Run, rank: int) -> Found:
     engine.backward(loss)
     gradients = {key: safe_get_full_grad(p).clone() for key, p in model.named_parameters()}
     engine.step()
-    return Found(before, loss.item(), gradients, modes())
+    graphs = counters["stats"]["unique_graphs"]
+    after = modes()
+    assert counters["stats"]["unique_graphs"] == graphs, "compiled again"
+    return Found(before, loss.item(), gradients, after)
 
 
 def main(rank: int, folder: Path) -> None:
