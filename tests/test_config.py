@@ -417,12 +417,6 @@ def test_every_configuration_of_the_project_loads(path):
     assert config.data.split(1).accumulation >= 1
 
 
-def test_compiled_layers_under_zero_3_are_refused(write):
-    settings = ["model.compile=true", "deepspeed.zero_stage=3"]
-    assert "model.compile" in refusal(write(), settings)
-    load_config(write(), ["model.compile=true", "deepspeed.zero_stage=2"])
-
-
 @pytest.mark.parametrize(
     ("time", "minutes"),
     [

@@ -10,32 +10,29 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModel, AutoModelForSeq2SeqLM, GenerationMixin, PreTrainedModel
-from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput
-from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from t5vae.common.kinds import BOTTLENECKS, find
+from t5vae.model.around import AroundT5
 from t5vae.model.base import load_base
 from t5vae.model.bottleneck import Bottleneck
-from t5vae.model.compiling import compile_layers
 from t5vae.model.configuration import T5VAEConfig
-from t5vae.model.head import Head, untie
+from t5vae.model.head import untie
 from t5vae.model.noise import (
     ENCODER_MASK,
     NOISE,
     WORD_DROPOUT,
     Regularisers,
     keyed_normal,
-    keyed_uniform,
 )
-from t5vae.model.output import CACHE, T5VAEOutput
+from t5vae.model.output import CACHE, T5VAEOutput, losses
 from t5vae.model.packed import Layout, decode, encode, places_of
 from t5vae.model.posterior import Posterior
 
 MODES = ("encode", "expand", "score", "decode", "reconstruct")
 
 
-class T5VAE(PreTrainedModel, GenerationMixin):
+class T5VAE(AroundT5, GenerationMixin):
     """A transformers model: `save_pretrained`, `from_pretrained`, `generate(latent=z)`.
 
     Args:
@@ -45,15 +42,7 @@ class T5VAE(PreTrainedModel, GenerationMixin):
     Attributes:
         fused_cross_entropy: while gradients are wanted, score by liger-kernel's fused linear
             cross-entropy, for CUDA.
-        compiled: whether `compile_layers` was called.
     """
-
-    config_class = T5VAEConfig
-    base_model_prefix = "t5vae"
-    main_input_name = "input_ids"
-    supports_gradient_checkpointing = True
-    accepts_loss_kwargs = False  # transformers' Trainer divides the loss by accumulated batches
-    _supports_sdpa = True
 
     def __init__(self, config: T5VAEConfig, t5: PreTrainedModel | None = None):
         super().__init__(config)
@@ -64,7 +53,6 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         self.set_output_embeddings(self.t5.lm_head)
         self.bottleneck: Bottleneck = find(BOTTLENECKS, config.bottleneck)(config)
         self.fused_cross_entropy = False
-        self.compiled = False
         if t5 is not None:
             for module in t5.modules():
                 module._is_hf_initialized = True  # post_init draws the weights of all others
@@ -75,14 +63,6 @@ class T5VAE(PreTrainedModel, GenerationMixin):
             decoder_start_token_id=self.start,
             max_length=config.sequence_length + 1,
         )
-
-    def _init_weights(self, module: nn.Module) -> None:
-        """torch's own initialisation, for the bottleneck; the T5 inside has its own."""
-        for name in ("reset_parameters", "_reset_parameters"):
-            if hasattr(module, name):
-                getattr(module, name)()
-        if isinstance(module, T5LayerNorm):
-            init.ones_(module.weight)
 
     @classmethod
     def from_base(cls, config: T5VAEConfig, base: str) -> "T5VAE":
@@ -96,47 +76,6 @@ class T5VAE(PreTrainedModel, GenerationMixin):
             UserError: if the weights cannot be read, or are not those that `config` describes.
         """
         return cls(config, load_base(base, config))
-
-    @property
-    def pad(self) -> int:
-        return self.t5.config.pad_token_id
-
-    @property
-    def start(self) -> int:
-        start = getattr(self.t5.config, "decoder_start_token_id", None)
-        return self.pad if start is None else start
-
-    @property
-    def end(self) -> int:
-        return self.t5.config.eos_token_id
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.t5.get_input_embeddings()
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.t5.lm_head
-
-    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
-        self.t5.lm_head = Head(new_embeddings)
-
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """As in transformers, and remembered in `config`."""
-        embeddings = self.t5.resize_token_embeddings(*args, **kwargs)
-        self.set_output_embeddings(self.t5.lm_head)
-        self.config.t5["vocab_size"] = embeddings.num_embeddings
-        return embeddings
-
-    def get_encoder(self, *_: Any, **__: Any) -> nn.Module:
-        return self.t5.encoder
-
-    def get_decoder(self) -> nn.Module:
-        return self.t5.decoder
-
-    def compile_layers(self) -> None:
-        """torch.compile every layer, in place; see `t5vae.model.compiling`."""
-        self.compiled = True
-        for stack in (self.t5.encoder, self.t5.decoder):
-            compile_layers(stack)
 
     def forward(
         self,
@@ -288,7 +227,7 @@ class T5VAE(PreTrainedModel, GenerationMixin):
                 if labels is not None:
                     logits_NV = found["logits"].flatten(0, 1)[places].float()
                     nll_N = cross_entropy(logits_NV, labels.flatten()[places], reduction="none")
-                    found |= _losses(nll_N, places, labels.shape)
+                    found |= losses(nll_N, places, labels.shape)
         output = T5VAEOutput(**found)
         by_name = self.config.return_dict if return_dict is None else return_dict
         return output if by_name else output.to_tuple()
@@ -370,9 +309,12 @@ class T5VAE(PreTrainedModel, GenerationMixin):
                 )
         else:
             raise ValueError("encoding needs either input_ids or inputs_embeds")
+        if not config.mask_padding:
+            places_N = torch.arange(mask_BT.numel(), device=mask_BT.device)
         found: dict[str, Any] = {}
         if ids_BT is not None and not layers and self._packs(ids_BT):
-            layout = self._encoder_layout(ids_BT, mask_BT, places_N)
+            known = places_N is not None
+            layout = Layout.at(places_N, ids_BT.shape) if known else Layout.of(mask_BT.bool())
             states_BTC = layout.unpack(encode(self.t5.encoder, layout.pack(ids_BT), layout))
         else:
             encoded = self.t5.encoder(
@@ -394,24 +336,15 @@ class T5VAE(PreTrainedModel, GenerationMixin):
             found["mean"], found["log_variance"] = posterior
         return found
 
-    def _encoder_layout(self, ids_BT: Tensor, mask_BT: Tensor, places_N: Tensor | None) -> Layout:
-        if not self.config.mask_padding:
-            return Layout.whole(ids_BT)
-        if places_N is None:
-            return Layout.of(mask_BT.bool())
-        return Layout.at(places_N, ids_BT.shape)
-
     def _encoder_mask(self, mask_BT: Tensor, places_N: Tensor | None) -> Tensor | None:
         """The mask as transformers takes it; one of [B, T] it asks whether it hides anything."""
-        if not self.config.mask_padding:
-            return None
         if places_N is None:
             return mask_BT
         if len(places_N) == mask_BT.numel():
             return None
-        dtype = self.t5.encoder.dtype
-        hidden_B11T = mask_BT[:, None, None, :] == 0
-        return hidden_B11T.to(dtype) * torch.finfo(dtype).min
+        least = torch.finfo(self.t5.encoder.dtype).min
+        added_BT = torch.zeros_like(mask_BT, dtype=self.t5.encoder.dtype)
+        return added_BT.masked_fill(mask_BT == 0, least)[:, None, None, :]
 
     def compress(
         self, states_BTC: Tensor, mask_BT: Tensor, keys_B: Tensor | None = None
@@ -433,15 +366,9 @@ class T5VAE(PreTrainedModel, GenerationMixin):
             z_BD = nn.functional.normalize(z_BD.float(), dim=1) * z_BD.shape[1] ** 0.5
         return z_BD.to(states_BTC.dtype), posterior
 
-    def _drop_tokens(
-        self, ids_BT: Tensor, regularisers: Regularisers, rate: float, stream: int
-    ) -> Tensor:
-        if not rate:
-            return ids_BT
-        dropped_BT = keyed_uniform(regularisers.keys_B, ids_BT.shape[1], stream) < rate
-        for special in {self.pad, self.start, self.end}:
-            dropped_BT &= ids_BT != special
-        return ids_BT.masked_fill(dropped_BT, self.config.unknown_token_id)
+    def _drop_tokens(self, ids_BT: Tensor, noise: Regularisers, rate: float, stream: int) -> Tensor:
+        special = {self.pad, self.start, self.end}
+        return noise.drop(ids_BT, rate, stream, special, self.config.unknown_token_id)
 
     def _score(self, states_NC: Tensor, labels_BT: Tensor, places_N: Tensor) -> T5VAEOutput:
         """Cross-entropy of the labels at places, from the states before each of them."""
@@ -449,7 +376,7 @@ class T5VAE(PreTrainedModel, GenerationMixin):
         if self.fused_cross_entropy and torch.is_grad_enabled():
             nll = self.t5.lm_head(states_NC, labels_N, fused=True)
             return T5VAEOutput(loss=nll / max(1, len(labels_N)))
-        return _losses(self.t5.lm_head(states_NC, labels_N), places_N, labels_BT.shape)
+        return losses(self.t5.lm_head(states_NC, labels_N), places_N, labels_BT.shape)
 
     def generate(self, inputs: Tensor | None = None, *, latent: Tensor | None = None, **kwargs):
         """transformers' `generate` from a code [B, D], or from sequences [B, T] to reconstruct.
@@ -467,13 +394,6 @@ class T5VAE(PreTrainedModel, GenerationMixin):
             memory_BMC = self(latent=latent.to(self.dtype), mode="expand")
             kwargs["encoder_outputs"] = BaseModelOutput(last_hidden_state=memory_BMC)
         return super().generate(**kwargs)
-
-
-def _losses(nll_N: Tensor, places_N: Tensor, shape: torch.Size) -> T5VAEOutput:
-    """The mean over real tokens, and the sum of each row."""
-    nll_P = nll_N.new_zeros(shape.numel()).index_copy(0, places_N, nll_N)
-    nll_B = nll_P.view(shape).sum(1)
-    return T5VAEOutput(loss=nll_B.sum() / max(1, len(nll_N)), nll=nll_B)
 
 
 AutoModel.register(T5VAEConfig, T5VAE)

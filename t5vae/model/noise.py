@@ -6,6 +6,7 @@ ranks and micro batches. Here every number is a hash of (seed, row key, index), 
 """
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +33,25 @@ class Regularisers:
     latent_noise: float = 0.0
     input_mask: float = 0.0
     word_dropout: float = 0.0
+
+    def drop(
+        self, ids_BT: Tensor, rate: float, stream: int, special: Collection[int], instead: int
+    ) -> Tensor:
+        """Replace tokens at random, but for special ones.
+
+        Args:
+            ids_BT: int64 [B, T].
+            rate: probability of each.
+            stream: of the random numbers.
+            special: ids that stay.
+            instead: the id in their place.
+        """
+        if not rate:
+            return ids_BT
+        dropped_BT = keyed_uniform(self.keys_B, ids_BT.shape[1], stream) < rate
+        for each in special:
+            dropped_BT &= ids_BT != each
+        return ids_BT.masked_fill(dropped_BT, instead)
 
 
 def _signed(value: int) -> int:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Size, Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.utils import ModelOutput
 
@@ -48,3 +48,16 @@ class T5VAEOutput(ModelOutput):
     encoder_last_hidden_state: Tensor | None = None
     encoder_hidden_states: tuple[Tensor, ...] | None = None
     encoder_attentions: tuple[Tensor, ...] | None = None
+
+
+def losses(nll_N: Tensor, places_N: Tensor, shape: Size) -> T5VAEOutput:
+    """The mean cross-entropy of real tokens, and the sum of each row.
+
+    Args:
+        nll_N: of each, float32 [N].
+        places_N: where they lie in the flattened batch.
+        shape: of the batch, [B, T].
+    """
+    nll_P = nll_N.new_zeros(shape.numel()).index_copy(0, places_N, nll_N)
+    nll_B = nll_P.view(shape).sum(1)
+    return T5VAEOutput(loss=nll_B.sum() / max(1, len(nll_N)), nll=nll_B)

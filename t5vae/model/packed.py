@@ -42,12 +42,6 @@ class Layout:
         return cls._with(real_P.index_fill(0, places_N, True).view(*shape), places_N)
 
     @classmethod
-    def whole(cls, ids_BT: Tensor) -> "Layout":
-        """The layout of a batch without pads, or whose pads are tokens like any other."""
-        places_N = torch.arange(ids_BT.numel(), device=ids_BT.device)
-        return cls(torch.ones_like(ids_BT, dtype=torch.bool), places_N)
-
-    @classmethod
     def _with(cls, real_BT: Tensor, places_N: Tensor) -> "Layout":
         return cls(real_BT, places_N if len(places_N) else places_N.new_zeros(1))
 
