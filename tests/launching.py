@@ -84,7 +84,7 @@ class Launch:
         """The process that trains as this local rank of the deepspeed launcher."""
         for child in psutil.Process(self.process.pid).children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
-                if f"--local_rank={number}" in child.cmdline():
+                if child.environ().get("LOCAL_RANK") == str(number):
                     return child
         return None
 

@@ -77,28 +77,12 @@ def test_ranks_outlive_their_runners_shell_and_end_with_the_runner(launch, confi
     )
 
 
-@pytest.fixture
-def commands(tmp_path):
-    """The environment's commands; without what takes a minute, the standard library's shards."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    lines = {
-        "python": f'exec {BIN}/python "$@"',
-        "deepspeed": f'exec {BIN}/deepspeed --master_port {launching.free_port()} "$@"',
-        "t5vae": f'[ "$1 $2" = "shards build" ] || exec {BIN}/t5vae "$@"',
-    }
-    for name, line in lines.items():
-        (folder / name).write_text(f"#!/bin/sh\n{line}\n")
-        (folder / name).chmod(0o755)
-    return folder
-
-
 @pytest.mark.soak
 def test_a_stopped_make_train_exports_nothing_and_goes_on_when_it_is_run_again(
-    launch, config, dataset, commands
+    launch, config, tmp_path
 ):
     run = run_of(config)
-    names = {"BIN": commands, "CONFIG": config, "DATA": dataset, "RUN": run}
+    names = {"BIN": BIN, "CONFIG": config, "DATA": tmp_path / "data", "RUN": run}
     names["SET"] = f"train.steps={STEPS}"
     settings = [f"{name}={value}" for name, value in names.items()]
     make = ["make", "-C", TRAIN.parent, "--old-file=.venv/.installed", "train", *settings]
