@@ -40,3 +40,55 @@ def test_large_seeds_draw_different_numbers_at_every_position():
         for position in (0, 1, 128)
     }
     assert len(drawn) == 12
+
+
+@pytest.fixture
+def step(make_config):
+    """Takes a micro step of a small model, and tells its loss, its model and what it came to."""
+    config = make_config(objective={"epps_pulley": {"weight": 1.0, "slices": 4}})
+    dataset = config.data.open()
+    settings = model_config(config.model, config.objective, dataset)
+    model = build_model(settings, config.model, seed=0, half=False, device=CPU).train()
+    with ShardStream(dataset, seed=0, global_batch_size=16) as stream:
+        batch = next(stream)
+
+    def take():
+        loss = Loss(config.objective, 0, config.data.split(1), CPU)
+        loss.begin(0, float(len(batch.places)), dict.fromkeys(config.objective.computed, 1.0))
+        found = loss(model, batch, 0)
+        found.backward()
+        return found, loss.end(1, True, None, {})
+
+    return model, take
+
+
+def test_a_step_comes_to_its_loss_and_all_its_terms(step):
+    _, take = step
+    loss, outcome = take()
+    figures = outcome.figures()
+    assert figures["loss"] == pytest.approx(loss.item(), rel=1e-6)
+    assert figures["loss"] == pytest.approx(
+        figures["reconstruction"] + figures["mmd"] + figures["epps_pulley"], rel=1e-6
+    )
+    assert outcome.nonfinite_ranks() == []
+
+
+def infinite_loss(module, arguments, output):
+    output.loss = output.loss + float("inf")
+
+
+def nan_codes(module, arguments, z_BD):
+    return z_BD * float("nan")
+
+
+@pytest.mark.parametrize("where", ["loss", "codes"])
+def test_no_gradient_is_finite_where_the_loss_is_not(step, where):
+    model, take = step
+    if where == "loss":  # whose own gradient is finite
+        model.register_forward_hook(infinite_loss)
+    else:
+        model.bottleneck.to_latent.register_forward_hook(nan_codes)
+    loss, outcome = take()
+    assert not loss.isfinite()
+    assert not outcome.is_finite
+    assert not any(weight.grad.isfinite().any() for weight in model.bottleneck.parameters())
