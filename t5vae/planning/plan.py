@@ -1,6 +1,7 @@
 """`t5vae plan`: what a run will need before it starts: memory, communication, reads."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -109,10 +110,8 @@ def plan(
         and (is_installed("liger-kernel") if fused is None else fused),
     )
 
-    regime = regime_of(config, split)
-
     def needed(split: BatchSplit) -> Memory:
-        return memory(replace(regime, split=split), sizes, kept, accelerated=accelerated)
+        return memory(regime_of(config, split), sizes, kept, accelerated=accelerated)
 
     there = None if gpu_memory is None else gpu_memory * GIB
     return Plan(
@@ -123,7 +122,7 @@ def plan(
         micro_batch_size=split.micro,
         accumulation=split.accumulation,
         memory=needed(split),
-        sent=sent(regime, sizes),
+        sent=sent(regime_of(config, split), sizes),
         reads=None if dataset is None else reads(config, dataset, world_size),
         gpu_memory=there,
         largest=None if there is None else _largest(needed, split, there),
@@ -136,10 +135,12 @@ def _largest(
     """The largest divisor of a rank's share of the batch that fits, and its accumulation."""
     share = split.sequences // split.ranks
     for micro in range(share, 0, -1):
+        if share % micro:
+            continue
         accumulation = share // micro
-        other = replace(split, micro=micro, accumulation=accumulation)
-        if share % micro == 0 and needed(other).peak <= there:
-            return micro, accumulation
+        with suppress(UserError):  # the user's own DeepSpeed configuration has another
+            if needed(replace(split, micro=micro, accumulation=accumulation)).peak <= there:
+                return micro, accumulation
     return None
 
 
@@ -152,11 +153,11 @@ def sent(regime: Regime, sizes: Sizes) -> dict[str, int]:
     where they are too many to be kept, and scatters gradients; for an optimiser that
     `gathers` it reduces them for all, and gathers the optimiser's own weights as often.
     """
-    n, stage, s, split = sizes.total, regime.stage, regime.weight_bytes, regime.split
+    n, stage, split = sizes.total, regime.stage, regime.split
     ring = (split.ranks - 1) / split.ranks
     gathered = regime.kind.gathers * sizes.own if stage == 3 else 0
     reductions = split.accumulation if stage >= 2 else 1
-    gradients = reductions * (1 if stage == 3 and not gathered else 2) * n * s
+    gradients = reductions * (1 if stage == 3 and not gathered else 2) * n
     gathers = {
         0: 0,
         1: 1,
@@ -165,9 +166,9 @@ def sent(regime: Regime, sizes: Sizes) -> dict[str, int]:
     }[stage]
     codes = split.accumulation * sum(cost.sent for cost in regime.costs(accelerated=True))
     parts = {
-        "gradients": gradients,
-        "weights": gathers * n * s,
-        **({regime.optimizer: gathered * s} if gathered else {}),
+        "gradients": gradients * regime.communication_bytes,
+        "weights": gathers * n * regime.weight_bytes,
+        **({regime.optimizer: gathered * regime.communication_bytes} if gathered else {}),
         "latents": codes,
     }
     return {part: round(ring * size) for part, size in parts.items()}

@@ -105,6 +105,8 @@ def _milliseconds(seconds: float) -> str:
 def product_seconds(products: list[Product], dtype: torch.dtype, device: torch.device) -> float:
     """What linear layers of these shapes take, forward and backward, on this rank.
 
+    On CUDA those in fp32 are in TF32, as an fp32 model's are.
+
     Where a few of their rows show that all would take far too long, as emulated products do, they
     are not tried: the time is that of the few, times their share.
 
@@ -117,7 +119,9 @@ def product_seconds(products: list[Product], dtype: torch.dtype, device: torch.d
     sizes = [(min(n, widest), min(k, widest)) for _, n, k in products]
     rows = min(products[0][0], int(operations / sum(6 * n * k for n, k in sizes)))
     few = min(rows, FEW)
-    threads = torch.get_num_threads()
+    matmul, threads = torch.backends.cuda.matmul, torch.get_num_threads()
+    fp32 = matmul.fp32_precision
+    matmul.fp32_precision = "tf32"
     torch.set_num_threads(1)  # several wait for each other where a machine is busy
     try:
         _seconds(sizes, few, dtype, device, 0)  # the first products of a process take longer
@@ -127,6 +131,7 @@ def product_seconds(products: list[Product], dtype: torch.dtype, device: torch.d
         return _seconds(sizes, rows, dtype, device, SECONDS)
     finally:
         torch.set_num_threads(threads)
+        matmul.fp32_precision = fp32
 
 
 def _seconds(

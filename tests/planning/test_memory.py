@@ -103,8 +103,9 @@ OWN = {"adamw": 0, "muon": 600, "lion": 1000}
         ("adamw", "bf16", 3, 4, (2 + 2 + 4 + 8) / 4),
         ("adamw", "fp32", 3, 8, (4 + 4 + 4 + 8) / 8),
         ("muon", "fp32", 0, 1, 4 + 4 + 0.6 * 4 + 0.4 * 8),
-        ("muon", "bf16", 1, 2, 2 + 2 + (4 + 0.6 * 4 + 0.4 * 8) / 2),
+        ("muon", "bf16", 1, 2, 2 + 2 + (4 + 0.6 * 2 + 0.4 * 8) / 2),
         ("muon", "bf16", 3, 2, (2 + 2 + 4 + 0.6 * 2 + 0.4 * 8) / 2),
+        ("muon", "bf16", 3, 4, (2 + 2 + 4 + 0.6 * 4 + 0.4 * 8) / 4),
         ("lion", "bf16", 2, 4, 2 + (2 + 4 + 4) / 4),
     ],
 )
@@ -142,11 +143,41 @@ def test_more_rows_more_stages_and_more_ranks_count(make_config):
 def test_gradients_take_the_place_of_activations_unless_they_must_wait(make_config):
     config = make_config(optim={"name": "adamw"}, train={"precision": "fp32"})
     sizes = Sizes(10**7, 0, 10**7)
-    at_once = needed(config, n=sizes, saved=1e6, ranks=1).backward
+    small = {"n": sizes, "saved": 1e6, "ranks": 1, "accelerated": False}
+    at_once = needed(config, **small).backward
     assert at_once["gradients"] == 4 * 10**7
     assert at_once["activations"] == 0
-    waiting = needed(config, n=sizes, saved=1e6, ranks=1, accumulation=2).backward
+    waiting = needed(config, **small, accumulation=2).backward
     assert waiting["activations"] == 16 * 10**6
+
+
+@pytest.mark.parametrize(
+    ("stage", "accumulation", "backward", "step"),
+    [
+        (0, 1, 2 * 1000, 2 * 1000),
+        (0, 2, 2 * 1000, 2 * 1000),
+        (1, 1, 2 * 1000 / 4, 2 * 1000 / 4),
+        (1, 2, 4 * 1000, 4 * 1000 / 4),
+        (2, 1, 2 * 1000 / 4, 2 * 1000 / 4),
+        (2, 2, 4 * 1000 / 4, 4 * 1000 / 4),
+        (3, 2, 4 * 1000 / 4, 4 * 1000 / 4),
+    ],
+)
+def test_sums_over_micro_steps_are_in_fp32(make_config, stage, accumulation, backward, step):
+    config = make_config(optim={"name": "adamw"}, deepspeed={"zero_stage": stage})
+    found = needed(config, accumulation=accumulation)
+    assert found.backward["gradients"] == backward
+    assert found.step["gradients"] == step
+    in_place = stage in (1, 2) and accumulation > 1
+    assert found.step["fp32 gradients"] == (0 if in_place else 4 * 1000 / (4 if stage else 1))
+
+
+def test_a_sum_in_the_precision_of_the_weights_is_beside_a_micro_steps(make_config):
+    config = make_config(
+        optim={"name": "adamw"}, deepspeed={"zero_stage": 2}, train={"precision": "fp32"}
+    )
+    assert needed(config, accumulation=1).backward["gradients"] == 4 * 1000 / 4
+    assert needed(config, accumulation=2).backward["gradients"] == 2 * 4 * 1000 / 4
 
 
 def test_an_accelerators_buffers_take_what_was_asked_for(make_config):
@@ -157,15 +188,79 @@ def test_an_accelerators_buffers_take_what_was_asked_for(make_config):
             for accelerated in (True, False)
         ]
 
-    assert buffers() == [2 * 1000, 2 * 1000]
-    assert buffers(zero_optimization={"reduce_bucket_size": 10_000}) == [2 * 10_000, 2 * 1000]
+    assert buffers() == [2 * 2 * 1000, 2 * 1000]
+    zero = {"reduce_bucket_size": 10_000}
+    assert buffers(zero_optimization=zero) == [2 * 2 * 10_000, 2 * 1000]
+    assert buffers(zero_optimization=zero | {"overlap_comm": False}) == [2 * 10_000, 2 * 1000]
+
+
+@pytest.mark.parametrize(
+    ("stage", "accumulation", "buffers", "copies"),
+    [
+        # bytes an element; copies are flattened gradients, then fp32 ones
+        (0, 1, 0, 2 + 4),
+        (1, 1, 2 * 2, 2 + 4),
+        (1, 2, 2 * 4, 4),
+        (2, 1, 2 * 2, 2 + 4),
+        (2, 2, 2 * 2, 2 + 4),
+        (3, 1, 4, 4),
+    ],
+)
+def test_gradients_are_reduced_in_fp32(make_config, stage, accumulation, buffers, copies):
+    config = make_config(optim={"name": "adamw"}, deepspeed={"zero_stage": stage})
+    own = 4 * 1000 // 4 if (stage, accumulation) == (1, 2) else 0  # a place for the sum
+    gathered = 2 * 1000 if stage == 3 else 0
+    found = needed(config, accumulation=accumulation, saved=0).backward
+    assert found["communication buffers"] == buffers * 1000 + gathered
+    assert found["activations"] == copies * 1000 + own
+
+
+def test_a_small_bucket_is_reduced_beside_activations(make_config):
+    zero = {"reduce_bucket_size": 100}
+    own = {"zero_stage": 2, "config": {"zero_optimization": zero}}
+    config = make_config(optim={"name": "adamw"}, deepspeed=own)
+    found = needed(config, rows=1, saved=10_500).backward
+    kept = 10_500 - found["gradients"]
+    assert found["activations"] == max(kept, kept * 9 // 10 + 6 * 100)
+    assert needed(config, rows=1, saved=1500).backward["activations"] == 900 + 600
 
 
 def test_deepspeeds_own_settings_count(make_config):
     zero = {"stage3_max_live_parameters": 100, "reduce_bucket_size": 10_000}
-    own = {"zero_stage": 3, "config": {"zero_optimization": zero}}
-    config = make_config(optim={"name": "adamw"}, deepspeed=own)
+    more = {"zero_optimization": zero, "communication_data_type": "bf16"}
+    config = make_config(optim={"name": "adamw"}, deepspeed={"zero_stage": 3, "config": more})
     assert needed(config).backward["communication buffers"] == 2 * (10_000 + 100)
+
+
+def test_without_zero_deepspeeds_bucket_is_its_own(make_config):
+    zero = {"zero_optimization": {"reduce_bucket_size": 10}}
+    own = {"zero_stage": 0, "config": zero}
+    found = needed(make_config(optim={"name": "adamw"}, deepspeed=own), saved=0)
+    assert found.backward["activations"] == (2 + 4) * 1000
+
+
+def test_an_optimiser_that_gathers_holds_gradients_and_momentum_whole(make_config):
+    config = make_config(optim={"name": "muon"}, deepspeed={"zero_stage": 3})
+    own = Sizes(total=1000, own=600, largest_group=400)
+    buffers = needed(config, n=own).step["communication buffers"]
+    assert buffers == 4 * 1000 + 4 * 600 * (3 + 2 / 4)
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_the_copy_of_an_asynchronous_save_is_in_the_hosts_memory(make_config, stage):
+    config = make_config(
+        optim={"name": "muon"},
+        checkpoint={"asynchronous": True},
+        deepspeed={"zero_stage": stage},
+    )
+    sizes = Sizes(total=1000, own=600, largest_group=400)
+    copy = (4 * 1000 + (2 if stage else 4) * 600 + 8 * 400) // 4
+    there = needed(config, n=sizes)
+    assert there.host["copy of the state"] == copy
+    assert "copy of the state" not in there.backward | there.step
+    on_cpu = needed(config, n=sizes, accelerated=False)
+    assert on_cpu.backward["copy of the state"] == on_cpu.step["copy of the state"] == copy
+    assert on_cpu.host == {}
 
 
 def test_what_is_offloaded_is_in_the_hosts_memory(make_config):

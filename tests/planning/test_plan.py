@@ -11,11 +11,11 @@ from shards import ShardStream
 from t5vae.common.errors import UserError
 from t5vae.config import BatchSplit, load_config
 from t5vae.metrics.reading import read_metrics
-from t5vae.planning.memory import Sizes, regime_of
+from t5vae.planning.memory import PYTHON, Sizes, regime_of
 from t5vae.planning.plan import plan, reads, sent
 from tests.launching import rank_starter, run_of, small_config
 
-WIDE = {"d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 3, "num_heads": 8}
+WIDE = {"d_model": 512, "d_kv": 64, "d_ff": 8192, "num_layers": 3, "num_heads": 8}
 NARROW = {"d_model": 128, "d_kv": 32, "d_ff": 512, "num_layers": 3, "num_heads": 4}
 
 
@@ -55,6 +55,14 @@ def test_the_largest_micro_batch_is_the_largest_that_fits(make_config, nodes):
     assert found.largest == (1024 // nodes, 1)
 
 
+def test_a_micro_batch_that_deepspeeds_own_configuration_sets_is_kept(make_config):
+    config = make_config(
+        data={**make_config().data.model_dump(), "micro_batch_size": 4},
+        deepspeed={"config": {"train_micro_batch_size_per_gpu": 4}},
+    )
+    assert plan(config, nodes=1, gpus_per_node=0, gpu_memory=1000).largest == (4, 4)
+
+
 @pytest.mark.parametrize("memory", [0, -1, float("nan")])
 def test_memory_that_is_none_is_refused(make_config, memory):
     with pytest.raises(UserError, match="--gpu-memory"):
@@ -70,11 +78,13 @@ def test_ranks_that_cannot_share_the_batch_are_refused(make_config):
     ("optimizer", "stage", "accumulation", "gradients", "weights"),
     [
         # bytes a parameter that two ranks were seen to send, in bf16
-        ("adamw", 0, 2, 2, 0),
-        ("adamw", 1, 2, 2, 1),
-        ("adamw", 2, 2, 4, 1),
-        ("adamw", 3, 2, 2, 2),
+        ("adamw", 0, 2, 4, 0),
+        ("adamw", 1, 1, 2, 1),
+        ("adamw", 1, 2, 4, 1),
+        ("adamw", 2, 2, 8, 1),
+        ("adamw", 3, 2, 4, 2),
         ("muon", 3, 1, 2, 1),
+        ("muon", 3, 2, 8, 2),
     ],
 )
 def test_what_is_sent_follows_from_the_stage(
@@ -85,8 +95,9 @@ def test_what_is_sent_follows_from_the_stage(
     found = sent(regime_of(config, BatchSplit(16, 2, 8 // accumulation, accumulation)), sizes)
     assert found["gradients"] == gradients * 10**6
     assert found["weights"] == weights * 10**6
-    assert found.get("muon", 0) == (4 * 9 * 10**5 if (optimizer, stage) == ("muon", 3) else 0)
-    assert found["latents"] == 16 * (8 + 1) * 4 / 2
+    gathered = 4 * accumulation if (optimizer, stage) == ("muon", 3) else 0
+    assert found.get("muon", 0) == gathered * 9 * 10**5
+    assert found["latents"] == 16 * 8 * 4 / 2
     assert not any(sent(regime_of(config, BatchSplit(16, 1, 16, 1)), sizes).values())
 
 
@@ -201,26 +212,16 @@ def longest(tmp_path_factory):
 
 
 @pytest.mark.distributed
-def test_real_runs_take_what_was_planned_within_a_fifth(longest, tmp_path_factory):
-    adamw = {"optim": {"name": "adamw"}}
+def test_real_runs_take_what_was_planned(longest, tmp_path_factory):
+    """Beside the process itself: within a sixth."""
+    adamw, muon = {"optim": {"name": "adamw"}}, {"optim": {"name": "muon"}}
+    zero = [{"deepspeed": {"zero_stage": stage}} for stage in range(4)]
+    copied = {"checkpoint": {"asynchronous": True, "every": 1}}
     variants = {
-        "states, fp32, ZeRO-1": (
-            1,
-            8,
-            None,
-            WIDE,
-            {**adamw, "deepspeed": {"zero_stage": 1}},
-            "fp32",
-        ),
-        "states, bf16, ZeRO-2": (2, 16, 4, WIDE, {**adamw, "deepspeed": {"zero_stage": 2}}, "bf16"),
-        "states, fp32, ZeRO-3": (
-            2,
-            8,
-            None,
-            WIDE,
-            {**adamw, "deepspeed": {"zero_stage": 3}},
-            "fp32",
-        ),
+        "states, fp32, ZeRO-1": (1, 8, None, WIDE, adamw | zero[1] | copied, "fp32"),
+        "sums over micro steps, ZeRO-1": (2, 8, 2, WIDE, adamw | zero[1], "bf16"),
+        "sums over micro steps, ZeRO-2": (2, 8, 2, WIDE, adamw | zero[2], "bf16"),
+        "Muon's momentum, ZeRO-3": (2, 8, 2, WIDE, muon | zero[3], "bf16"),
         "activations, fp32": (1, 768, None, NARROW, adamw, "fp32"),
     }
     with rank_starter(tmp_path_factory.mktemp("ranks")) as start:
@@ -239,6 +240,6 @@ def test_real_runs_take_what_was_planned_within_a_fifth(longest, tmp_path_factor
             )
             done = start(ranks, config)
             assert done.end() == [0] * ranks, done.output()
-            taken = read_metrics(run_of(config))[-1]["memory_bytes"]
-            planned = plan(load_config(config), nodes=ranks, gpus_per_node=0).memory.peak
-            assert planned == pytest.approx(taken, rel=0.2), f"{name}: {planned:,} for {taken:,}"
+            taken = read_metrics(run_of(config))[-1]["memory_bytes"] - PYTHON
+            planned = plan(load_config(config), nodes=ranks, gpus_per_node=0).memory.peak - PYTHON
+            assert planned == pytest.approx(taken, rel=1 / 6), f"{name}: {planned:,} for {taken:,}"

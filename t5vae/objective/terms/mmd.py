@@ -97,8 +97,12 @@ class MMD(Term):
         return (mmd_of(codes.gathering, **self.options, generator_seed=codes.seed),)
 
     def cost(self, rows: int, every: int, latent_size: int, *, accelerated: bool) -> Cost:
-        """Two products of b x D by D x N; the codes of all ranks, copies of them, and tiles."""
+        """Two products of b x D by D x N; the codes of all ranks, copies of them, and tiles.
+
+        Of all: gathered, centred, and with their norms; of a rank's own: in fp32, centred, with
+        their norms, and their gradient.
+        """
         height, width = (4096, 8192) if accelerated else (1152, 2304)
         tiles = 3 * min(height, rows) * min(width, every)
-        held = 2 * every * (latent_size + 1) + (rows + every) * (latent_size + 2) + tiles
-        return Cost(4 * rows * every * latent_size, 4 * held, 4 * every * (latent_size + 1))
+        codes = (2 * every + 3 * rows) * latent_size + (every + rows) * (latent_size + 2)
+        return Cost(4 * rows * every * latent_size, 4 * (codes + tiles), 4 * every * latent_size)

@@ -12,8 +12,9 @@ if TYPE_CHECKING:
 class Muon(Optimiser):
     """Takes the matrices between embedding and logits; as DeepSpeed has it for every ZeRO stage.
 
-    DeepSpeed finds the norm of the orthogonalised update. At stage 3 it keeps the momentum in the
-    gradients' precision, and at stages 1 and 2 the new one apart until a step is known to be one.
+    DeepSpeed finds the norm of the orthogonalised update. It keeps the momentum in the precision of
+    the gradients that it is given: at stages 1 and 2 the weights', and the new one apart until a
+    step is known to be one; at stage 3 that of communication.
     """
 
     knows_gradient_norm = False
@@ -25,8 +26,8 @@ class Muon(Optimiser):
         return dimensions >= 2 and not embedding
 
     @staticmethod
-    def moment_bytes(stage: int, weight_bytes: int) -> int:
-        return weight_bytes if stage == 3 else 4
+    def moment_bytes(stage: int, gradient_bytes: int) -> int:
+        return gradient_bytes if stage else 4
 
     @staticmethod
     def extra_bytes(stage: int, weight_bytes: int) -> dict[str, int]:
