@@ -71,6 +71,29 @@ def test_bf16_is_taken_where_the_clock_says_that_it_is_1_2_times_as_fast(clock, 
     )
 
 
+@pytest.fixture
+def matmul():
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    yield matmul
+    matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize("before", ["tf32", "ieee"])
+def test_products_in_fp32_are_timed_as_a_model_multiplies_on_cuda(monkeypatch, matmul, before):
+    during = []
+
+    def seconds(*_):
+        during.append(matmul.fp32_precision)
+        return 0.0
+
+    matmul.fp32_precision = before
+    monkeypatch.setattr(precision, "_seconds", seconds)
+    product_seconds([(8, 8, 8)], FP32, CPU)
+    assert set(during) == {"tf32"}
+    assert matmul.fp32_precision == before
+
+
 def test_muons_iteration_is_chosen_by_square_products_of_its_own(clock):
     timed = clock(1.0, 2.0)
     settled, reasons = settle(config("muon"), {})

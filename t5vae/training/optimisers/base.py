@@ -61,12 +61,13 @@ class Optimiser(ABC):
         return True
 
     @staticmethod
-    def moment_bytes(stage: int, weight_bytes: int) -> int:
+    def moment_bytes(stage: int, gradient_bytes: int) -> int:
         """Of the moments between two steps; by default one in fp32.
 
         Args:
             stage: of ZeRO.
-            weight_bytes: of a weight in the precision of the forward pass, 2 or 4.
+            gradient_bytes: of a gradient as ZeRO hands it over, 2 or 4: at stage 3 as ranks
+                communicate it, else as the forward pass has its weight.
         """
         return 4
 
@@ -75,7 +76,8 @@ class Optimiser(ABC):
         """Of what it holds beside its moments from the backward pass to the update, by part.
 
         Args:
-            stage, weight_bytes: as of `moment_bytes`.
+            stage: of ZeRO.
+            weight_bytes: of a weight in the precision of the forward pass, 2 or 4.
         """
         return {}
 
