@@ -250,17 +250,17 @@ class T5VAE(AroundT5, GenerationMixin):
     def _decode_packed(
         self, ids_BT: Tensor, memory_BMC: Tensor, labels_BT: Tensor, places_N: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """The decoder's states [N, C] of the real tokens alone, and the places of these."""
+        """The decoder's states [R, C], those of the real tokens first, and the places of these."""
         if places_N is not None:
             layout = Layout.at(places_N, labels_BT.shape)
-            states_NC = decode(self.t5.decoder, layout.pack(ids_BT), layout, memory_BMC)
-            return states_NC[: len(places_N)], places_N
+            return decode(self.t5.decoder, layout.pack(ids_BT), layout, memory_BMC), places_N
         real_BT = labels_BT != self.pad
         # a pad inside a row is context like any other token; those that end it are none
         layout = Layout.of(real_BT.flip(1).cummax(1).values.flip(1))
-        states_NC = decode(self.t5.decoder, layout.pack(ids_BT), layout, memory_BMC)
+        states_RC = decode(self.t5.decoder, layout.pack(ids_BT), layout, memory_BMC)
         scored_N = layout.pack(real_BT)
-        return states_NC if scored_N.all() else states_NC[scored_N], places_of(real_BT)
+        whole = states_RC if scored_N.all() else states_RC[: len(scored_N)][scored_N]
+        return whole, places_of(real_BT)
 
     def _scaled(self, states: Tensor) -> Tensor:
         """The decoder's states as the output layer takes them."""
@@ -370,13 +370,15 @@ class T5VAE(AroundT5, GenerationMixin):
         special = {self.pad, self.start, self.end}
         return noise.drop(ids_BT, rate, stream, special, self.config.unknown_token_id)
 
-    def _score(self, states_NC: Tensor, labels_BT: Tensor, places_N: Tensor) -> T5VAEOutput:
+    def _score(self, states_RC: Tensor, labels_BT: Tensor, places_N: Tensor) -> T5VAEOutput:
         """Cross-entropy of the labels at places, from the states before each of them."""
-        states_NC, labels_N = self._scaled(states_NC), labels_BT.flatten()[places_N]
+        states_RC, labels_N = self._scaled(states_RC), labels_BT.flatten()[places_N]
         if self.fused_cross_entropy and torch.is_grad_enabled():
-            nll = self.t5.lm_head(states_NC, labels_N, fused=True)
+            nll = self.t5.lm_head(states_RC, labels_N, fused=True)
             return T5VAEOutput(loss=nll / max(1, len(labels_N)))
-        return losses(self.t5.lm_head(states_NC, labels_N), places_N, labels_BT.shape)
+        labels_R = nn.functional.pad(labels_N, (0, len(states_RC) - len(labels_N)), value=-100)
+        nll_R = self.t5.lm_head(states_RC, labels_R)
+        return losses(nll_R[: len(labels_N)], places_N, labels_BT.shape)
 
     def generate(self, inputs: Tensor | None = None, *, latent: Tensor | None = None, **kwargs):
         """transformers' `generate` from a code [B, D], or from sequences [B, T] to reconstruct.

@@ -4,8 +4,11 @@ transformers computes [B, T] tokens, pads included; on short lines they are a th
 of a batch stand in one row, [N, C], and only attention sees them by sequence again. The modules are
 transformers' own, called one by one, so weights, hooks and results are theirs.
 
-Shapes: B sequences, T tokens, N tokens that are no pads, H heads, Q width of a head, I = H Q, S
-tokens attended to, M memory length, C model width.
+Products of bf16 are made by code that oneDNN writes for each shape, in milliseconds. So that it can
+be used again, rows of zeros are put behind the tokens: R rows of few different numbers.
+
+Shapes: B sequences, T tokens, N tokens that are no pads, R >= N rows, H heads, Q width of a head,
+I = H Q, S tokens attended to, M memory length, C model width.
 """
 
 import math
@@ -75,34 +78,50 @@ def places_of(real_BT: Tensor) -> Tensor:
     return real_BT.flatten().nonzero()[:, 0]
 
 
+def rounded(tokens: int) -> int:
+    """A number of rows that is no more than a thirty-second larger, or than 7."""
+    step = 2 ** max(3, tokens.bit_length() - 6)
+    return -(-tokens // step) * step
+
+
+def _select(flat: Tensor, place: Tensor, rows: int) -> Tensor:
+    """Rows at places, [rows, Q], and zeros behind them."""
+    found = flat.new_empty(rows, flat.shape[1])
+    torch.index_select(flat, 0, place, out=found[: len(place)])
+    found[len(place) :] = 0
+    return found
+
+
 class _ToSequences(torch.autograd.Function):
-    """[N, I] to [B H, T, Q]; whatever lies at pads reaches no token, so no gradient leaves them."""
+    """[R, I] to [B H, T, Q]; whatever lies at pads reaches no token, so no gradient leaves them."""
 
     @staticmethod
-    def forward(ctx: Any, x_NI: Tensor, by_head: tuple[Tensor, Tensor], shape: Any) -> Tensor:
-        ctx.place, ctx.tokens = by_head[1], x_NI.shape
-        return x_NI.reshape(-1, shape[-1]).index_select(0, by_head[0]).view(shape)
+    def forward(ctx: Any, x_RI: Tensor, by_head: tuple[Tensor, Tensor], shape: Any) -> Tensor:
+        ctx.place, ctx.shape = by_head[1], x_RI.shape
+        return x_RI.reshape(-1, shape[-1]).index_select(0, by_head[0]).view(shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         flat = gradients[0].reshape(-1, gradients[0].shape[-1])
-        return flat.index_select(0, ctx.place).view(ctx.tokens), None, None
+        rows = math.prod(ctx.shape) // flat.shape[1]
+        return _select(flat, ctx.place, rows).view(ctx.shape), None, None
 
 
 class _ToTokens(torch.autograd.Function):
-    """[B H, T, Q] to [N, I]; pads have no gradient."""
+    """[B H, T, Q] to [R, I]; pads have no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x_GTQ: Tensor, by_head: tuple[Tensor, Tensor], heads: int) -> Tensor:
+    def forward(ctx: Any, x_GTQ: Tensor, by_head: tuple[Tensor, Tensor], shape: Any) -> Tensor:
         ctx.place, ctx.shape = by_head[1], x_GTQ.shape
         flat = x_GTQ.reshape(-1, x_GTQ.shape[-1])
-        return flat.index_select(0, by_head[1]).view(-1, heads * x_GTQ.shape[-1])
+        return _select(flat, by_head[1], math.prod(shape) // flat.shape[1]).view(shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         flat = gradients[0].reshape(-1, ctx.shape[-1])
         x_GTQ = flat.new_zeros(ctx.shape)
-        x_GTQ.view(-1, ctx.shape[-1]).index_copy_(0, ctx.place, flat)
+        own = flat[: len(ctx.place)]
+        x_GTQ.view(-1, ctx.shape[-1]).index_copy_(0, ctx.place, own)
         return x_GTQ, None, None
 
 
@@ -113,38 +132,40 @@ def encode(stack: nn.Module, ids_N: Tensor, layout: Layout) -> Tensor:
         stack: of a transformers T5, mT5 or UMT5.
         ids_N: int64, the tokens of `layout`.
     """
-    return _run(stack, ids_N, layout, None)
+    return _run(stack, ids_N, layout, None)[: len(ids_N)]
 
 
 def decode(stack: nn.Module, ids_N: Tensor, layout: Layout, memory_BMC: Tensor) -> Tensor:
-    """The states of a decoder, [N, C]; each token sees those before it, and all of the memory."""
+    """The states of a decoder, [R, C]; each token sees those before it, and all of the memory."""
     return _run(stack, ids_N, layout, memory_BMC)
 
 
 def _run(stack: Any, ids_N: Tensor, layout: Layout, memory_BMC: Tensor | None) -> Tensor:
     by_head = layout.by_head(stack.config.num_heads)
-    x_NC = stack.dropout(stack.embed_tokens(ids_N))
+    x_RC = stack.dropout(stack.embed_tokens(ids_N))
+    if x_RC.dtype == torch.bfloat16:
+        x_RC = nn.functional.pad(x_RC, (0, 0, 0, rounded(len(ids_N)) - len(ids_N)))
     bias_GTT = None
     for block in stack.block:
         own = block.layer[0]
         if own.SelfAttention.has_relative_attention_bias:
             bias_GTT = _bias(own.SelfAttention, layout, causal=memory_BMC is not None)
-        x_NC = x_NC + own.dropout(
-            _attend(own.SelfAttention, own.layer_norm(x_NC), layout, by_head, bias_GTT)
+        x_RC = x_RC + own.dropout(
+            _attend(own.SelfAttention, own.layer_norm(x_RC), layout, by_head, bias_GTT)
         )
         if memory_BMC is not None:
             cross = block.layer[1]
-            x_NC = x_NC + cross.dropout(
+            x_RC = x_RC + cross.dropout(
                 _attend(
                     cross.EncDecAttention,
-                    cross.layer_norm(x_NC),
+                    cross.layer_norm(x_RC),
                     layout,
                     by_head,
                     memory_BMC=memory_BMC,
                 )
             )
-        x_NC = block.layer[-1](x_NC)
-    return stack.dropout(stack.final_layer_norm(x_NC))
+        x_RC = block.layer[-1](x_RC)
+    return stack.dropout(stack.final_layer_norm(x_RC))
 
 
 def _bias(attention: Any, layout: Layout, *, causal: bool) -> Tensor:
@@ -161,7 +182,7 @@ def _bias(attention: Any, layout: Layout, *, causal: bool) -> Tensor:
 
 def _attend(
     attention: Any,
-    x_NC: Tensor,
+    x_RC: Tensor,
     layout: Layout,
     by_head: tuple[Tensor, Tensor],
     bias_GTS: Tensor | None = None,
@@ -172,10 +193,10 @@ def _attend(
     heads, width = attention.n_heads, attention.key_value_proj_dim
     rows, length = layout.real_BT.shape
     shape = (rows * heads, length, width)
-    query_GTQ = _ToSequences.apply(attention.q(x_NC), by_head, shape)
+    query_GTQ = _ToSequences.apply(attention.q(x_RC), by_head, shape)
     if memory_BMC is None:
-        key_GSQ = _ToSequences.apply(attention.k(x_NC), by_head, shape)
-        value_GSQ = _ToSequences.apply(attention.v(x_NC), by_head, shape)
+        key_GSQ = _ToSequences.apply(attention.k(x_RC), by_head, shape)
+        value_GSQ = _ToSequences.apply(attention.v(x_RC), by_head, shape)
     else:
         key_GSQ, value_GSQ = (
             projected(memory_BMC).unflatten(2, (heads, width)).transpose(1, 2).flatten(0, 1)
@@ -186,5 +207,5 @@ def _attend(
     else:
         score_GTS = torch.baddbmm(bias_GTS, query_GTQ, key_GSQ.mT)
     share_GTS = nn.functional.dropout(score_GTS.softmax(-1), attention.dropout, attention.training)
-    seen_NI = _ToTokens.apply(torch.bmm(share_GTS, value_GSQ), by_head, heads)
-    return attention.o(seen_NI)
+    wide = (len(x_RC), heads * width)
+    return attention.o(_ToTokens.apply(torch.bmm(share_GTS, value_GSQ), by_head, wide))
