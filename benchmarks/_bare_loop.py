@@ -90,11 +90,12 @@ def variants(engine: Any, job: Job, device: torch.device) -> dict[str, TakeStep]
     def with_noise(batch: Batch) -> None:
         with_mmd(batch, _step.noise_of(batch, config, device))
 
-    outcomes = Outcomes()
+    outcomes = Outcomes(loss.shares)
 
     def with_sums(batch: Batch) -> None:
-        for outcome in outcomes.after(_step.take_step(loss, engine, batch), wait=False):
-            outcome.figures()
+        outcome = _step.take_step(loss, engine, batch, outcomes)
+        for past in outcomes.after(outcome, wait=False):
+            past.figures()
 
     return {"bare": bare, "mmd": with_mmd, "noise": with_noise, "sums": with_sums}
 

@@ -35,6 +35,7 @@ from t5vae.training.build import is_installed
 from t5vae.training.engine import backward, schedule, set_learning_rate, update
 from t5vae.training.feed import open_feed
 from t5vae.training.job import Job, resolve
+from t5vae.training.outcome import Outcomes
 from t5vae.training.start import build
 
 # MMD
@@ -355,7 +356,9 @@ def train(job: Job, bench: Bench, device: torch.device) -> Trained:
                 backward(engine, loss(engine, batches[0], 0))
                 update(engine)
             applied = engine.was_step_applied()
-            found.losses.append(loss.end(number, applied, None, {}).figures()["loss"])
+            outcome = loss.end(number, applied, None, {})
+            (known,) = Outcomes(loss.shares).after(outcome, wait=True)
+            found.losses.append(known.figures()["loss"])
             found.skipped += not applied
     if bench.on_gpu:
         found.peak += torch.cuda.max_memory_allocated()

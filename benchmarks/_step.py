@@ -16,7 +16,7 @@ from t5vae.model import Regularisers, row_keys
 from t5vae.model.noise import NOISE, keyed_normal
 from t5vae.training.engine import backward
 from t5vae.training.job import Job
-from t5vae.training.outcome import Outcome
+from t5vae.training.outcome import Arriving, Outcome, Outcomes
 from t5vae.training.step import Loss, real_tokens
 
 
@@ -47,32 +47,35 @@ def whole_loss(loss: Loss, engine: Any, batch: Batch, tokens: float) -> Tensor:
     return loss(engine, batch, 0)
 
 
-def sums(batch: Batch) -> float:
+def sums(batch: Batch, outcomes: Outcomes) -> float:
     """What ranks tell each other before a step; the real tokens of all."""
-    tokens, *_ = all_sum(real_tokens(batch), False, False, 0, False)
+    tokens, *rest = all_sum(real_tokens(batch), 0, False, False, 0, False, *outcomes.told())
+    outcomes.heard(rest[5:])
     return tokens
 
 
-def take_step(loss: Loss, engine: Any, batch: Batch) -> Outcome:
+def take_step(loss: Loss, engine: Any, batch: Batch, outcomes: Outcomes) -> Outcome:
     """A run's step with its sums over ranks, but for data, schedule and log; what it came to."""
-    backward(engine, whole_loss(loss, engine, batch, sums(batch)))
+    backward(engine, whole_loss(loss, engine, batch, sums(batch, outcomes)))
     engine.step()
     return loss.end(1, True, None, {})
 
 
 class Sums:
-    """What ranks tell each other in a step, before it and of what it came to, on random codes."""
+    """What ranks tell each other in a step, on random codes."""
 
     def __init__(self, job: Job, device: torch.device):
         self.loss = loss_of(job.config, job.ranks.world_size, device)
+        self.outcomes = Outcomes(self.loss.shares)
         self.codes_BD = torch.randn(job.split.micro, job.settings.latent_size, device=device)
 
     def outcome(self) -> Outcome:
         self.loss.begin(0, 1.0, dict.fromkeys(self.loss.terms, 0.0))
         self.loss.codes.append(self.codes_BD)
-        self.loss.numbers.append(self.codes_BD.new_zeros(len(self.loss.logs) + 1).double())
+        self.loss.arriving = Arriving(self.codes_BD.new_zeros(len(self.loss.logs) + 1).double())
         return self.loss.end(1, True, None, {})
 
     def exchange(self, batch: Batch) -> None:
-        sums(batch)
-        self.outcome().figures()
+        sums(batch, self.outcomes)
+        for past in self.outcomes.after(self.outcome(), wait=False):
+            past.figures()

@@ -1,7 +1,7 @@
 """A step's batches, and what all ranks agree on before it."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ class Agreed:
         written: whether all ranks have written the checkpoint that was started.
         counting: bool [W, B] for each micro batch, which rows of all ranks count; None where all
             do, as in a step without damaged ones.
+        sums: of the shares that ranks told besides.
     """
 
     tokens: float
@@ -36,6 +37,7 @@ class Agreed:
     stop: bool
     written: bool
     counting: list[np.ndarray] | None
+    sums: list[float]
 
 
 def open_feed(job: Job, device: torch.device) -> "Feed":
@@ -113,30 +115,39 @@ class Feed:
             batch.used_by(present)
         return sent
 
-    def agree(self, batches: list[Batch], *, stop: bool = False, written: bool = False) -> Agreed:
+    def agree(
+        self,
+        batches: list[Batch],
+        *,
+        stop: bool = False,
+        written: bool = False,
+        shares: Sequence[float] = (),
+    ) -> Agreed:
         """Tell the other ranks, and hear from them; all of them call it together.
 
         Args:
             batches: that this rank has read.
             stop: whether it was told to stop.
             written: whether it has written its file of the checkpoint that was started.
+            shares: of sums over the ranks, for whoever wants them.
 
         Raises:
             SharedError, SharedStorageError: where any rank could not read.
         """
-        tokens, flops, stops, unread, left_out, written_by = all_sum(
+        tokens, flops, stops, unread, left_out, written_by, *sums = all_sum(
             sum(map(real_tokens, batches)),
             sum(map(self.work, batches)),
             stop,
             self.problem is not None,
             sum(counts_B.size - counts_B.sum() for counts_B in self.counts),
             written,
+            *shares,
         )
         if unread:
             raise_together(self.problem)
         self.quarantined += int(left_out)
         counting = self._counting() if left_out else None
-        return Agreed(tokens, flops, stops > 0, written_by == self.split.ranks, counting)
+        return Agreed(tokens, flops, stops > 0, written_by == self.split.ranks, counting, sums)
 
     def _counting(self) -> list[np.ndarray]:
         """Ask all ranks which of their rows count."""

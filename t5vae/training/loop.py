@@ -46,7 +46,8 @@ def run(config: Config, together: Together, stop: StopRequest) -> None:
     ):
         config, objective, optim = job.config, job.config.objective, job.config.optim
         feed, loss = open_feed(job, device), Loss(objective, config.run.seed, job.split, device)
-        outcomes, anomalies = Outcomes(), Anomalies(config.train.max_bad_steps, config.train.spike)
+        outcomes = Outcomes(loss.shares)
+        anomalies = Anomalies(config.train.max_bad_steps, config.train.spike)
         with phase("resume"):
             start = resume(job.folder, config.checkpoint, job.identity, job.layout, engine, log)
         if start.done:
@@ -69,7 +70,9 @@ def run(config: Config, together: Together, stop: StopRequest) -> None:
             collect()
             profile(step)
             batches = feed.read()
-            agreed = feed.agree(batches, stop=stop.requested, written=checkpoints.written)
+            said = {"stop": stop.requested, "written": checkpoints.written}
+            agreed = feed.agree(batches, **said, shares=outcomes.told())
+            outcomes.heard(agreed.sums)
             checkpoints.commit(agreed.written)
 
             set_learning_rate(engine, share := schedule(step - 1, job.steps, optim))

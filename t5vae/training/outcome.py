@@ -8,17 +8,19 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from t5vae.cluster.agreement import gather_objects
+from t5vae.cluster.agreement import all_sum, gather_objects
 from t5vae.config import BatchSplit
 from t5vae.objective import Term
 
 
 class Arriving:
-    """Numbers on their way from a device to the host, float64 [numbers]."""
+    """Numbers on their way from a device to the host, or there already: [numbers]."""
 
-    def __init__(self, numbers: Tensor):
+    def __init__(self, numbers: Tensor | float):
         self.event = None
-        self.host = numbers
+        if not isinstance(numbers, Tensor):
+            numbers = torch.tensor(numbers, dtype=torch.float64)
+        self.host = numbers = numbers.detach().view(-1)
         if numbers.device.type != "cpu":
             self.host = torch.empty_like(numbers, device="cpu", pin_memory=True)
             self.host.copy_(numbers, non_blocking=True)
@@ -31,7 +33,7 @@ class Arriving:
         return self.host.tolist()
 
 
-@dataclass(frozen=True)
+@dataclass
 class Outcome:
     """What a step came to.
 
@@ -46,11 +48,12 @@ class Outcome:
         tokens: real tokens of the global batch.
         unit: what a sum over the global batch is divided by in the loss.
         codes: this rank's of each micro batch, [B, D].
-        norm: of the gradient, where the host knows it.
-        names: of the numbers.
-        arriving: sums over the micro batches, and over the ranks of what they have shares of:
-            "nll", the cross-entropy in nats, and what terms log; "own", 0, or NaN where this rank's
-            own share is not finite; "norm", of the gradient where the device knows it.
+        names: of the numbers: "nll", the cross-entropy in nats, and what terms log; "own", 0, or
+            NaN where this rank's own share is not finite.
+        shares: how many of them, the first, are this rank's share of a sum over ranks.
+        numbers: sums over its micro batches.
+        norm: of the gradient; None where it is not known.
+        sums: the shares of all ranks, once they have told each other.
     """
 
     step: int
@@ -63,20 +66,31 @@ class Outcome:
     tokens: float
     unit: float
     codes: list[Tensor]
-    norm: float | None
     names: tuple[str, ...]
-    arriving: Arriving
+    shares: int
+    numbers: Arriving
+    norm: Arriving | None
+    sums: list[float] | None = None
+
+    @property
+    def own_shares(self) -> list[float]:
+        """This rank's."""
+        return self._own[: self.shares]
 
     @cached_property
-    def numbers(self) -> dict[str, float]:
-        """By name, once they are there."""
-        return dict(zip(self.names, self.arriving.read(), strict=True))
+    def _own(self) -> list[float]:
+        return self.numbers.read()
+
+    @cached_property
+    def _found(self) -> dict[str, float]:
+        """By name, of all ranks."""
+        assert self.sums is not None
+        return dict(zip(self.names, self.sums + self._own[self.shares :], strict=True))
 
     @property
     def is_finite(self) -> bool:
         """Whether the loss was, on all ranks, which agree in it."""
-        apart = ("own", "norm")
-        return all(math.isfinite(x) for name, x in self.numbers.items() if name not in apart)
+        return all(math.isfinite(x) for name, x in self._found.items() if name != "own")
 
     def nonfinite_ranks(self) -> list[int]:
         """Whose share of the loss was not finite; all ranks ask together.
@@ -85,13 +99,13 @@ class Outcome:
         """
         if self.is_finite:
             return []
-        said = gather_objects(math.isfinite(self.numbers["own"]))
+        said = gather_objects(math.isfinite(self._found["own"]))
         to_blame = [rank for rank, finite in enumerate(said) if not finite]
         return to_blame or list(range(self.split.ranks))
 
     def figures(self) -> dict[str, float]:
         """Of all ranks; NaN where a loss was not finite, and the norm where it was not applied."""
-        sums = self.numbers if self.is_finite else dict.fromkeys(self.names, math.nan)
+        sums = self._found if self.is_finite else dict.fromkeys(self.names, math.nan)
         loss = reconstruction = sums["nll"] / self.unit
         of_terms: dict[str, float] = {}
         for name, term in self.terms.items():
@@ -101,8 +115,10 @@ class Outcome:
                 of_terms[f"{name}_weight"] = self.weights[name]
             divisor = self.unit if term.per_sequence else len(self.codes)
             loss += self.weights[name] * (sums[term.logs[0]] / divisor)
-        norm = self.numbers.get("norm", self.norm)
-        norms = {} if norm is None else {"grad_norm": norm if self.applied else math.nan}
+        norms = {}
+        if self.norm is not None:
+            (norm,) = self.norm.read()
+            norms = {"grad_norm": norm if self.applied else math.nan}
         return {
             "loss": loss,
             "reconstruction": reconstruction,
@@ -132,18 +148,34 @@ class Outcome:
 
 
 class Outcomes:
-    """Those of the last steps, a step late, so that nobody waits for a device that is at work."""
+    """Those of the last steps, a step late, so that nobody waits for a device that is at work.
 
-    def __init__(self) -> None:
+    Args:
+        shares: of an outcome.
+    """
+
+    def __init__(self, shares: int):
+        self.shares = shares
         self.arriving: list[Outcome] = []
 
+    def told(self) -> list[float]:
+        """This rank's shares of the last outcome, to be summed with what ranks tell each other."""
+        return self.arriving[-1].own_shares if self.arriving else [0.0] * self.shares
+
+    def heard(self, sums: list[float]) -> None:
+        """All ranks' shares of it."""
+        if self.arriving:
+            self.arriving[-1].sums = sums
+
     def after(self, outcome: Outcome, *, wait: bool) -> Iterator[Outcome]:
-        """Those that are known after one more, the oldest first.
+        """Those that are known after one more, the oldest first; all ranks call it together.
 
         Args:
             outcome: of the step that was taken last.
             wait: for this one too.
         """
         self.arriving.append(outcome)
+        if wait:
+            self.heard(all_sum(*self.told()))
         while len(self.arriving) > (0 if wait else 1):
             yield self.arriving.pop(0)

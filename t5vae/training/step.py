@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from shards import Batch
@@ -61,6 +60,7 @@ class Loss:
         self.counting = counting
         self.codes: list[Tensor] = []
         self.numbers: list[Tensor] = []
+        self.arriving: Arriving | None = None
 
     @property
     def unit(self) -> float:
@@ -109,6 +109,8 @@ class Loss:
         own = 0 * (number_L[: self.shares].sum() + codes_BD.sum(dtype=torch.float64))
         self.codes.append(codes_BD)
         self.numbers.append(torch.cat([number_L, own[None]]))
+        if len(self.numbers) == self.split.accumulation:
+            self.arriving = Arriving(torch.stack(self.numbers).sum(0))
         return 1 + (0 * self.numbers[-1].sum()).float()
 
     def _regularisers(self, batch: Batch) -> Regularisers:
@@ -122,7 +124,7 @@ class Loss:
     def end(
         self, step: int, applied: bool, norm: Tensor | float | None, about: Mapping[str, float]
     ) -> Outcome:
-        """End a step, all ranks together; what it came to is on its way to the host.
+        """End a step, whose numbers are on their way to the host.
 
         Args:
             step: its number.
@@ -130,12 +132,7 @@ class Loss:
             norm: of the gradient; None where it is not known.
             about: figures of it that the host has.
         """
-        numbers = torch.stack(self.numbers).sum(0)
-        if self.split.ranks > 1:
-            dist.all_reduce(numbers[: self.shares])
-        names = (*self.logs, "own")
-        if isinstance(norm, Tensor):
-            numbers, names = torch.cat([numbers, norm.double().view(1)]), (*names, "norm")
+        assert self.arriving is not None
         return Outcome(
             step=step,
             position=self.position,
@@ -147,9 +144,10 @@ class Loss:
             tokens=self.tokens,
             unit=self.unit,
             codes=self.codes,
-            norm=None if isinstance(norm, Tensor) else norm,
-            names=names,
-            arriving=Arriving(numbers),
+            names=(*self.logs, "own"),
+            shares=self.shares,
+            numbers=self.arriving,
+            norm=None if norm is None else Arriving(norm),
         )
 
 

@@ -13,12 +13,10 @@ from t5vae.training.outcome import Arriving, Outcome, Outcomes
 
 SPLIT = BatchSplit(sequences=16, ranks=2, micro=4, accumulation=2)
 TERMS = {"kl": KL(weight=0.5, schedule="linear"), "epps_pulley": EppsPulley(weight=3.0)}
-NAMES = ("nll", "kl", "epps_pulley", "own")
 
 
-def make(
-    *numbers: float, step: int = 1, norm=None, applied=True, names=NAMES, unit=40.0
-) -> Outcome:
+def make(*numbers: float, step: int = 1, norm=None, applied=True, unit=40.0) -> Outcome:
+    """Of one rank, whose shares are those of all."""
     return Outcome(
         step=step,
         position=16 * (step - 1),
@@ -30,9 +28,11 @@ def make(
         tokens=40.0,
         unit=unit,
         codes=[torch.ones(4, 3), -torch.ones(4, 3)],
-        norm=norm,
-        names=names,
-        arriving=Arriving(torch.tensor(numbers, dtype=torch.float64)),
+        names=("nll", "kl", "epps_pulley", "own"),
+        shares=2,
+        numbers=Arriving(torch.tensor(numbers, dtype=torch.float64)),
+        norm=None if norm is None else Arriving(norm),
+        sums=list(numbers[:2]),
     )
 
 
@@ -58,16 +58,23 @@ def test_a_reconstruction_that_is_summed_is_not_divided_by_tokens():
     assert figures["nats_per_token"] == 2.0
 
 
-@pytest.mark.parametrize("where", ["the device", "the host"])
-def test_the_norm_is_told_wherever_it_is_known_unless_the_step_was_skipped(where):
-    on_device = where == "the device"
-    numbers = (80.0, 8.0, 0.6, 0.0, *([1.5] if on_device else []))
-    names = (*NAMES, "norm") if on_device else NAMES
-    norm = None if on_device else 1.5
-    assert make(*numbers, names=names, norm=norm).figures()["grad_norm"] == 1.5
-    skipped = make(*numbers, names=names, norm=norm, applied=False).figures()
+@pytest.mark.parametrize("norm", [1.5, torch.tensor(1.5), torch.tensor([1.5])])
+def test_the_norm_is_told_wherever_it_is_known_unless_the_step_was_skipped(norm):
+    assert make(80.0, 8.0, 0.6, 0.0, norm=norm).figures()["grad_norm"] == 1.5
+    skipped = make(80.0, 8.0, 0.6, 0.0, norm=norm, applied=False).figures()
     assert math.isnan(skipped["grad_norm"])
     assert skipped["loss"] > 0
+
+
+def test_shares_are_summed_over_ranks_and_statistics_are_not():
+    outcomes, outcome = Outcomes(2), make(30.0, 3.0, 0.6, 0.0)
+    assert outcomes.told() == [0.0, 0.0]
+    outcomes.heard([])  # there is nothing yet
+    assert list(outcomes.after(outcome, wait=False)) == []
+    assert outcomes.told() == [30.0, 3.0]
+    outcomes.heard([80.0, 8.0])
+    figures = outcome.figures()
+    assert (figures["reconstruction"], figures["kl"], figures["epps_pulley"]) == (2.0, 0.5, 0.3)
 
 
 @pytest.mark.parametrize("place", range(3))
@@ -97,8 +104,9 @@ def test_codes_are_compared_with_the_prior():
     )
 
 
-def test_outcomes_come_a_step_late_and_in_order_and_at_once_when_waited_for():
-    outcomes, known = Outcomes(), []
+def test_outcomes_come_a_step_late_and_in_order_and_at_once_when_waited_for(monkeypatch):
+    monkeypatch.setattr(outcome, "all_sum", lambda *own: list(own))
+    outcomes, known = Outcomes(2), []
     for step in range(1, 8):
         one = make(80.0, 8.0, 0.6, 0.0, step=step)
         known.append([past.step for past in outcomes.after(one, wait=step in (4, 5, 7))])
