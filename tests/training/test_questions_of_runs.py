@@ -79,6 +79,38 @@ def rank_main(rank: int, folder: Path) -> None:
     ):
         for run in RUNS:
             stage, precision, optimiser = run
+            given |= {
+                "run": {"name": "small", "output_dir": str(folder / name_of(run))},
+                "deepspeed": {"zero_stage": stage},
+                "train": {"steps": STEPS, "precision": precision},
+                "optim": {"name": optimiser},
+            }
+            found[name_of(run)] = asked_in_steps(Config(**given), ranks)
+    (folder / f"{rank}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def asked(run_ranks, short_dataset, tmp_path_factory) -> dict[str, list[list[Counter[Any]]]]:
+    """By run and rank, of each step how often who asked what."""
+    folder = tmp_path_factory.mktemp("ranks")
+    data = {"shards": str(short_dataset), "global_batch_size": 72}
+    data["micro_batch_size"] = 72 // WORLD // ACCUMULATION
+    quiet = {"every": 0}
+    base = {**BASE, "data": data, "log": {"every": STEPS}, "checkpoint": quiet, "eval": quiet}
+    (folder / "base.json").write_text(json.dumps({**base, "port": free_port()}))
+    environment = {"DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    run_ranks(__file__, WORLD, folder, **environment)
+    said = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD)]
+    return {
+        name: [[Counter(map(tuple, step)) for step in of[name]] for of in said] for name in said[0]
+    }
+
+
+@pytest.mark.parametrize("run", RUNS, ids=name_of)
+def test_a_step_of_ours_reads_one_vector_and_the_norm(asked, run):
+    stage, precision, optimiser = run
     plain = stage == 0 and precision == "fp32"  # DeepSpeed has no norm, nor looks for overflows
     reads = 1 + (optimiser == "adamw" and not plain)
     expected = {("t5vae/training/outcome.py:read", "tolist"): reads}
