@@ -374,7 +374,7 @@ class T5VAE(AroundT5, GenerationMixin):
         """Cross-entropy of the labels at places, from the states before each of them."""
         states_RC, labels_N = self._scaled(states_RC), labels_BT.flatten()[places_N]
         if self.fused_cross_entropy and torch.is_grad_enabled():
-            nll = self.t5.lm_head(states_RC, labels_N, fused=True)
+            nll = self.t5.lm_head(states_RC[: len(labels_N)], labels_N, fused=True)
             return T5VAEOutput(loss=nll / max(1, len(labels_N)))
         labels_R = nn.functional.pad(labels_N, (0, len(states_RC) - len(labels_N)), value=-100)
         nll_R = self.t5.lm_head(states_RC, labels_R)
