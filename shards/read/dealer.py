@@ -53,7 +53,7 @@ class Batch:
         source: torch.Tensor,
         consumed: int = 0,
     ) -> "Batch":
-        """A batch of the CPU, whose places are found."""
+        """A batch on the CPU, whose places are found; arguments as the attributes."""
         real = torch.arange(ids.shape[1]) < torch.where(weights > 0, lengths, 0)[:, None]
         places = real.flatten().nonzero()[:, 0]
         return cls(ids, lengths, weights, sequence, source, consumed, places)

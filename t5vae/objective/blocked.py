@@ -44,9 +44,7 @@ def pair_sum(x_BD: Tensor, y_ND: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor
         pairs = len(x_rD) * len(y_cD)
         s_rc, slope_rc, spare_rc = buffers[:, :pairs].view(3, len(x_rD), len(y_cD))
         torch.mm(left_BE[rows], right_NE[columns].T, out=s_rc)
-        s_rc.clamp_(
-            *bounds
-        )  # else what is nearly 0 may be negative: a kernel can have a pole there
+        s_rc.clamp_(*bounds)  # what is nearly 0 can be negative, where a kernel has a pole
         sums = _phi(kernel, s_rc, slope_rc, spare_rc)
         pull_BD[rows].addmm_(slope_rc, y_cD)
         weight_B[rows] += slope_rc.sum(1)

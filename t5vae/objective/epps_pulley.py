@@ -23,6 +23,7 @@ from t5vae.objective.precision import true_fp32
 LIMIT, STEPS = 5.0, 16
 
 
+@true_fp32()
 def sliced_epps_pulley(
     z_BD: Tensor,
     *,
@@ -31,6 +32,7 @@ def sliced_epps_pulley(
     estimator: str = "u",
     sigma: float = 1.0,
     weights_B: Tensor | None = None,
+    count: int | None = None,
     group: dist.ProcessGroup | None = None,
     gradient_scale: float | None = None,
     generator_seed: int = 0,
@@ -55,6 +57,8 @@ def sliced_epps_pulley(
             "v" (as in the paper: never negative, about 0.42 / N for such codes).
         sigma: the prior's standard deviation.
         weights_B: [b], 1 for rows that count and 0 for rows that do not; default all ones.
+        count: N, where it is known, as in training: then nothing is asked of an accelerator, and
+            codes that are not finite make the value NaN on every rank.
         group: the data-parallel ranks; default all, or this process alone where none is set up.
         gradient_scale: multiplies the gradient; default the number of ranks, which cancels the
             mean reduction of DeepSpeed and DDP.
@@ -67,51 +71,14 @@ def sliced_epps_pulley(
         float32, and what is added up over ranks and directions in float64.
 
     Raises:
-        ValueError: for codes that are not finite or not [b, D] with b, D > 0, an unknown
-            estimator, a negative number of slices, or no direction at all.
+        ValueError: for codes that are not finite (without `count`) or not [b, D] with b, D > 0, an
+            unknown estimator, a negative number of slices, or no direction at all.
     """
     _check(z_BD, slices, axes, estimator)
-    if not z_BD.isfinite().all():
-        raise ValueError("codes are not finite")
-    counts_B = z_BD.new_ones(len(z_BD)) if weights_B is None else weights_B
-    count = counts_B.sum(dtype=torch.float64)
-    if dist.is_initialized() and dist.get_world_size(group) > 1:
-        dist.all_reduce(count, group=group)
-    return epps_pulley_of(
-        z_BD,
-        int(count),
-        slices=slices,
-        axes=axes,
-        estimator=estimator,
-        sigma=sigma,
-        weights_B=weights_B,
-        group=group,
-        gradient_scale=gradient_scale,
-        generator_seed=generator_seed,
-    )
-
-
-@true_fp32()
-def epps_pulley_of(
-    z_BD: Tensor,
-    count: int,
-    *,
-    slices: int = 256,
-    axes: bool = True,
-    estimator: str = "u",
-    sigma: float = 1.0,
-    weights_B: Tensor | None = None,
-    group: dist.ProcessGroup | None = None,
-    gradient_scale: float | None = None,
-    generator_seed: int = 0,
-) -> Tensor:
-    """The statistic where it is known how many rows count; arguments and result as above.
-
-    Codes that are not finite make it NaN on every rank. Nothing here asks an accelerator.
-
-    Args:
-        count: N.
-    """
+    if count is None:
+        if not z_BD.isfinite().all():
+            raise ValueError("codes are not finite")
+        count = _count(z_BD, weights_B, group)
     if count < 2:
         return with_gradient(z_BD, z_BD.new_zeros((), dtype=torch.float32), torch.zeros_like(z_BD))
     ranks = dist.get_world_size(group) if dist.is_initialized() else 1
@@ -162,6 +129,15 @@ def _check(z_BD: Tensor, slices: int, axes: bool, estimator: str) -> None:
         raise ValueError(f"slices is {slices}; choose 0 or more")
     if slices == 0 and not axes:
         raise ValueError("no direction to project codes on; choose slices, axes or both")
+
+
+def _count(z_BD: Tensor, weights_B: Tensor | None, group: dist.ProcessGroup | None) -> int:
+    """Rows of the global batch that count; all ranks ask together."""
+    counts_B = z_BD.new_ones(len(z_BD)) if weights_B is None else weights_B
+    count = counts_B.sum(dtype=torch.float64)
+    if dist.is_initialized() and dist.get_world_size(group) > 1:
+        dist.all_reduce(count, group=group)
+    return int(count)
 
 
 def _directions(slices: int, dimensions: int, seed: int) -> Tensor:

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from t5vae.cluster.phases import phase
-from t5vae.common.errors import UserError
+from t5vae.common.errors import UserError, first_line
 from t5vae.common.kinds import OPTIMISERS, find
 from t5vae.config import BatchSplit, DeepSpeed, Optim
 from t5vae.training.optimisers import Group, Optimiser, Place
@@ -75,7 +76,7 @@ def deepspeed_config(
     if precision == "bf16" and split.parts > 2:
         preferred["communication_data_type"] = "fp32"
         if split.accumulation > 1 and deepspeed.zero_stage:
-            merged["data_types"] = {"grad_accum_dtype": "fp32", **(merged.get("data_types") or {})}
+            merged["data_types"] = {"grad_accum_dtype": "fp32", **_object(merged, "data_types")}
     _refuse_unsupported(merged)
     return preferred | merged
 
@@ -93,17 +94,29 @@ def is_half(settings: dict[str, Any]) -> bool:
 def _refuse_unsupported(merged: dict[str, Any]) -> None:
     """Refuse what DeepSpeed cannot do, or keeps where no checkpoint would find it."""
     for name in ("offload_optimizer", "offload_param"):
-        if (merged["zero_optimization"].get(name) or {}).get("device") == "nvme":
+        if _object(merged["zero_optimization"], name).get("device") == "nvme":
             raise UserError(
                 f"deepspeed.config sets zero_optimization.{name}.device to nvme, whose state no "
                 "checkpoint has: use cpu"
             )
-    accumulates = (merged.get("data_types") or {}).get("grad_accum_dtype")
+    accumulates = _object(merged, "data_types").get("grad_accum_dtype")
     if stage_of(merged) == 0 and is_half(merged) and accumulates == "fp32":
         raise UserError(
             "deepspeed.config sets data_types.grad_accum_dtype to fp32, which DeepSpeed does not "
             "do without ZeRO: set deepspeed.zero_stage to 1"
         )
+
+
+def _object(settings: dict[str, Any], name: str) -> dict[str, Any]:
+    """A part of DeepSpeed's configuration; empty where there is none.
+
+    Raises:
+        UserError: it is something else.
+    """
+    part = settings.get(name) or {}
+    if not isinstance(part, dict):
+        raise UserError(f"deepspeed.config sets {name} to {part!r}: give an object")
+    return part
 
 
 def _user_config(given: str | dict[str, Any] | None) -> dict[str, Any]:
@@ -219,11 +232,13 @@ def build_engine(model: nn.Module, settings: dict[str, Any], optim: Optim) -> An
         optim: what to update it with.
 
     Raises:
-        UserError: if the device cannot compute in this precision.
+        UserError: if the device cannot compute in this precision, or DeepSpeed refuses its
+            configuration.
     """
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
+    _check(settings)
     if settings.get("fp16", {}).get("enabled") and not get_accelerator().is_fp16_supported():
         raise UserError("this device does not compute in fp16: set train.precision to bf16 or fp32")
     for buffer in model.buffers():  # which DeepSpeed leaves where they are if weights are sharded
@@ -245,6 +260,27 @@ def build_engine(model: nn.Module, settings: dict[str, Any], optim: Optim) -> An
     if unpartitioned and half:
         _undo_first_step(engine.optimizer)
     return engine
+
+
+def _check(settings: dict[str, Any]) -> None:
+    """Refuse a configuration that DeepSpeed does not take.
+
+    Raises:
+        UserError: with what DeepSpeed says first.
+    """
+    from deepspeed.runtime.config import DeepSpeedConfig, DtypeEnum
+
+    try:
+        if accumulates := _object(settings, "data_types").get("grad_accum_dtype"):
+            DtypeEnum(accumulates)
+        DeepSpeedConfig(settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        told = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise UserError(f"DeepSpeed does not take deepspeed.config: {told}") from None
+    except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+        told = first_line(error)
+        raise UserError(f"DeepSpeed does not take deepspeed.config: {told}") from None
 
 
 @contextlib.contextmanager

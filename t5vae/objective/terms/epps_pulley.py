@@ -30,15 +30,15 @@ class EppsPulley(Term):
             raise ValueError("objective.epps_pulley needs directions: set slices, axes or both")
 
     def values(self, codes: Codes) -> tuple["Tensor", ...]:
-        from t5vae.objective.epps_pulley import epps_pulley_of
+        from t5vae.objective import sliced_epps_pulley
 
-        statistic = epps_pulley_of(
+        statistic = sliced_epps_pulley(
             codes.z_BD,
-            codes.count,
             slices=self.slices,
             axes=self.axes,
             sigma=codes.scale,
             weights_B=codes.weights_B,
+            count=codes.count,
             generator_seed=codes.seed,
         )
         return (statistic,)
