@@ -1,8 +1,9 @@
-"""What transformers asks of a model around a T5: its tokens, its embeddings, its layers."""
+"""What transformers asks of a model around a T5: its tokens, embeddings, layers and masks."""
 
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.models.t5.modeling_t5 import T5LayerNorm
@@ -78,3 +79,13 @@ class AroundT5(PreTrainedModel):
         self.compiled = True
         for stack in (self.t5.encoder, self.t5.decoder):
             compile_layers(stack)
+
+    def _encoder_mask(self, mask_BT: Tensor, places_N: Tensor | None) -> Tensor | None:
+        """The mask as transformers takes it; one of [B, T] it asks whether it hides anything."""
+        if places_N is None:
+            return mask_BT
+        if len(places_N) == mask_BT.numel():
+            return None
+        least = torch.finfo(self.t5.encoder.dtype).min
+        added_BT = torch.zeros_like(mask_BT, dtype=self.t5.encoder.dtype)
+        return added_BT.masked_fill(mask_BT == 0, least)[:, None, None, :]

@@ -336,16 +336,6 @@ class T5VAE(AroundT5, GenerationMixin):
             found["mean"], found["log_variance"] = posterior
         return found
 
-    def _encoder_mask(self, mask_BT: Tensor, places_N: Tensor | None) -> Tensor | None:
-        """The mask as transformers takes it; one of [B, T] it asks whether it hides anything."""
-        if places_N is None:
-            return mask_BT
-        if len(places_N) == mask_BT.numel():
-            return None
-        least = torch.finfo(self.t5.encoder.dtype).min
-        added_BT = torch.zeros_like(mask_BT, dtype=self.t5.encoder.dtype)
-        return added_BT.masked_fill(mask_BT == 0, least)[:, None, None, :]
-
     def compress(
         self, states_BTC: Tensor, mask_BT: Tensor, keys_B: Tensor | None = None
     ) -> tuple[Tensor, Posterior | None]:

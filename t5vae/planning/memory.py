@@ -12,7 +12,8 @@ from t5vae.common.kinds import OPTIMISERS, find
 from t5vae.config import BatchSplit, Config
 from t5vae.objective import Cost, Term
 from t5vae.planning.activations import Activations
-from t5vae.training.engine import bucket, deepspeed_config, grouped
+from t5vae.training.deepspeed_settings import deepspeed_config
+from t5vae.training.engine import bucket, grouped
 from t5vae.training.optimisers import Optimiser
 
 PYTHON = 520 * 2**20  # a process with torch, transformers and DeepSpeed, on a CPU: measured
@@ -144,10 +145,10 @@ def regime_of(config: Config, split: BatchSplit) -> Regime:
     )
 
 
-def _bytes(dtype: str | None, default: int) -> int:
+def _bytes(dtype: object, default: int) -> int:
     if dtype is None:
         return default
-    return 4 if dtype.lower() in FP32 else 2
+    return 4 if str(dtype).lower() in FP32 else 2
 
 
 @dataclass(frozen=True)

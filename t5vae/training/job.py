@@ -21,7 +21,7 @@ from t5vae.config import BatchSplit, Config, Eval, Train, read_run
 from t5vae.latent import checker
 from t5vae.model import T5VAE, T5VAEConfig, parameter_counts
 from t5vae.training.build import check_base, is_installed, model_config
-from t5vae.training.engine import deepspeed_config
+from t5vae.training.deepspeed_settings import deepspeed_config
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from t5vae.common.errors import UserError
 from t5vae.config import load_config, read_values
-from t5vae.training.engine import deepspeed_config
+from t5vae.training.deepspeed_settings import deepspeed_config
 from tests import refused
 
 refusal = partial(refused.refusal, load_config)

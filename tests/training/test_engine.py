@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from t5vae.common.errors import UserError
 from t5vae.config import Config, Optim
+from t5vae.training.deepspeed_settings import check_settings, deepspeed_config
 from t5vae.training.engine import (
     _skip_nonfinite,
     _undo_first_step,
     build_engine,
-    deepspeed_config,
     gradient_norm,
     schedule,
 )
@@ -384,3 +384,32 @@ def test_the_step_that_deepspeed_takes_without_gradients_is_forgotten():
 def test_the_norm_of_the_gradient_is_told_where_deepspeed_knows_it(name, found):
     engine = SimpleNamespace(get_global_grad_norm=lambda: 2.5)
     assert gradient_norm(engine, Optim(name=name)) == found
+
+
+@pytest.mark.parametrize("part", ["fp32", ["fp32"], 5])
+@pytest.mark.parametrize("name", ["data_types", "zero_optimization.offload_optimizer"])
+def test_a_part_of_the_users_own_that_is_no_object_is_refused(name, part):
+    outer, _, inner = name.partition(".")
+    told = refusal(user={outer: {inner: part} if inner else part})
+    assert told == f"deepspeed.config sets {inner or outer} to {part!r}: give an object"
+
+
+@pytest.mark.parametrize(
+    ("user", "words"),
+    [
+        ({"zero_optimization": {"no_such": 1}}, ["no_such", "not permitted"]),
+        ({"zero_optimization": {"reduce_bucket_size": "many"}}, ["reduce_bucket_size", "integer"]),
+        ({"communication_data_type": "fp7"}, ["communication_data_type", "fp7"]),
+        ({"data_types": {"grad_accum_dtype": "fp7"}}, ["fp7"]),
+        ({"activation_checkpointing": 5}, []),
+    ],
+)
+def test_what_deepspeed_does_not_take_is_refused_in_a_line(user, words):
+    told = refused.refusal(check_settings, made(user=user))
+    assert told.startswith("DeepSpeed does not take deepspeed.config: ")
+    for word in words:
+        assert word in told
+
+
+def test_what_deepspeed_takes_passes():
+    check_settings(made(user={"data_types": {"grad_accum_dtype": "bf16"}}))

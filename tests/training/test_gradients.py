@@ -30,7 +30,8 @@ from t5vae.config import Config
 from t5vae.model import T5VAE, Regularisers, row_keys
 from t5vae.objective import Gathering, gathering, mmd, sliced_epps_pulley
 from t5vae.training.build import model_config
-from t5vae.training.engine import backward, build_engine, deepspeed_config, set_learning_rate
+from t5vae.training.deepspeed_settings import deepspeed_config
+from t5vae.training.engine import backward, build_engine, set_learning_rate
 from t5vae.training.step import Loss
 from tests.objective import reference
 

@@ -9,7 +9,8 @@ from t5vae.common.errors import UserError
 from t5vae.common.kinds import OPTIMISERS
 from t5vae.config import Config, Optim
 from t5vae.model import T5VAE, T5VAEConfig
-from t5vae.training.engine import _optimizer, deepspeed_config
+from t5vae.training.deepspeed_settings import deepspeed_config
+from t5vae.training.engine import _optimizer
 from t5vae.training.optimisers import Optimiser, Place
 
 

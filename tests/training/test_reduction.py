@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from t5vae.config import BatchSplit, DeepSpeed, Optim
-from t5vae.training.engine import _reduction, deepspeed_config
+from t5vae.training.deepspeed_settings import deepspeed_config
+from t5vae.training.engine import _reduction
 from t5vae.training.optimisers import Place
 from tests import refused
 
