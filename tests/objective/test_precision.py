@@ -1,9 +1,24 @@
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from t5vae.objective import mmd, sliced_epps_pulley
 from t5vae.objective.precision import true_fp32
 
 MATMUL = torch.backends.cuda.matmul
+
+
+class Products(TorchDispatchMode):
+    """Notes the precision of products of matrices in fp32."""
+
+    def __init__(self):
+        super().__init__()
+        self.precisions = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.name().startswith(("aten::mm", "aten::addmm", "aten::bmm")):
+            self.precisions.add(MATMUL.fp32_precision)
+        return function(*args, **(kwargs or {}))
 
 
 @pytest.fixture(autouse=True)
@@ -46,3 +61,12 @@ def test_tf32_that_the_older_setting_allows_comes_back():
         assert MATMUL.fp32_precision == "ieee"
     assert MATMUL.allow_tf32
     assert torch.get_float32_matmul_precision() == "high"
+
+
+@pytest.mark.parametrize("statistic", [mmd, sliced_epps_pulley])
+def test_a_statistic_multiplies_codes_in_fp32_in_a_run_whose_model_is_in_tf32(statistic):
+    MATMUL.fp32_precision = "tf32"
+    with Products() as products:
+        statistic(torch.randn(6, 4))
+    assert products.precisions == {"ieee"}
+    assert MATMUL.fp32_precision == "tf32"
