@@ -5,9 +5,11 @@ hold the sums against real runs. Half precision is bf16 or fp16; n is the number
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
+from t5vae.common.errors import UserError
 from t5vae.common.kinds import OPTIMISERS, find
 from t5vae.config import BatchSplit, Config
 from t5vae.objective import Cost, Term
@@ -136,13 +138,26 @@ def regime_of(config: Config, split: BatchSplit) -> Regime:
         split=split,
         offloads_optimizer=offloads,
         offloads_parameters=config.deepspeed.offload_parameters,
-        bucket=int(float(zero.get("reduce_bucket_size", 0))) if stage else 0,
-        gathered=int(min(float(zero.get(name, 1e9)) for name in kept)),
+        bucket=_elements(zero, "reduce_bucket_size", 0) if stage else 0,
+        gathered=min(_elements(zero, name, 1e9) for name in kept),
         communication_bytes=_bytes(settings.get("communication_data_type"), weight_bytes),
         accumulation_bytes=_bytes(summed, weight_bytes),
         overlaps=zero.get("overlap_comm", split.ranks > 1 and not offloads),
         stages_saves=config.checkpoint.asynchronous,
     )
+
+
+def _elements(zero: dict[str, Any], name: str, default: float) -> int:
+    """A number of DeepSpeed's, which may be written as 5e8 or "5e8".
+
+    Raises:
+        UserError: it is none.
+    """
+    given = zero.get(name, default)
+    try:
+        return int(float(given))
+    except (OverflowError, TypeError, ValueError):
+        raise UserError(f"deepspeed.config sets {name} to {given!r}: give a number") from None
 
 
 def _bytes(dtype: object, default: int) -> int:

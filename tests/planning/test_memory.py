@@ -8,6 +8,7 @@ from t5vae.model import T5VAE
 from t5vae.planning.activations import Activations, Affine, activations
 from t5vae.planning.memory import Sizes, memory, regime_of, sizes_of, state_bytes
 from t5vae.training.build import model_config
+from tests.refused import refusal
 
 ROWS, LENGTH, VOCABULARY = 6, 24, 300
 T5 = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_decoder_layers": 3}
@@ -308,3 +309,18 @@ def test_new_momentum_is_kept_apart_until_a_step_is_known_to_be_one(
     )
     found = needed(config, n=Sizes(1000, own=600, largest_group=400))
     assert found.backward.get("staged momentum") == found.step.get("staged momentum") == extra
+
+
+@pytest.mark.parametrize("given", ["many", [], None, float("inf")])
+@pytest.mark.parametrize("name", ["reduce_bucket_size", "stage3_max_live_parameters"])
+def test_a_number_of_the_users_own_that_is_none_is_refused(make_config, name, given):
+    own = {"zero_optimization": {name: given}}
+    config = make_config(deepspeed={"zero_stage": 3, "config": own})
+    told = refusal(regime_of, config, config.data.split(1))
+    assert told == f"deepspeed.config sets {name} to {given!r}: give a number"
+
+
+def test_a_number_may_be_written_as_text(make_config):
+    own = {"zero_optimization": {"reduce_bucket_size": "5e8"}}
+    config = make_config(deepspeed={"zero_stage": 2, "config": own})
+    assert regime_of(config, config.data.split(1)).bucket == 500_000_000
