@@ -160,6 +160,13 @@ def inspect(
         typer.Option(help="With `--position`: how many, as `data.global_batch_size`.", min=1),
     ] = 256,
     seed: Annotated[int, typer.Option(help="With `--position`: the run's, as `run.seed`.")] = 0,
+    order_version: Annotated[
+        int | None,
+        typer.Option(
+            help="With `--position`: of the order that the run began with; by default the newest.",
+            show_default=False,
+        ),
+    ] = None,
     weight: Annotated[
         list[float] | None,
         typer.Option(
@@ -184,7 +191,8 @@ def inspect(
     from shards.format.index import open_index
 
     if position is not None:
-        rows = _replay(paths, weight or [1.0] * len(paths), position, batch, seed)
+        weights = weight or [1.0] * len(paths)
+        rows = _replay(paths, weights, position, batch, seed, order_version)
         if json:
             document = {"position": position, "seed": seed, "rows": rows}
             typer.echo(dumps(document, ensure_ascii=False))
@@ -216,14 +224,21 @@ def inspect(
 
 
 def _replay(
-    paths: list[str], weights: list[float], position: int, batch: int, seed: int
+    paths: list[str],
+    weights: list[float],
+    position: int,
+    batch: int,
+    seed: int,
+    order_version: int | None,
 ) -> list[dict[str, Any]]:
     """The rows of the training stream from a position on.
 
     Raises:
-        UserError: the weights are not one for each path, or the datasets make no mixture.
+        UserError: the weights are not one for each path, the datasets make no mixture, or there is
+            no such order.
     """
     from shards.read.dataset import open_dataset
+    from shards.read.orders import NEWEST
     from shards.read.stream import ShardStream
 
     if len(weights) != len(paths):
@@ -235,7 +250,12 @@ def _replay(
         [{"path": path, "weight": weight} for path, weight in zip(paths, weights, strict=True)]
     )
     with ShardStream(
-        dataset, seed=seed, global_batch_size=batch, consumed=position, on_corrupt="skip"
+        dataset,
+        seed=seed,
+        global_batch_size=batch,
+        consumed=position,
+        on_corrupt="skip",
+        order_version=order_version or NEWEST,
     ) as stream:
         found = next(stream)
     columns = zip(

@@ -19,7 +19,7 @@ from shards.format.blocks import BLOCK, CHUNKS, SLACK, BlockReader, fit, read_ta
 from shards.format.tokenizers import fingerprint, load_tokenizer
 from shards.storage.cache import Cache
 from shards.storage.kinds import open_store
-from shards.storage.store import Manifest, Store, unreadable
+from shards.storage.store import INDEX, Manifest, Store, unreadable
 from t5vae.common.errors import DamageError, UserError
 from t5vae.common.storage import patiently
 
@@ -320,10 +320,10 @@ def open_index(path: str | Path, cache: Cache | None = None) -> Index:
         StorageError: the storage failed for minutes.
     """
     location = str(path)
-    file = f"{location}/index.json"
+    file = f"{location}/{INDEX}"
     how_to_build = HOW_TO_BUILD.format(path="FOLDER" if "://" in location else location)
     try:
-        content = patiently(partial(open_store(location).get, "index.json"), file)
+        content = patiently(partial(open_store(location, cache=cache).get, INDEX), file)
     except FileNotFoundError:
         raise UserError(
             f"{location} is no dataset (it has no index.json): {how_to_build}"

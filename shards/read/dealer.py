@@ -17,7 +17,7 @@ from shards.read.windows import Windows
 from t5vae.common.errors import DamageError
 
 ROUND = 8  # padded lengths are multiples of it: what matrix units like
-PLANNED_ROWS, PLANNED_STEPS = 16_384, 1024  # found together at most
+PLANNED_ROWS, PLANNED_STEPS, PLANNED_RANGES = 16_384, 1024, 2**17  # found together at most
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,7 @@ class Dealer:
 
     A global batch is read epoch by epoch, across the lanes of all sources. Rank r of W takes the
     r-th W-th of that, and micro batch m of A every A-th row of its share, so that each has some of
-    every lane. Sorted by length it is cut into W * A bands instead, and band m * W + r is micro
-    batch m of rank r.
+    each of its lanes. Sorted by length, its share is cut into A bands instead.
     """
 
     sources: list[Windows]
@@ -152,12 +151,13 @@ class Dealer:
 
     @property
     def _share(self) -> int:
-        """Rows to find of one step: this rank's own, or all of them to sort."""
-        return self.global_batch_size // (1 if self.sort_by_length else self.world_size)
+        """This rank's rows of one step."""
+        return self.global_batch_size // self.world_size
 
     @property
     def _most_steps(self) -> int:
-        return max(1, min(PLANNED_ROWS // self._share, PLANNED_STEPS))
+        lanes = sum(source.order.all_lanes for source in self.sources)
+        return max(1, min(PLANNED_ROWS // self._share, PLANNED_RANGES // lanes, PLANNED_STEPS))
 
     def _plan(self, consumed: int, steps: int) -> "Plan":
         """Bring this rank's share of several global batches into memory."""
@@ -183,19 +183,14 @@ class Dealer:
         source = np.repeat(np.arange(len(each)), [len(r.step) for r in each])
         order = np.lexsort((ranges.across, ranges.step))
         ranges, source = ranges.take(order), source[order]
-        return (ranges, source) if self.sort_by_length else self._slice(ranges, source)
+        return self._slice(ranges, source)
 
-    def windows(self, consumed: int, steps: int, *, of_all: bool = False) -> list[set[int]]:
-        """The windows of each source that this rank opens for several global batches.
-
-        Args:
-            of_all: those that all ranks together open.
-        """
-        dealer = replace(self, world_size=1, rank=0) if of_all else self
+    def windows(self, consumed: int, steps: int) -> list[set[int]]:
+        """The windows of each source that this rank opens for several global batches."""
         opened: list[set[int]] = [set() for _ in self.sources]
-        for first in range(0, steps, PLANNED_STEPS):
-            count = min(PLANNED_STEPS, steps - first)
-            ranges, source = dealer._ranges(consumed + first * self.global_batch_size, count)
+        for first in range(0, steps, self._most_steps):
+            count = min(self._most_steps, steps - first)
+            ranges, source = self._ranges(consumed + first * self.global_batch_size, count)
             for number, part in enumerate(self.sources):
                 names, _, _ = part.order.cut(ranges.take(np.flatnonzero(source == number)))
                 opened[number] |= set(np.unique(names).tolist())
@@ -218,8 +213,7 @@ class Dealer:
         if self.sort_by_length:
             by_length = np.argsort(rows.lengths.reshape(steps, -1), axis=1, kind="stable")
             by_length += np.arange(steps)[:, None] * self._share
-            bands = by_length.reshape(steps, -1, self.world_size, micro)[:, :, self.rank]
-            return rows.map(lambda column: column[bands].reshape(-1, micro))
+            return rows.map(lambda column: column[by_length].reshape(-1, micro))
         return rows.map(
             lambda column: column.reshape(steps, micro, -1).swapaxes(1, 2).reshape(-1, micro)
         )

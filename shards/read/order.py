@@ -3,27 +3,22 @@
 It depends on neither the number of ranks nor restarts, and no random generator is involved whose
 stream may change: every permutation is the stable argsort of an integer hash.
 
-The N sequences of an epoch are all visited once before the next epoch begins. Each epoch permutes
-the full blocks and deals them to `lanes` lanes; a lane opens `window` blocks at a time and visits
-their rows in permuted order. The lanes take turns of `chunk` rows: position g of the stream is
-
-    epoch, q = divmod(g, N);  turn, rest = divmod(q, chunk * lanes);  lane, o = divmod(rest, chunk)
-
-the row at place turn * chunk + o of that lane. The full blocks that are left over, fewer than
-`lanes`, are one lane each and take turns in the same way; the short block comes last. With fewer
-full blocks than lanes all are one window: a small data set is wholly shuffled.
+The N sequences of an epoch are all visited once before the next epoch begins. What there is of
+full blocks lies in lanes, which take turns, group after group; a lane opens a window of blocks at a
+time and visits their rows in permuted order. Which blocks a lane has, and how lanes take turns, is
+what versions of the order differ in (`shards.read.orders`). The short block comes last. A small
+data set has no lanes: it is one window.
 
 What a lane visits from one position to another is thus one range of places. A batch is read lane
 by lane, across all lanes, so that a rank that takes a slice of it reads its share of the lanes and
 blocks, not all of them.
 """
 
-from typing import NamedTuple
+from abc import ABC, abstractmethod
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
-ORDER_VERSION = 2
-LANES, WINDOW, CHUNK = 64, 4, 16
 MASK = 2**64 - 1
 
 
@@ -85,43 +80,65 @@ class Window(NamedTuple):
     places: np.ndarray  # int64 [rows], a permutation
 
 
-class Order:
+class Group(NamedTuple):
+    """Lanes that take turns, of so many full blocks each."""
+
+    lanes: int
+    blocks: int
+
+
+class Order(ABC):
     """Where the sequences at global positions lie.
 
     Args:
         block_rows: int [blocks], sequences in each block, all equal but for one shorter.
         seed: any integer.
-        lanes, window, chunk: the shape of the order.
+        lanes: of the first group, the others have one block each; 0 for one window of all.
+        window: full blocks that a lane of the first group opens at a time.
 
     Attributes:
         sequences: N, sequences in an epoch.
+        groups: of lanes, in the order of their turns; the short block is a lane after them.
     """
 
-    def __init__(
-        self,
-        block_rows: np.ndarray,
-        seed: int,
-        lanes: int = LANES,
-        window: int = WINDOW,
-        chunk: int = CHUNK,
-    ):
+    version: ClassVar[int]
+
+    def __init__(self, block_rows: np.ndarray, seed: int, lanes: int, window: int):
         self.block_rows = np.asarray(block_rows, np.int64)
-        self.seed, self.lanes, self.window, self.chunk = seed, lanes, window, chunk
+        self.seed, self.lanes, self.window = seed, lanes, window
         self.rows_per_block = int(self.block_rows.max())
         full = self.block_rows == self.rows_per_block
         if np.count_nonzero(~full) > 1:
             raise ValueError("at most one block may be shorter than the others")
         self.full, self.short = np.flatnonzero(full), np.flatnonzero(~full)
-        self.lane_blocks, left_over = divmod(len(self.full), lanes)
-        if self.lane_blocks and self.rows_per_block % chunk:
-            raise ValueError(f"chunk {chunk} must divide {self.rows_per_block} rows of a block")
-        self.groups = [(lanes, self.lane_blocks), (left_over, 1)] if self.lane_blocks else []
-        self.all_lanes = sum(lanes for lanes, _ in self.groups) + 1
-        self._across = np.concatenate([np.arange(n) / max(1, n) for n, _ in self.groups] + [[0.0]])
+        self.lane_blocks, left_over = divmod(len(self.full), lanes) if lanes else (0, 0)
+        self.groups = (
+            [Group(lanes, self.lane_blocks), *(Group(n, 1) for n in self._left_over(left_over))]
+            if self.lane_blocks
+            else []
+        )
+        self.all_lanes = sum(group.lanes for group in self.groups) + 1
+        self._across = np.concatenate(
+            [np.arange(group.lanes) / group.lanes for group in self.groups] + [np.zeros(1)]
+        )
         self.sequences = int(self.block_rows.sum())
-        self.blocks_per_window = window if self.lane_blocks else len(self.block_rows)
+        self.blocks_per_window = window if self.groups else len(self.block_rows)
         self._windows_per_lane = -(-self.lane_blocks // window)
-        self._epochs: dict[int, np.ndarray] = {}
+        # What comes after the windows of the first group's lanes is counted as theirs are.
+        self._first_lanes = np.cumsum([group.lanes for group in self.groups])
+        self._turns = self._windows_per_lane + max(1, len(self.groups))
+
+    @abstractmethod
+    def _left_over(self, blocks: int) -> list[int]:
+        """Lanes of one block each for the full blocks that the first group has not, by group."""
+
+    @abstractmethod
+    def _begun(self, q: np.ndarray, lanes: int) -> np.ndarray:
+        """How many places of each of some lanes come before place q of their turns, [n, lanes]."""
+
+    @abstractmethod
+    def _blocks(self, epoch: int, lane: int, window: int) -> np.ndarray:
+        """The blocks of a window of a group's lane; lanes are counted through the groups."""
 
     def ranges(self, bounds: np.ndarray) -> Ranges:
         """What the batches between positions bounds[k] and bounds[k + 1] visit, lane by lane.
@@ -157,9 +174,7 @@ class Order:
         visited = []
         for lanes, blocks in self.groups:
             in_turns = np.minimum(q, lanes * blocks * self.rows_per_block)
-            turn, rest = np.divmod(in_turns, self.chunk * max(1, lanes))
-            begun = np.clip(rest[:, None] - self.chunk * np.arange(lanes), 0, self.chunk)
-            visited.append(turn[:, None] * self.chunk + begun)
+            visited.append(self._begun(in_turns, lanes))
             q = q - in_turns
         return np.concatenate([*visited, q[:, None]], axis=1)
 
@@ -170,8 +185,9 @@ class Order:
             int64 [parts]: the window's name for `window_of`, ascending with the order of the visit;
             the first place, counted from the window's; and how many places.
         """
-        dealt = ranges.lane < self.lanes if self.groups else np.zeros(len(ranges.lane), bool)
-        span = np.where(dealt, self.window * self.rows_per_block, self.sequences)
+        group = np.searchsorted(self._first_lanes, ranges.lane, side="right")
+        first_group = (group == 0) & bool(self.groups)
+        span = np.where(first_group, self.window * self.rows_per_block, self.sequences)
         first, end = ranges.place, ranges.place + ranges.size
         parts = (end - 1) // span - first // span + 1
         window = spread(first // span, parts)
@@ -179,30 +195,19 @@ class Order:
         begin = window * span[whole]
         first = np.maximum(first[whole], begin)
         count = np.minimum(end[whole], begin + span[whole]) - first
-        window[~dealt[whole]] = self._windows_per_lane  # after those of the lanes before
-        turn = ranges.epoch[whole] * (self._windows_per_lane + 1) + window
+        after = self._windows_per_lane + np.maximum(group - 1, 0)
+        window = np.where(first_group[whole], window, after[whole])
+        turn = ranges.epoch[whole] * self._turns + window
         return turn * self.all_lanes + ranges.lane[whole], first - begin, count
 
     def window_of(self, name: int) -> Window:
         """A window by its name."""
         turn, lane = divmod(name, self.all_lanes)
-        epoch, window = divmod(turn, self._windows_per_lane + 1)
-        if lane == self.all_lanes - 1:
-            blocks = self.short if self.lane_blocks else np.arange(len(self.block_rows))
+        epoch, window = divmod(turn, self._turns)
+        window = min(window, self._windows_per_lane)
+        if lane < self.all_lanes - 1:
+            blocks = self._blocks(epoch, lane, window)
         else:
-            permuted = self._epoch(epoch)
-            dealt = self.lanes * self.lane_blocks
-            if lane < self.lanes:
-                of_lane = permuted[lane : dealt : self.lanes]
-                blocks = of_lane[window * self.window : (window + 1) * self.window]
-            else:
-                blocks = permuted[dealt + lane - self.lanes][None]
+            blocks = self.short if self.groups else np.arange(len(self.block_rows))
         rows = int(self.block_rows[blocks].sum())
         return Window(blocks, permutation(rows, self.seed, epoch, lane, window))
-
-    def _epoch(self, epoch: int) -> np.ndarray:
-        """The full blocks in an epoch's order; that of the epoch before is kept too."""
-        if epoch not in self._epochs:
-            self._epochs = {e: blocks for e, blocks in self._epochs.items() if e >= epoch - 1}
-            self._epochs[epoch] = self.full[permutation(len(self.full), self.seed, epoch)]
-        return self._epochs[epoch]

@@ -3,6 +3,7 @@
 import threading
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from queue import SimpleQueue
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from shards.read.dataset import Dataset, Mixing, Sources, open_dataset
 from shards.read.dealer import Batch, Dealer, Plan
-from shards.read.order import ORDER_VERSION, Order
+from shards.read.orders import NEWEST, ORDERS
 from shards.read.windows import Windows
 from t5vae.common.errors import UserError
 
@@ -34,11 +35,11 @@ class ShardStream:
         consumed: the global position to start from.
         on_corrupt: "error" raises at a damaged block; "skip" puts rows of one end token and
             weight 0 in its rows' places, counted by `quarantined`.
-        sort_by_length: deal each global batch by length, so that ranks and micro batches need less
-            padding. Which sequences a global batch holds does not change; but every rank reads
-            every block, and each micro batch holds a band of lengths.
+        sort_by_length: deal a rank's share of each global batch to its micro batches by length, so
+            that they need less padding: each holds a band of lengths.
         pad_to: a fixed T; by default each batch's longest, rounded up to 8 within max_length.
         pin_memory: whether batches lie in page-locked memory, for an accelerator.
+        order_version: of the order, see `shards.read.orders`.
 
     Attributes:
         consumed: the position.
@@ -46,7 +47,7 @@ class ShardStream:
             ranks, in its own shares of them; with those of the state that was loaded.
 
     Raises:
-        UserError: no such dataset or split, or sizes that do not divide.
+        UserError: no such dataset, split or order, or sizes that do not divide.
         StorageError: the storage failed for minutes; so does asking for a batch.
     """
 
@@ -65,6 +66,7 @@ class ShardStream:
         sort_by_length: bool = False,
         pad_to: int | None = None,
         pin_memory: bool = False,
+        order_version: int = NEWEST,
     ):
         if global_batch_size % world_size:
             raise UserError(
@@ -84,15 +86,14 @@ class ShardStream:
                 f"pad_to {pad_to} is shorter than the longest sequences of {dataset.path} "
                 f"({dataset.max_length} tokens)"
             )
-        readers = [index.reader(split) for index in dataset.indexes]
         self.dataset = dataset
+        self.split = split
         self.seed = seed
         self.consumed = consumed
+        self.order_version = order_version
+        self._stands_in = on_corrupt == "skip"
         self._dealer = Dealer(
-            [
-                Windows(index, reader, Order(reader.table["sequences"], seed), on_corrupt == "skip")
-                for index, reader in zip(dataset.indexes, readers, strict=True)
-            ],
+            self._sources(),
             Mixing(dataset.quotas),
             global_batch_size=global_batch_size,
             rank=rank,
@@ -108,22 +109,25 @@ class ShardStream:
         self._thread: threading.Thread | None = None
         self._stop = lambda: None
 
-    def bytes_read(self, steps: int) -> tuple[int, int]:
-        """Bytes of the blocks that this rank, and that all ranks together, need for some steps.
+    def _sources(self) -> list[Windows]:
+        if self.order_version not in [*ORDERS]:
+            known = " and ".join(map(str, ORDERS))
+            raise UserError(f"an order of version {self.order_version} is not known, but {known}")
+        order = ORDERS[self.order_version]
+        readers = [index.reader(self.split) for index in self.dataset.indexes]
+        return [
+            Windows(index, reader, order(reader, self.seed), self._stands_in)
+            for index, reader in zip(self.dataset.indexes, readers, strict=True)
+        ]
+
+    def bytes_read(self, steps: int) -> int:
+        """Bytes of the blocks that this rank needs for some steps.
 
         Each window that a step touches is read once, as a whole; nothing is read to find out.
         """
         dealer = self._dealer
-        own, every = (
-            sum(
-                source.bytes_of(names)
-                for source, names in zip(
-                    dealer.sources, dealer.windows(self.consumed, steps, of_all=of_all), strict=True
-                )
-            )
-            for of_all in (False, True)
-        )
-        return own, every
+        opened = dealer.windows(self.consumed, steps)
+        return sum(map(Windows.bytes_of, dealer.sources, opened))
 
     @property
     def epochs(self) -> dict[str, float]:
@@ -152,14 +156,10 @@ class ShardStream:
 
     def state_dict(self) -> dict[str, Any]:
         """The position, what it is a position in, and what was quarantined before it."""
-        order = self._dealer.sources[0].order
         return {
-            "order_version": ORDER_VERSION,
+            "order_version": self.order_version,
             "index_sha256": self.dataset.sha256,
             "seed": self.seed,
-            "lanes": order.lanes,
-            "window": order.window,
-            "chunk": order.chunk,
             "consumed": self.consumed,
             "quarantined": self.quarantined,
         }
@@ -168,15 +168,19 @@ class ShardStream:
         """Go to a saved position.
 
         Raises:
-            UserError: the state belongs to another order: another dataset or seed.
+            UserError: the state belongs to another dataset or seed, or an order that is not known.
         """
-        for name, here in self.state_dict().items():
-            if name not in ("consumed", "quarantined") and state.get(name) != here:
+        here = {"index_sha256": self.dataset.sha256, "seed": self.seed}
+        for name, value in here.items():
+            if state.get(name) != value:
                 raise UserError(
                     f"cannot resume: the saved {name} is {state.get(name)}, but "
-                    f"{self.dataset.path} gives {here}"
+                    f"{self.dataset.path} gives {value}"
                 )
         self.close()
+        if state.get("order_version") != self.order_version:
+            self.order_version = state.get("order_version", 0)
+            self._dealer = replace(self._dealer, sources=self._sources())
         self.consumed = state["consumed"]
         self.quarantined = state.get("quarantined", 0)  # version 0.1 does not tell
 

@@ -1,9 +1,9 @@
-"""A node's cache of remote files: whole, verified, and shared by all processes of the node.
+"""A node's cache of remote files, shared by all its processes: small ones are copied whole.
 
 FOLDER/VERSION/NAME is the copy of a dataset's file; beside it lie NAME.lock, and NAME.part while it
-is being made. No other user can write to VERSION: a copy is verified as it is made, by its sha256,
-and after that by the checksums of blocks.npy and of blocks alone. On a file system without locks
-each process makes its own NAME.TOKEN.part: what two copy at once is the same.
+is being made. No other user can write to VERSION. On a file system without locks each process makes
+its own NAME.TOKEN.part: what two copy at once is the same. Of shards ranges are kept, see
+`shards.storage.ranges`.
 """
 
 import errno
@@ -13,6 +13,7 @@ import re
 import secrets
 import shutil
 import stat
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -77,24 +78,21 @@ class Copies:
         self.cache = cache
         self.folder = cache.folder / version
         self._used: set[str] = set()
+        self._room = 0  # bytes that this process may add before it looks at the limit again
+        self._counting = threading.Lock()
 
     def make(
         self,
         name: str,
         sha256: str,
         source: Callable[[], AbstractContextManager[Source]],
-        wait: bool = True,
-    ) -> bool:
+    ) -> None:
         """Copy a file, unless there is a copy.
 
         Args:
             name: the file's.
-            sha256: what its content must have.
+            sha256: what its content must have; "" where that is not known.
             source: opens the remote file.
-            wait: for another process that is at it.
-
-        Returns:
-            Whether there is a copy now: False only without `wait`.
 
         Raises:
             CacheError: no space, or the node's disk fails.
@@ -102,19 +100,20 @@ class Copies:
             OSError: the remote file cannot be read.
         """
         copy = self.folder / name
-        if self._is_there(copy):
-            return True
-        with self._locked(copy, wait) as state:
-            if state is Lock.ANOTHERS or self._is_there(copy):
-                return state is not Lock.ANOTHERS
+        if self.is_there(copy):
+            return
+        with self._locked(copy) as state:
+            if self.is_there(copy):
+                return
             part = self._part(copy, state)
             try:
                 for _ in range(2):
                     with source() as file:
-                        if self._write(part, file) == sha256:
-                            with self._writing():
+                        written = self._write(part, file)
+                        if written == (sha256 or written):
+                            with self.writing():
                                 part.rename(copy)
-                            return True
+                            return
             finally:
                 with suppress(OSError):
                     part.unlink()
@@ -128,9 +127,9 @@ class Copies:
             OSError: as `contents` raises it.
         """
         copy = self.folder / name
-        if not self._is_there(copy):
+        if not self.is_there(copy):
             with self._locked(copy) as state:
-                if not self._is_there(copy):
+                if not self.is_there(copy):
                     self._write_folder(copy, self._part(copy, state), contents())
         return copy
 
@@ -149,16 +148,21 @@ class Copies:
             return False
         return True
 
-    def _is_there(self, copy: Path) -> bool:
-        with self._writing():
-            self._own_folder()
+    def is_there(self, copy: Path) -> bool:
+        """Whether there is a copy.
+
+        Raises:
+            CacheError: it is a link or another user's, or the folder of the copies is.
+        """
+        with self.writing():
+            self.own_folder()
             try:
                 _refuse_others(copy)
             except FileNotFoundError:
                 return False
             return True
 
-    def _own_folder(self) -> None:
+    def own_folder(self) -> None:
         """Make the folder of the copies, of which no other user can change anything."""
         top = self.cache.folder
         top.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -176,7 +180,7 @@ class Copies:
 
     def _write(self, part: Path, source: Source) -> str:
         digest = hashlib.sha256()
-        with self._writing():
+        with self.writing():
             part.unlink(missing_ok=True)
             file = open(part, "xb", buffering=0)  # noqa: SIM115 closed below
         with file:
@@ -184,16 +188,16 @@ class Copies:
             while chunk := source.read(CHUNK):
                 digest.update(chunk)
                 rest = memoryview(chunk)
-                with self._writing():
+                with self.writing():
                     while rest:
                         rest = rest[file.write(rest) :]
-            with self._writing():
+            with self.writing():
                 file.truncate()
                 os.fsync(file.fileno())
         return digest.hexdigest()
 
     def _write_folder(self, copy: Path, part: Path, contents: dict[str, bytes]) -> None:
-        with self._writing():
+        with self.writing():
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(mode=0o700)
             for name, content in contents.items():
@@ -217,39 +221,63 @@ class Copies:
 
     def _reserve(self, part: int, size: int) -> None:
         """Set a part's size, so that others count it, after making room for it."""
-        with self._locked(self.cache.folder / "all"), self._writing():
-            used = 0
-            others = []
-            for path, status in _files(self.cache.folder):
-                used += status.st_size
-                if path.parent.parent == self.cache.folder and path.parent != self.folder:
-                    others.append((status.st_mtime, status.st_size, path))
-            excess = used + size - self.cache.limit_bytes
-            if excess > sum(bytes for _, bytes, _ in others):
-                raise CacheError(
-                    f"the cache {self.cache.folder} is full (its limit is "
-                    f"{self.cache.limit_bytes:,} bytes)"
-                )
-            for _, bytes, path in sorted(others):
-                if excess <= 0:
-                    break
-                path.unlink(missing_ok=True)  # a process that has it open goes on reading it
-                excess -= bytes
+        with self._locked(self.cache.folder / "all"), self.writing():
+            self._free(size)
             os.truncate(part, size)
 
+    def make_room(self, size: int) -> None:
+        """Make room for bytes that are added to files of this dataset.
+
+        All files are counted once in a while: each time a process is given a sixteenth of what is
+        free.
+
+        Raises:
+            CacheError: there is none, or the node's disk fails.
+        """
+        with self._counting:
+            if self._room < size:
+                with self._locked(self.cache.folder / "all"), self.writing():
+                    self._room = max(size, self._free(size) // 16)
+            self._room -= size
+
+    def _free(self, size: int) -> int:
+        """Remove what others used longest ago until so many bytes are free; how many are."""
+        used = 0
+        others = []
+        for path, status in _files(self.cache.folder):
+            bytes = status.st_size
+            if path.suffix != PART:  # of which all is reserved
+                bytes = min(bytes, status.st_blocks * 512)
+            used += bytes
+            if path.parent.parent == self.cache.folder and path.parent != self.folder:
+                others.append((status.st_mtime, bytes, path))
+        free = self.cache.limit_bytes - used
+        if free + sum(bytes for _, bytes, _ in others) < size:
+            raise CacheError(
+                f"the cache {self.cache.folder} is full (its limit is "
+                f"{self.cache.limit_bytes:,} bytes)"
+            )
+        for _, bytes, path in sorted(others):
+            if free >= size:
+                break
+            path.unlink(missing_ok=True)  # a process that has it open goes on reading it
+            free += bytes
+        return free
+
     @contextmanager
-    def _locked(self, path: Path, wait: bool = True) -> Iterator[Lock]:
-        """Hold a file's lock, if it can be had; a killed process holds none."""
-        with self._writing():
-            self._own_folder()
+    def _locked(self, path: Path) -> Iterator[Lock]:
+        """Hold a file's lock, where there are any; a killed process holds none."""
+        with self.writing():
+            self.own_folder()
             file = open_lock(Path(f"{path}{LOCK}"))
         with file:
-            with self._writing():
-                state = take_lock(file, wait=wait)
+            with self.writing():
+                state = take_lock(file, wait=True)
             yield state
 
     @contextmanager
-    def _writing(self) -> Iterator[None]:
+    def writing(self) -> Iterator[None]:
+        """Raise what fails inside as a CacheError."""
         try:
             yield
         except OSError as error:

@@ -38,7 +38,7 @@ def open_store(
 
     Args:
         location: a folder, or a URL of a scheme in `KINDS` or of a protocol that fsspec knows.
-        manifest: what its files must be; without it nothing of a URL is kept in the cache.
+        manifest: what its files must be; without it index.json alone of a URL is kept in the cache.
         cache: where copies of a URL's files are kept; by default `Cache()`.
 
     Raises:

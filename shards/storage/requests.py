@@ -122,6 +122,15 @@ class Remote:
             )
         return size
 
+    def stamp(self, name: str) -> str:
+        """What a server gives a file anew when it changes; "" where it does not tell."""
+        try:
+            told = self._try(name, self._fs.info)
+        except OSError:  # who reads the file will say what is wrong
+            return ""
+        stamps = {str(told[key]) for key in ("ETag", "etag") if told.get(key)}
+        return next(iter(stamps), "")
+
     def folder(self, name: str) -> dict[str, bytes]:
         """The files of a folder and their contents."""
         contents: dict[str, bytes] = {}

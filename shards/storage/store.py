@@ -9,6 +9,7 @@ from typing import BinaryIO, NamedTuple, Protocol
 from t5vae.common.errors import UserError, first_line
 from t5vae.common.storage import WEATHER
 
+INDEX = "index.json"
 SMALL = 64 * 2**20  # bytes of a file that is read whole, such as index.json, at most
 
 
@@ -81,7 +82,7 @@ def refuse_replaced(location: str, get: Callable[[str], bytes], version: str) ->
     if not version:
         return
     try:
-        content = get("index.json")
+        content = get(INDEX)
     except FileNotFoundError:
         content = b""
     except OSError as error:

@@ -26,7 +26,7 @@ from shards.format.tokenizers import (
     pieces_to_train,
     train_tokenizer,
 )
-from shards.read.order import CHUNK
+from shards.read.orders import CHUNK
 from shards.write.corpora import Corpus, combine
 from shards.write.encoders import LONG, TextEncoder, TokenEncoder, make_encoder
 from shards.write.halted import forget, is_of_use, take_up

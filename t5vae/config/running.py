@@ -75,8 +75,8 @@ class Data(Section):
     micro_batch_size: int | None = Field(default=None, ge=1)
     """Sequences in one forward pass of one rank; null takes global_batch_size / ranks."""
     sort_by_length: bool = False
-    """Deal the rows of each global batch to ranks and micro batches by length: less padding, but
-    every rank reads every block, and with accumulation each micro step has its own lengths."""
+    """Deal each rank's rows of a global batch to its micro batches by length: less padding, and
+    each micro step has its own lengths."""
     on_corrupt: Literal["error", "skip"] = "error"
     """What a damaged block does: stop the run, or count as rows of weight 0."""
     cache_dir: Place | None = None

@@ -154,6 +154,11 @@ class Feed:
         everyone = gather_objects(self.counts)
         return [np.stack(of_ranks) for of_ranks in zip(*everyone, strict=True)]
 
+    @property
+    def order_version(self) -> int:
+        """Of the order in which the data comes."""
+        return self.stream.order_version
+
     def figures(self) -> dict[str, float]:
         """How far it is, how often it went through the data, and what was left out as damaged."""
         stream = self.stream

@@ -98,7 +98,7 @@ class Job:
                 f"{self.folder} is already trained: {self.steps:,} steps; raise train.{by} to go on"
             )
 
-    def replay(self, position: int) -> str:
+    def replay(self, position: int, order_version: int) -> str:
         """The command that shows the global batch at a position of the stream."""
         data = self.config.data
         mixture = [] if isinstance(data.shards, str) else data.shards
@@ -107,6 +107,7 @@ class Job:
             "position": position,
             "batch": data.global_batch_size,
             "seed": self.config.run.seed,
+            "order-version": order_version,
         }
         options = [f"--{name}={value}" for name, value in where.items()]
         return shlex.join(["t5vae", "shards", "inspect", *data.paths, *weights, *options])

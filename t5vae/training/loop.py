@@ -99,7 +99,8 @@ def run(config: Config, together: Together, stop: StopRequest) -> None:
                 if event or (logs and past is outcome):
                     figures |= past.latent_diagnostics() | anomalies.counts | meter.read()
                     log.step(past.step, figures, findings if past is outcome else None, event)
-                anomalies.stop_if_over(f"step {past.step:,}: {event}", job.replay(past.position))
+                replay = job.replay(past.position, feed.order_version)
+                anomalies.stop_if_over(f"step {past.step:,}: {event}", replay)
 
             if saves:
                 state = {"data": feed.state_dict(), "watch": anomalies.state_dict()}

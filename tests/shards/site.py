@@ -1,5 +1,6 @@
 """A web server of this machine that fails as it is told to."""
 
+import hashlib
 import re
 import threading
 from collections import Counter
@@ -27,6 +28,7 @@ class Site:
     url: str = ""
     ranges: bool = True
     listed: bool = True
+    tells_changes: bool = False  # by an ETag
     asked: list[tuple[str, str]] = field(default_factory=list)  # name, "whole" or "part"
     faults: dict[tuple[str, str], list] = field(default_factory=dict)
     gone: threading.Event = field(default_factory=threading.Event)
@@ -60,6 +62,7 @@ def handler(site: Site) -> type[BaseHTTPRequestHandler]:
                 first, last = map(int, asked.groups())
                 how = "whole" if (first, last) == (0, len(content) - 1) else "part"
                 content, status = content[first : last + 1], 206
+            self.tag = hashlib.sha256(path.read_bytes()).hexdigest()
             if self.command == "HEAD":
                 return self.answer(status, content)
             site.asked.append((name, how))
@@ -77,6 +80,8 @@ def handler(site: Site) -> type[BaseHTTPRequestHandler]:
             self.send_response(status)
             self.send_header("Content-Length", str(len(content)))
             self.send_header("Content-Type", kind)
+            if site.tells_changes:
+                self.send_header("ETag", f'"{self.tag}"')
             self.end_headers()
             if self.command == "HEAD":
                 return

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shards.read.order import Order, permutation, splitmix64
+from shards.read.orders import DealtOrder
 
 
 def sizes(full: int, short: int) -> np.ndarray:
@@ -65,7 +66,7 @@ shapes = st.tuples(
 @given(shapes)
 def test_each_epoch_visits_every_sequence_once(shape):
     full, short, lanes, window, seed = shape
-    order = Order(sizes(full, short), seed, lanes, window, chunk=4)
+    order = DealtOrder(sizes(full, short), seed, lanes, window, chunk=4)
     n = order.sequences
     for epoch in (0, 1, 5):
         (rows,) = visited(order, [epoch * n, (epoch + 1) * n])
@@ -76,14 +77,14 @@ def test_each_epoch_visits_every_sequence_once(shape):
 @given(shapes, st.integers(0, 2000), st.lists(st.integers(0, 90), min_size=1, max_size=5))
 def test_a_batch_holds_what_the_formula_says(shape, start, batches):
     full, short, lanes, window, seed = shape
-    order = Order(sizes(full, short), seed, lanes, window, chunk=4)
+    order = DealtOrder(sizes(full, short), seed, lanes, window, chunk=4)
     bounds = start + np.cumsum([0, *batches])
     for batch, first, end in zip(visited(order, bounds), bounds, bounds[1:], strict=False):
         assert sorted(batch) == sorted(by_the_formula(order, g) for g in range(first, end))
 
 
 def test_a_slice_of_a_batch_lies_in_few_lanes():
-    order = Order(np.full(64 * 8, 64), 0)
+    order = DealtOrder(np.full(64 * 8, 64), 0)
     ranges = order.ranges(np.arange(11) * 4096)
     for step in range(10):
         of_step = ranges.take(ranges.step == step)
@@ -92,16 +93,16 @@ def test_a_slice_of_a_batch_lies_in_few_lanes():
 
 
 def test_epochs_and_seeds_differ():
-    order = Order(sizes(30, 5), 0, lanes=4)
+    order = DealtOrder(sizes(30, 5), 0, lanes=4)
     n = order.sequences
     epochs = visited(order, [0, n, 2 * n])
-    (other,) = visited(Order(sizes(30, 5), 1, lanes=4), [0, n])
+    (other,) = visited(DealtOrder(sizes(30, 5), 1, lanes=4), [0, n])
     for a, b in [(epochs[0], epochs[1]), (epochs[0], other)]:
         assert np.mean(np.array(a) == np.array(b)) < 0.05
 
 
 def test_fewer_blocks_than_lanes_are_shuffled_as_a_whole():
-    order = Order(np.full(30, 16), 0)
+    order = DealtOrder(np.full(30, 16), 0)
     (rows,) = visited(order, [0, 128])
     assert len({row // 16 for row in rows}) > 25  # of 30: a batch draws from all of them
 
@@ -109,7 +110,7 @@ def test_fewer_blocks_than_lanes_are_shuffled_as_a_whole():
 def test_order_does_not_change_between_versions():
     # A saved position is worth something only while these numbers stay: else raise ORDER_VERSION.
     assert permutation(8, 1, 2, 3).tolist() == [7, 2, 0, 6, 1, 3, 5, 4]
-    order = Order(np.array([16] * 9 + [3]), 7, lanes=4, window=2, chunk=4)
+    order = DealtOrder(np.array([16] * 9 + [3]), 7, lanes=4, window=2, chunk=4)
     batches = visited(order, [0, 1, 2, 41, 42, 144, 145, 147, 148, 400, 401])
     assert [rows for rows in batches if len(rows) == 1] == [[88], [86], [46], [144], [9], [8]]
 
@@ -117,7 +118,7 @@ def test_order_does_not_change_between_versions():
 def test_a_billion_sequences_are_planned_without_counting_them():
     block_rows = np.full(244_141, 4096)
     tracemalloc.start()
-    order = Order(block_rows, 0)
+    order = DealtOrder(block_rows, 0)
     names, _, _ = order.cut(order.ranges(np.array([10**9 - 256, 10**9 + 256])))
     for name in np.unique(names).tolist():
         order.window_of(name)
@@ -133,4 +134,4 @@ def test_splitmix64_is_the_published_one():
 
 def test_two_short_blocks_are_refused():
     with pytest.raises(ValueError, match="at most one"):
-        Order(np.array([16, 3, 3]), 0)
+        DealtOrder(np.array([16, 3, 3]), 0)

@@ -20,9 +20,9 @@ BATCH = 24
 
 @pytest.fixture(scope="module")
 def many_blocks(dataset, tmp_path_factory):
-    """About 2,700 sequences in more blocks than lanes, with the tokenizer of `dataset`."""
+    """About 5,400 sequences in enough blocks for lanes, with the tokenizer of `dataset`."""
     folder = tmp_path_factory.mktemp("many")
-    lines = [f"other_{i} = {'+'.join('xyz'[: i % 4])}" for i in range(3000)]
+    lines = [f"other_{i} = {'+'.join('xyz'[: i % 4])}" for i in range(6000)]
     (folder / "lines.txt").write_text("\n".join(lines))
     options = {"tokenizer": dataset / "tokenizer", "max_length": 40, "block_size": 16}
     shards.build(folder / "lines.txt", folder / "data", **options, valid_fraction=0.1)
@@ -167,7 +167,6 @@ def test_sorted_batches_need_less_padding_and_keep_the_mix_of_lengths(many_block
                 shares += [(b.ids == 0).float().mean().item() for b in islice(batches, 40)]
         return np.mean(shares)
 
-    assert padding(True) < padding(False)
     assert padding(True, micro_batch_size=16) < 0.7 * padding(False, micro_batch_size=16)
     index = shards.open_index(many_blocks)
     corpus = index.read("train", np.arange(index.sequences("train")))[1]
@@ -221,9 +220,12 @@ def test_a_saved_state_resumes_and_a_foreign_one_is_refused(dataset):
     next(second)
     second.load_state_dict(state)
     assert next(second).sequence.tolist() == expected.sequence.tolist()
-    for key, value in [("seed", 4), ("index_sha256", "other"), ("order_version", 0)]:
+    for key, value in [("seed", 4), ("index_sha256", "other")]:
         with pytest.raises(UserError, match=f"{key} is {value}"):
             second.load_state_dict(state | {key: value})
+    for version in (1, None, [3], "3"):
+        with pytest.raises(UserError, match="is not known, but 2 and 3"):
+            second.load_state_dict(state | {"order_version": version})
     first.close()
     second.close()
 

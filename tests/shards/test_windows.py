@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from shards.format.blocks import BLOCK
-from shards.read.order import Order
+from shards.read.orders import DealtOrder
 from shards.read.windows import TABLED, Windows
 
 
@@ -41,7 +41,7 @@ def test_rows_are_gathered_with_their_own_tokens_and_pads(dtype, pad_id, longest
     lengths = [rng.integers(1, longest + 1, size) for size in sizes]
     lengths[0][0] = longest
     index, reader = blocks_of(lengths, dtype, pad_id)
-    order = Order(np.array(sizes), 0, lanes=2, window=2, chunk=4)
+    order = DealtOrder(np.array(sizes), 0, lanes=2, window=2, chunk=4)
     windows = Windows(index, reader, order)
     rows = [
         tokens[end - n : end]
@@ -64,7 +64,7 @@ def test_rows_are_gathered_with_their_own_tokens_and_pads(dtype, pad_id, longest
 
 def test_windows_that_are_over_give_their_room_to_others():
     index, reader = blocks_of([np.full(32, 3)] * 64, "uint16", 0)
-    order = Order(np.full(64, 32), 0, lanes=2, window=2, chunk=4)
+    order = DealtOrder(np.full(64, 32), 0, lanes=2, window=2, chunk=4)
     windows = Windows(index, reader, order)
     for start in range(0, 10 * order.sequences, 64):
         windows.find(order.ranges(np.array([start, start + 64])))
@@ -74,7 +74,7 @@ def test_windows_that_are_over_give_their_room_to_others():
 
 def test_what_is_settled_stays_while_others_are_looked_for():
     index, reader = blocks_of([np.full(32, 3)] * 64, "uint16", 0)
-    order = Order(np.full(64, 32), 0, lanes=2, window=2, chunk=4)
+    order = DealtOrder(np.full(64, 32), 0, lanes=2, window=2, chunk=4)
     windows = Windows(index, reader, order)
     for start in range(0, order.sequences, 64):
         found = windows.find(order.ranges(np.array([start, start + 64])))

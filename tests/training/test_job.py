@@ -97,14 +97,14 @@ def test_a_batch_is_shown_again_by_a_command_with_the_whole_mixture(
     make_config, dataset, damaged_dataset
 ):
     seed = {"name": "small", "seed": 3}
-    assert job_of(make_config(run=seed)).replay(32) == (
-        f"t5vae shards inspect {dataset} --position=32 --batch=16 --seed=3"
+    assert job_of(make_config(run=seed)).replay(32, 3) == (
+        f"t5vae shards inspect {dataset} --position=32 --batch=16 --seed=3 --order-version=3"
     )
     mixture = [{"path": str(dataset), "weight": 3}, str(damaged_dataset)]
     config = make_config(data={"shards": mixture, "global_batch_size": 16})
-    assert job_of(config).replay(0) == (
+    assert job_of(config).replay(0, 2) == (
         f"t5vae shards inspect {dataset} {damaged_dataset} --weight=3.0 --weight=1.0 "
-        "--position=0 --batch=16 --seed=0"
+        "--position=0 --batch=16 --seed=0 --order-version=2"
     )
 
 
