@@ -117,7 +117,7 @@ class BlockReader:
         self.dtype = np.dtype(dtype)
         rows = table["sequences"].astype(np.int64)
         self.first = np.cumsum(rows) - rows
-        self._of_shard = np.searchsorted(table["shard"], range(len(shards)))
+        self._of_shard = np.searchsorted(table["shard"], np.arange(len(shards)))
 
     def read(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """One block: lengths uint16 [rows], tokens uint16 or uint32 [their sum].

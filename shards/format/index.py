@@ -107,6 +107,7 @@ class Index(_Frozen):
     path: str = Field(exclude=True)
     sha256: str = Field(exclude=True)
     _cache: Cache | None = PrivateAttr(None)
+    _readers: dict[str, BlockReader] = PrivateAttr(default_factory=dict)
 
     def share_within(self, max_length: int) -> float:
         """The share of the corpus's unique texts that have at most max_length tokens."""
@@ -211,21 +212,23 @@ class Index(_Frozen):
         return self.blocks[self._is_of(self.blocks, split)]
 
     def _is_of(self, table: np.ndarray, split: str) -> np.ndarray:
-        shards = [number for number, shard in enumerate(self.shards) if shard.split == split]
-        return np.isin(table["shard"], shards)
+        shards = np.array([shard.split == split for shard in self.shards])
+        return shards[table["shard"]]
 
     def reader(self, split: str) -> BlockReader:
         """The reader of a split's blocks."""
-        names = [shard.name for shard in self.shards]
-        return BlockReader(
-            self.store,
-            self.path,
-            names,
-            self.split_blocks(split),
-            self.dtype,
-            self.max_length,
-            self.vocab_size,
-        )
+        if split not in self._readers:
+            names = [shard.name for shard in self.shards]
+            self._readers[split] = BlockReader(
+                self.store,
+                self.path,
+                names,
+                self.split_blocks(split),
+                self.dtype,
+                self.max_length,
+                self.vocab_size,
+            )
+        return self._readers[split]
 
     def read(self, split: str, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Sequences by number.
