@@ -6,7 +6,7 @@ from io import BytesIO
 import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, T5Tokenizer
 
 import shards
 from shards.format.blocks import BLOCK
@@ -43,10 +43,17 @@ def of_pieces(_):
     return tokenizer
 
 
+def of_letters(_):
+    """T5's kind, which knows few letters."""
+    vocab = [(piece, -2.0) for piece in ("<pad>", "</s>", "<unk>", "▁", "▁a", *"ab ü漢", "▁▁b")]
+    return T5Tokenizer(vocab=vocab, extra_ids=3)
+
+
 KINDS = {
     "bytes": lambda _: load_tokenizer("byte"),
     "pieces": of_pieces,
     "normalising": lambda folder: load_tokenizer(normalising(folder)),
+    "letters": of_letters,
     "words": of_words,
 }
 
