@@ -13,6 +13,8 @@ from t5vae.evaluation.spelling import Hashes, views
 
 MOST, MOST_TOKENS = 1_000_000, 2**24  # sequences of a sample, and their tokens
 SPLIT = "train"
+NEAR_BITS = 20
+SHIFT = np.uint64(64 - NEAR_BITS)
 
 Block = tuple[np.ndarray, np.ndarray]  # lengths [rows], tokens [their sum]
 
@@ -146,6 +148,8 @@ class _Search:
                 of_content, return_inverse=True, return_counts=True
             )
             self.left = dict(zip(content, which.tolist(), strict=True))
+            self.near = np.zeros(2**NEAR_BITS, bool)  # by their first bits: most rows end here
+            self.near[self.wanted >> SHIFT] = True
 
     def look(self, lengths: np.ndarray, tokens: np.ndarray) -> None:
         """Find what is among the sequences of a block."""
@@ -164,8 +168,10 @@ class _Search:
         if self.hashes is None:
             return np.arange(len(lengths))
         of_rows = self.hashes.rows(tokens, lengths)
+        rows = np.flatnonzero(self.near[of_rows >> SHIFT])
+        of_rows = of_rows[rows]
         place = np.minimum(np.searchsorted(self.wanted, of_rows), len(self.wanted) - 1)
-        return np.flatnonzero((self.wanted[place] == of_rows) & (self.sharing[place] > 0))
+        return rows[(self.wanted[place] == of_rows) & (self.sharing[place] > 0)]
 
 
 def _searches(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Iterator[_Search]:
