@@ -176,6 +176,8 @@ class _Search:
 
 def _searches(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Iterator[_Search]:
     def decoded(ids: list[list[int]]) -> list[str]:
+        if tokenizer.is_fast:  # in all of the machine's cores
+            return tokenizer.backend_tokenizer.decode_batch(ids, skip_special_tokens=True)
         if not ids:
             return []
         return tokenizer.batch_decode(
