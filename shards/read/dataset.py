@@ -1,7 +1,7 @@
 """Datasets to train on: one folder of shards, or several mixed by weight."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import lcm
@@ -122,6 +122,34 @@ class Dataset:
             ids[mine, : its_ids.shape[1]] = its_ids
             begin += size
         return ids[:, : lengths.max(initial=0)], lengths
+
+    def block_table(self, split: str) -> np.ndarray:
+        """BLOCK [blocks of the split], through the sources."""
+        return np.concatenate([index.split_blocks(split) for index in self.indexes])
+
+    def blocks(
+        self, split: str, numbers: np.ndarray | None = None
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Read blocks one after the other.
+
+        Args:
+            split: the split's name.
+            numbers: int [n], ascending, places in `block_table`; all of them by default.
+
+        Yields:
+            lengths uint16 [rows] and tokens uint16 or uint32 [their sum], not to be written to.
+
+        Raises:
+            DamageError, StorageError, UserError: as `Index.read` does.
+        """
+        begin = 0
+        for index in self.indexes:
+            reader = index.reader(split)
+            end = begin + len(reader.table)
+            chosen = np.arange(begin, end) if numbers is None else numbers
+            for number in chosen[(begin <= chosen) & (chosen < end)].tolist():
+                yield reader.read(number - begin)
+            begin = end
 
     def texts(self, split: str, numbers: np.ndarray) -> list[str]:
         """The same sequences, decoded."""

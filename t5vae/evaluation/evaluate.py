@@ -4,9 +4,10 @@ Shapes: N held-out sequences, P paths, S steps of a path, D latent size.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ from t5vae.evaluation import metrics
 from t5vae.evaluation.alarms import alarms
 from t5vae.evaluation.bootstrap import Ratio, half_sampled, intervals
 from t5vae.evaluation.geometry import geometry, portrait
+from t5vae.evaluation.rows import Ids, Rows
+from t5vae.evaluation.training import TrainingSet
 from t5vae.evaluation.trigram import Trigram
 from t5vae.latent import LatentSpace, checker
 from t5vae.latent.checkers import Checker
@@ -29,11 +32,10 @@ from t5vae.latent.priors.normal import Normal
 from t5vae.latent.properties import fit_property
 
 SCHEMA_VERSION = 2
-FIT = 10_000  # training sequences the Gaussian prior and the probe are fitted on
+FIT = 10_000  # sequences of the training sample the Gaussian prior and the probe are fitted on
 STEP_SIZES = {"quarter": 0.25, "half": 0.5, "one": 1.0}  # of smoothness
 SHOWN, SHOWN_PATHS = 50, 10  # examples
 
-Ids = Sequence[Sequence[int]]
 Figures = dict[str, Any]
 
 
@@ -42,8 +44,7 @@ def evaluate(
     space: LatentSpace,
     *,
     valid_ids: Ids,
-    train_texts: Sequence[str],
-    train_ids: Ids,
+    training: TrainingSet,
     check: str | None = None,
     measure: str = "length",
     samples: int = 2000,
@@ -59,9 +60,8 @@ def evaluate(
         space: the trained model.
         valid_ids: N >= 4 held-out sequences, token ids, each ending in the end token; none of
             them should be in the training set.
-        train_texts: the training set, against which novelty is judged.
-        train_ids: training sequences as token ids, for the fitted prior, the probe and the trigram
-            model.
+        training: the training set, against which novelty is judged; a sample of it is what the
+            prior, the probe and the trigram model are fitted on.
         check: a checker's name (see :func:`t5vae.latent.checker`), or None: then what needs one
             is None, and every sample counts as valid.
         measure: what the linear probe predicts and the map shows (see
@@ -111,10 +111,10 @@ def evaluate(
         UserError: for an unknown checker or measure, too few sequences, samples, interpolations or
             steps.
     """
-    if len(valid_ids) < 4 or len(train_ids) < 2:
+    if len(valid_ids) < 4 or training.count < 2:
         raise UserError(
             f"evaluation needs at least 4 held-out and 2 training sequences; "
-            f"{len(valid_ids)} and {len(train_ids)} given: build larger shards"
+            f"{len(valid_ids)} and {training.count} given: build larger shards"
         )
     if samples < 1 or interpolations < 1:
         raise UserError(
@@ -130,13 +130,17 @@ def evaluate(
         generator=Generator().manual_seed(seed),
     )
     value_of = named_measure(measure)
-    known = frozenset(train_texts)
-    fitted_on = [train_ids[i] for i in rng.permutation(len(train_ids))[:FIT]]
+    sample = training.sample()
+    fitted_on = [sample[i] for i in rng.permutation(len(sample))[:FIT]]
     fitted_ND = space.encode_ids(fitted_on)
     prior_ND = Normal(space.latent_size).draw(len(valid_ids), held_out.generator)
+    reconstruction = _reconstruction(held_out)
+    draws = _draw(held_out, sample, fitted_ND, samples)
+    del sample
+    known = training.find([*chain(*draws.texts.values()), *held_out.texts], valid_ids)
     parts = [
-        _reconstruction(held_out),
-        _generation(held_out, known, train_ids, fitted_ND, samples),
+        reconstruction,
+        _generation(held_out, draws, known.texts),
         _interpolation(held_out, interpolations, steps),
         _smoothness(held_out),
         _Part(geometry(held_out.z_ND), {"prior": geometry(prior_ND)}, portrait(held_out.z_ND)),
@@ -148,16 +152,15 @@ def evaluate(
     figures = _union([part.figures for part in parts]) | {"controls": dict(controls)}
     found = intervals(figures, rng) | half_sampled(geometry, held_out.z_ND, rng)
     found["controls"]["prior"] = half_sampled(geometry, prior_ND, rng)
-    trained_on = set(map(tuple, train_ids))
     n = {
         "held_out": len(valid_ids),
         "held_out_tokens": sum(map(len, valid_ids)),
-        "contaminated": sum(tuple(row) in trained_on for row in valid_ids),
+        "contaminated": sum(tuple(row) in known.ids for row in valid_ids),
         "samples": samples,
         "interpolations": interpolations,
         "interpolation_steps": steps,
         "fitted_on": len(fitted_on),
-        "train": len(train_ids),
+        "train": training.count,
     }
     return {
         "schema_version": SCHEMA_VERSION,
@@ -265,28 +268,45 @@ def _reconstruction(held_out: _HeldOut) -> _Part:
     )
 
 
-def _generation(
-    held_out: _HeldOut, known: frozenset[str], train_ids: Ids, fitted_ND: Tensor, samples: int
-) -> _Part:
+@dataclass(frozen=True)
+class _Draws:
+    """Generated texts.
+
+    Attributes:
+        texts: of the `normal` prior, the fitted `gaussian` and the `trigram` model.
+        trigram_nats: what the trigram model gives the held-out sequences, nats a token.
+    """
+
+    texts: dict[str, list[str]]
+    trigram_nats: float
+
+
+def _draw(held_out: _HeldOut, sample: Rows, fitted_ND: Tensor, samples: int) -> _Draws:
     generator = held_out.generator
     normal, gaussian = Normal(held_out.space.latent_size), fit_prior("gaussian", fitted_ND)
-    drawn = held_out.decode(normal.draw(samples, generator))
-    trigram = Trigram(train_ids, eos=held_out.ids[0][-1])
-    imitated = trigram.sample(samples, max(map(len, train_ids)), held_out.rng)
+    trigram = Trigram(sample, eos=held_out.ids[0][-1])
+    imitated = trigram.sample(samples, sample.longest, held_out.rng)
+    texts = {
+        "normal": held_out.decode(normal.draw(samples, generator)),
+        "gaussian": held_out.decode(gaussian.draw(samples, generator)),
+        "trigram": held_out.space.detokenize(imitated),
+    }
+    return _Draws(texts, trigram.nats_per_token(held_out.ids))
 
+
+def _generation(held_out: _HeldOut, draws: _Draws, known: Collection[str]) -> _Part:
     def figures(texts: Sequence[str]) -> Figures:
         return metrics.quality(texts, known, held_out.is_valid)
 
+    of = {name: figures(texts) for name, texts in draws.texts.items()}
+    shown = draws.texts["normal"][:SHOWN]
     return _Part(
-        figures(drawn) | {"gaussian": figures(held_out.decode(gaussian.draw(samples, generator)))},
+        of["normal"] | {"gaussian": of["gaussian"]},
         {
-            "trigram": figures(held_out.space.detokenize(imitated))
-            | {"nats_per_token": trigram.nats_per_token(held_out.ids)},
+            "trigram": of["trigram"] | {"nats_per_token": draws.trigram_nats},
             "held_out": figures(held_out.texts),
         },
-        examples={
-            "samples": [held_out.marks(text) | {"known": text in known} for text in drawn[:SHOWN]]
-        },
+        examples={"samples": [held_out.marks(text) | {"known": text in known} for text in shown]},
     )
 
 

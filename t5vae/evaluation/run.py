@@ -16,6 +16,7 @@ from t5vae.config import Eval, as_option, read_run, refuse_choices
 from t5vae.evaluation.evaluate import evaluate
 from t5vae.evaluation.page import page
 from t5vae.evaluation.report import REPORT, read_file
+from t5vae.evaluation.training import Training
 from t5vae.latent import LatentSpace
 from t5vae.latent.workspace import Workspace
 from t5vae.metrics import panels, picture
@@ -112,12 +113,11 @@ def _check_together(space: LatentSpace, dataset: Dataset) -> None:
 
 
 def _evaluate(space: LatentSpace, dataset: Dataset, settings: dict[str, Any]) -> dict[str, Any]:
-    everything = np.arange(dataset.sequences("train"))
+    numbers = dataset.first("valid", settings["sequences"])
     return evaluate(
         space,
-        valid_ids=_sequences(*dataset.read("valid", dataset.first("valid", settings["sequences"]))),
-        train_ids=_sequences(*dataset.read("train", everything)),
-        train_texts=dataset.texts("train", everything),
+        valid_ids=_sequences(*dataset.read("valid", numbers)),
+        training=Training(dataset),
         **{name: value for name, value in settings.items() if name != "sequences"},
     )
 

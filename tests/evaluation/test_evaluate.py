@@ -8,7 +8,7 @@ from rich.console import Console
 
 from shards.format.tokenizers import train_tokenizer
 from t5vae.common.errors import UserError
-from t5vae.evaluation import evaluate, table
+from t5vae.evaluation import GivenTraining, evaluate, table
 from t5vae.latent import LatentSpace
 from t5vae.model import T5VAE, T5VAEConfig
 
@@ -59,16 +59,19 @@ class Memoriser(Copy):
         return [TRAIN[i] for i in nearest.tolist()]
 
 
+def given(space, ids):
+    return GivenTraining(ids, space.detokenize(ids))
+
+
 def report_of(space, **options):
-    given = {
+    usual = {
         "valid_ids": HELD_OUT,
-        "train_ids": TRAIN,
-        "train_texts": space.detokenize(TRAIN),
+        "training": given(space, TRAIN),
         "check": "regex:[0-9]+",
         "samples": 300,
         "interpolations": 20,
     }
-    return evaluate(space, **(given | options))
+    return evaluate(space, **(usual | options))
 
 
 def test_a_perfect_copy_model():
@@ -121,7 +124,7 @@ def test_a_collapsed_model_fails_the_latent_use_alarm():
 def test_held_out_sequences_of_the_training_set_are_counted_and_told(known):
     first = HELD_OUT[0]
     others = [[*first[:-1], 5, 1], first[1:], first[:-1]]  # longer, shorter, without its end
-    report = report_of(Copy(), train_ids=[*TRAIN, *others, *HELD_OUT[:known]])
+    report = report_of(Copy(), training=given(Copy(), [*TRAIN, *others, *HELD_OUT[:known]]))
     assert report["n"]["contaminated"] == known
     assert report["contamination"] == known / len(HELD_OUT)
     if known:
@@ -238,7 +241,7 @@ def test_the_table_shows_every_metric_beside_its_control():
     "options",
     [
         {"valid_ids": HELD_OUT[:3]},
-        {"train_ids": []},
+        {"training": given(Copy(), [])},
         {"samples": 0},
         {"interpolations": 0},
         {"steps": 1},
@@ -267,8 +270,7 @@ def real():
         space=space,
         given={
             "valid_ids": ids[:20],
-            "train_ids": ids[20:],
-            "train_texts": lines[20:],
+            "training": GivenTraining(ids[20:], lines[20:]),
             "check": "python",
             "samples": 30,
             "interpolations": 3,

@@ -153,6 +153,24 @@ def test_shards_that_hold_out_training_sequences_are_told(made, tmp_path, t5vae)
     assert told in "".join(Page((alone / "eval.html").read_text()).words)
 
 
+def test_the_training_set_is_never_held(run, monkeypatch):
+    read, blocks, passes = shards.Dataset.read, shards.Dataset.blocks, []
+
+    def only_held_out(dataset, split, numbers):
+        assert split == "valid"
+        return read(dataset, split, numbers)
+
+    def counted(dataset, split, numbers=None):
+        passes.append("all" if numbers is None else "sample")
+        return blocks(dataset, split, numbers)
+
+    monkeypatch.setattr(shards.Dataset, "read", only_held_out)
+    monkeypatch.setattr(shards.Dataset, "blocks", counted)
+    (run / "eval.json").unlink()
+    evaluate_run(run, check="python", **FEW)
+    assert sorted(passes) == ["all", "sample"]
+
+
 def test_an_export_of_a_run_is_the_run(run):
     assert evaluate_run(run / "export", check="python", **FEW)[1:] == (run, True)
 

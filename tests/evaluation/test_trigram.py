@@ -1,9 +1,11 @@
 import math
+import tracemalloc
 from collections import Counter
 
 import numpy as np
 import pytest
 
+from t5vae.evaluation.rows import Rows
 from t5vae.evaluation.trigram import Trigram
 
 CORPUS = [[5, 6, 7, 1], [5, 6, 8, 1], [5, 6, 7, 1], [9, 6, 8, 7, 1], [1]]
@@ -59,3 +61,15 @@ def test_cross_entropy_by_hand():
 def test_training_text_is_likelier_than_noise():
     model = Trigram(CORPUS)
     assert model.nats_per_token(CORPUS) < 1 < model.nats_per_token([[7, 9, 100, 3, 1]])
+
+
+def test_counting_takes_some_tens_of_bytes_a_token():
+    tokens = np.random.default_rng(0).integers(2, 30, 2**20).astype(np.uint16)
+    rows = Rows(tokens, np.full(2**17, 8))
+    tracemalloc.start()
+    model = Trigram(rows)
+    kept, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 64 * len(tokens)
+    assert kept < len(tokens)
+    assert model.sample(3, 5, np.random.default_rng(0))

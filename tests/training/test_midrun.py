@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from t5vae.evaluation import evaluate
+from t5vae.evaluation import GivenTraining, evaluate
 from t5vae.evaluation.geometry import FIGURES
 from t5vae.latent import LatentSpace
 from t5vae.latent.codec import Codec
@@ -62,7 +62,7 @@ def test_it_measures_what_evaluate_measures(model, look):
     space = LatentSpace(model.engine, model.dataset.tokenizer())
     ids_NT, lengths_N = model.dataset.read("valid", model.dataset.first("valid", 30))
     ids = [row[:n].tolist() for row, n in zip(ids_NT, lengths_N, strict=True)]
-    report = evaluate(space, valid_ids=ids, train_texts=["x"], train_ids=ids, samples=20)
+    report = evaluate(space, valid_ids=ids, training=GivenTraining(ids, ["x"]), samples=20)
     for name in ("nats_per_token", "mmd", "epps_pulley_axes", "participation_ratio"):
         assert found.figures[f"eval/{name}"] == pytest.approx(report[name], rel=1e-5), name
     assert found.held_out == found.figures["eval/nats_per_token"]
