@@ -12,6 +12,8 @@ import time
 import zlib
 from collections import Counter
 from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
 
 import _report  # noqa: F401  finds the packages
 import numpy as np
@@ -20,10 +22,12 @@ from _timing import status_bytes
 import shards
 from shards.format.blocks import BLOCK
 from shards.format.index import Index, Shard, Split
+from shards.format.tokenizers import fingerprint, load_tokenizer
 from shards.storage.kinds import KINDS
+from t5vae.evaluation import Training
 
-SEQUENCES, SHARDS, ROWS, MAX_LENGTH = 10**9, 100_000, 4096, 64
-URL = "made://billion"
+BILLION, SHARDS, ROWS, MAX_LENGTH = 10**9, 100_000, 4096, 64
+VOCABULARY = range(38, 129)  # of the byte tokenizer, those of printable ASCII
 GAP = 1024  # bytes of tar and npy headers before an array
 RANKS_OF_A_NODE = 8
 BATCH = 65_536
@@ -34,25 +38,29 @@ def _block(rows: int) -> tuple[bytes, np.ndarray, int]:
     """A block's bytes from its lengths to its tokens, its lengths, and its crc32."""
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(2.45, 0.5, rows), 2, MAX_LENGTH).astype("<u2")
-    tokens = rng.integers(2, 30_000, lengths.sum()).astype("<u2")
+    tokens = rng.integers(VOCABULARY.start, VOCABULARY.stop, lengths.sum()).astype("<u2")
     tokens[np.cumsum(lengths, dtype=np.int64) - 1] = 1
     checksum = zlib.crc32(tokens.data, zlib.crc32(lengths.data))
     return lengths.tobytes() + bytes(GAP) + tokens.tobytes(), lengths, checksum
 
 
 class Made:
-    """A store of the dataset.
+    """A store of the dataset of so many sequences.
+
+    Args:
+        location: made://SEQUENCES.
 
     Attributes:
         files, bytes: that were read, by their names, and in all.
     """
 
-    location, readers = URL, 1
+    readers = 1
 
-    def __init__(self, *_: object):
+    def __init__(self, location: str, *_: object):
+        self.location = location
         self.files: Counter[str] = Counter()
         self.bytes = 0
-        self._small, self._content = made()
+        self._small, self._content = made(int(location.partition("://")[2]))
 
     def get(self, name: str, most: int = 0) -> bytes:
         self._count(name, len(self._small[name]))
@@ -62,18 +70,30 @@ class Made:
         self._count(name, size)
         return self._content[size]
 
+    def folder(self, name: str) -> Path:
+        return tokenizer_folder()
+
     def _count(self, name: str, size: int) -> None:
         self.files[name] += 1
         self.bytes += size
 
 
 @cache
-def made() -> tuple[dict[str, bytes], dict[int, bytes]]:
-    """The dataset's small files, and the ranges of its shards by their sizes."""
-    blocks = -(-SEQUENCES // ROWS)
-    full, last = _block(ROWS), _block(SEQUENCES - (blocks - 1) * ROWS)
+def tokenizer_folder() -> Path:
+    folder = Path(mkdtemp())
+    load_tokenizer("byte").save_pretrained(folder)
+    return folder
+
+
+@cache
+def made(sequences: int = BILLION) -> tuple[dict[str, bytes], dict[int, bytes]]:
+    """A dataset's small files, and the ranges of its shards by their sizes."""
+    blocks = -(-sequences // ROWS)
+    in_shards = SHARDS * sequences // BILLION
+    full, last = _block(ROWS), _block(sequences - (blocks - 1) * ROWS)
+    tokenizer = load_tokenizer("byte")
     table = np.zeros(blocks, BLOCK)
-    table["shard"] = np.arange(blocks) * SHARDS // blocks
+    table["shard"] = np.arange(blocks) * in_shards // blocks
     histogram = np.zeros(MAX_LENGTH + 1, np.int64)
     for of, (_, lengths, checksum), count in (
         (slice(-1), full, blocks - 1),
@@ -85,7 +105,7 @@ def made() -> tuple[dict[str, bytes], dict[int, bytes]]:
         histogram += count * np.bincount(lengths, minlength=MAX_LENGTH + 1)
     size = 2 * table["sequences"].astype(np.int64) + GAP + 2 * table["tokens"] + GAP
     begin = np.cumsum(size) - size
-    first = np.searchsorted(table["shard"], range(SHARDS))
+    first = np.searchsorted(table["shard"], np.arange(in_shards))
     table["lengths_offset"] = begin - begin[first][table["shard"]] + GAP
     table["tokens_offset"] = table["lengths_offset"] + 2 * table["sequences"] + GAP
     ends = np.append(first[1:], blocks)
@@ -95,18 +115,18 @@ def made() -> tuple[dict[str, bytes], dict[int, bytes]]:
     }
     file = io.BytesIO()
     np.save(file, table)
-    names = [f"train-{number:05d}.tar" for number in range(SHARDS)]
+    names = [f"train-{number:05d}.tar" for number in range(in_shards)]
     index = Index(
         dtype="uint16",
         block_size=ROWS,
         max_length=MAX_LENGTH,
-        vocab_size=30_000,
+        vocab_size=len(tokenizer),
         pad_id=0,
         eos_id=1,
-        tokenizer_fingerprint="0" * 64,
+        tokenizer_fingerprint=fingerprint(tokenizer),
         splits={
             "train": Split(
-                sequences=SEQUENCES,
+                sequences=sequences,
                 tokens=int(table["tokens"].sum()),
                 blocks=blocks,
                 length_histogram=np.trim_zeros(histogram, "b").tolist(),
@@ -127,12 +147,12 @@ def made() -> tuple[dict[str, bytes], dict[int, bytes]]:
             )
         ],
         blocks_sha256=hashlib.sha256(file.getvalue()).hexdigest(),
-        texts_read=SEQUENCES,
+        texts_read=sequences,
         dropped={},
         overlong=0,
         unique_lengths=np.trim_zeros(histogram, "b").tolist(),
         recipe={"overflow": "drop", "tokenizer": "byte", "sha256": "0"},
-        path=URL,
+        path="",
         sha256="",
     )
     small = {"index.json": index.as_json().encode(), "blocks.npy": file.getvalue()}
@@ -141,6 +161,11 @@ def made() -> tuple[dict[str, bytes], dict[int, bytes]]:
 
 
 KINDS["made"] = Made
+
+
+def open_made(sequences: int = BILLION) -> shards.Dataset:
+    made(sequences)
+    return shards.open_dataset(f"made://{sequences}")
 
 
 def stream(
@@ -158,7 +183,7 @@ def of_a_rank(world_size: int, steps: int = 16) -> dict[str, float]:
     """What a rank in the middle does: seconds, MiB, files, bytes; in a process of its own."""
     made()
     before, began = status_bytes("VmRSS"), time.perf_counter()
-    dataset = shards.open_dataset(URL)
+    dataset = open_made()
     (index,) = dataset.indexes
     table = index.blocks
     opened, of_index = time.perf_counter(), status_bytes("VmRSS")
@@ -187,11 +212,11 @@ def of_a_rank(world_size: int, steps: int = 16) -> dict[str, float]:
 
 def of_a_node(nodes: int, order_version: int) -> dict[str, float]:
     """What a node reads in an epoch, over its fair share; of three nodes the one with most."""
-    dataset = shards.open_dataset(URL)
+    dataset = open_made()
     (index,) = dataset.indexes
     table = index.split_blocks("train")
     batch = nodes * RANKS_OF_A_NODE * -(-BATCH // (nodes * RANKS_OF_A_NODE))
-    steps = -(-SEQUENCES // batch)
+    steps = -(-BILLION // batch)
     bytes_of_block = 2 * table["tokens"] + 2 * table["sequences"]
     fair = bytes_of_block.sum() / nodes
     over, copied, large = 0.0, 0.0, 0.0
@@ -217,9 +242,9 @@ def of_a_node(nodes: int, order_version: int) -> dict[str, float]:
 
 def restarts(count: int, among: tuple[int, ...], batch: int = 15_360) -> dict[str, float]:
     """Restart a run that often at other ranks, each on all of a step; the steps that differ."""
-    dataset = shards.open_dataset(URL)
+    dataset = open_made()
     rng = np.random.default_rng(1)
-    position = SEQUENCES - count // 2 * batch  # across the end of an epoch
+    position = BILLION - count // 2 * batch  # across the end of an epoch
     wrong, began, worlds = 0, time.perf_counter(), Counter()
     options = {"global_batch_size": batch}
     with stream(dataset, 0, 1, consumed=position, **options) as alone:
@@ -238,7 +263,22 @@ def restarts(count: int, among: tuple[int, ...], batch: int = 15_360) -> dict[st
     }
 
 
+def of_an_evaluation(sequences: int) -> dict[str, float]:
+    """What asking for a thousand texts in the split costs; in a process of its own."""
+    dataset = open_made(sequences)
+    texts = [*(f"line number {n}" for n in range(999)), *dataset.texts("train", np.arange(1))]
+    before, began = status_bytes("VmRSS"), time.perf_counter()
+    found = Training(dataset).known(texts)
+    return {
+        "sequences": sequences,
+        "seconds": time.perf_counter() - began,
+        "mib": (status_bytes("VmHWM") - before) / 2**20,
+        "peak_mib": status_bytes("VmHWM") / 2**20,
+        "found": len(found),
+    }
+
+
 if __name__ == "__main__":
     action, *numbers = sys.argv[1:]
-    found = {"rank": of_a_rank, "node": of_a_node}[action](*map(int, numbers))
-    print(json.dumps(found))
+    actions = {"rank": of_a_rank, "node": of_a_node, "evaluation": of_an_evaluation}
+    print(json.dumps(actions[action](*map(int, numbers))))
