@@ -69,9 +69,21 @@ def test_memory_that_is_none_is_refused(make_config, memory):
         plan(make_config(), nodes=1, gpus_per_node=1, gpu_memory=memory)
 
 
-def test_ranks_that_cannot_share_the_batch_are_refused(make_config):
-    with pytest.raises(UserError, match="cannot be dealt to 3 ranks"):
-        plan(make_config(), nodes=3, gpus_per_node=1)
+def test_a_batch_that_cannot_be_dealt_is_planned_with_the_nearest(make_config):
+    found = plan(make_config(), nodes=3, gpus_per_node=1)
+    assert found.undealt == (
+        "data.global_batch_size 16 cannot be dealt to 3 ranks; "
+        "use data.global_batch_size=15, or data.global_batch_size=18"
+    )
+    assert (found.global_batch_size, found.micro_batch_size, found.accumulation) == (15, 5, 1)
+    assert found.reads is not None
+    assert plan(make_config(), nodes=2, gpus_per_node=1).undealt is None
+
+
+def test_the_large_preset_can_be_planned_on_more_ranks_than_it_was_made_for():
+    found = plan(load_config("large"), nodes=64, gpus_per_node=8)
+    assert "512 ranks in micro batches of 64; use data.micro_batch_size=8, or " in found.undealt
+    assert (found.global_batch_size, found.micro_batch_size, found.accumulation) == (4096, 8, 1)
 
 
 @pytest.mark.parametrize(
@@ -187,6 +199,31 @@ def test_the_command_prints_tables_or_one_document(monkeypatch, capsys, file):
     )
 
 
+def test_the_command_tells_time_and_dollars(monkeypatch, capsys, file):
+    asked = (file, "--nodes", 3, "train.steps=7200")
+    code, out, _ = command(monkeypatch, capsys, *asked)
+    assert code == 0
+    first, *_ = out.splitlines()
+    assert "cannot be dealt to 3 ranks" in first
+    assert first.endswith("; this is a plan with the first")
+    assert "give --tflops" in out
+    assert "the run, " not in out
+    speed = ("--tflops", 0.5, "--utilisation", 0.25, "--network", 8, "--price", 3)
+    code, out, _ = command(monkeypatch, capsys, *asked, *speed)
+    assert code == 0
+    for words in ("a step: ", "the run, 7,200 steps: ", " dollars", "an epoch, ", "a checkpoint: "):
+        assert words in out
+    assert "at 0.5 TFLOP/s of a rank x 0.25, 1 GB/s within a node, 8 Gbit/s of a node" in out
+    code, out, _ = command(monkeypatch, capsys, *asked, *speed, "--json")
+    document = json.loads(out)
+    step, run = document["step"], document["run"]
+    assert step["compute"]["model"] == pytest.approx(document["operations"]["model"] / 0.125e12)
+    assert step["sent"]["gradients"] == pytest.approx(document["sent"]["gradients"] / 1e9)
+    assert run["hours"] == [2 * step["at_best"], 2 * step["at_most"]]
+    assert run["dollars"] == pytest.approx([9 * hours for hours in run["hours"]])
+    assert document["store_per_epoch"]["all"] == 3 * document["reads"]["per_epoch"]
+
+
 def test_what_is_too_little_for_any_micro_batch_names_the_ways_out(monkeypatch, capsys, file):
     code, out, _ = command(monkeypatch, capsys, file, "--gpu-memory", 0.1)
     assert code == 0
@@ -194,7 +231,8 @@ def test_what_is_too_little_for_any_micro_batch_names_the_ways_out(monkeypatch, 
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--gpu-memory", "0"], ["--nodes", "3"], ["data.shards=nowhere"], ["a.b=1"]]
+    "arguments",
+    [["--gpu-memory", "0"], ["--device", "x"], ["--disk", "0"], ["data.shards=nowhere"], ["a.b=1"]],
 )
 def test_mistakes_are_one_line(monkeypatch, capsys, file, arguments):
     code, out, err = command(monkeypatch, capsys, file, *arguments)
