@@ -2,7 +2,7 @@
 
 Counts are exact or upper bounds, rates are promises of sheets: a plan, no measurement. Nothing is
 counted of latencies, launches of kernels, what is no product of matrices (norms, AdamW's update),
-evaluations, and waits for a slower rank.
+what offloading moves, evaluations, and waits for a slower rank.
 """
 
 from dataclasses import dataclass
