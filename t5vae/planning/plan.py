@@ -29,6 +29,8 @@ from t5vae.planning.times import (
 from t5vae.training.build import is_installed, model_config
 from t5vae.training.precision import settle, settled
 
+MOST_RANKS = 1_000_000
+
 
 @dataclass(frozen=True)
 class Reads:
@@ -137,6 +139,8 @@ def plan(
     machine = machine or Machine()
     ranks_per_node, accelerated = max(1, gpus_per_node), gpus_per_node > 0
     world_size = nodes * ranks_per_node
+    if world_size > MOST_RANKS:
+        raise UserError(f"a run of {world_size} ranks: plans are of {MOST_RANKS} at most")
     config, split, undealt = _dealt(config, world_size)
     dataset = open_if_there(config)
     settings = model_config(config.model, config.objective, dataset)

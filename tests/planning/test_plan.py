@@ -232,7 +232,14 @@ def test_what_is_too_little_for_any_micro_batch_names_the_ways_out(monkeypatch, 
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--gpu-memory", "0"], ["--device", "x"], ["--disk", "0"], ["data.shards=nowhere"], ["a.b=1"]],
+    [
+        ["--nodes", "9" * 20],
+        ["--gpu-memory", "0"],
+        ["--device", "x"],
+        ["--disk", "0"],
+        ["data.shards=nowhere"],
+        ["a.b=1"],
+    ],
 )
 def test_mistakes_are_one_line(monkeypatch, capsys, file, arguments):
     code, out, err = command(monkeypatch, capsys, file, *arguments)
