@@ -1,6 +1,7 @@
 """`t5vae plan`, held against what real runs take."""
 
 import json
+from dataclasses import asdict
 from itertools import pairwise
 
 import numpy as np
@@ -194,6 +195,7 @@ def test_the_command_prints_tables_or_one_document(monkeypatch, capsys, file):
     document = json.loads(out)
     assert code == 0
     assert document["world_size"] == 2
+    assert document["rates"] == asdict(plan(load_config(file), nodes=1, gpus_per_node=2).rates)
     assert document["peak"] == max(
         sum(document["memory"][m].values()) for m in ("backward", "step")
     )
