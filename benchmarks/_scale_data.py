@@ -226,7 +226,7 @@ def of_a_node(nodes: int, order_version: int) -> dict[str, float]:
         ) as batches:
             (opened,) = batches._dealer.windows(0, steps)
             order = batches._dealer.sources[0].order
-        blocks = np.unique(np.concatenate([order.window_of(name).blocks for name in opened]))
+        blocks = np.unique(np.concatenate([order.blocks_of(name) for name in opened]))
         over = max(over, bytes_of_block[blocks].sum() / fair)
         copied = max(copied, len(np.unique(table["shard"][blocks])) / SHARDS * nodes)
         touched = len(np.unique(blocks * LARGE_SHARDS // len(table)))

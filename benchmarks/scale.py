@@ -15,8 +15,8 @@ from pathlib import Path
 
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
-import _scale_data as data  # noqa: E402
-from _report import Block, Page, Target, figure, installed, output, say, short, table  # noqa: E402
+import _scale_data as data
+from _report import Block, Page, Target, figure, installed, output, say, short, table
 
 AMONG = (1, 3, 8, 60, 128, 1024)
 MIB = 2**20

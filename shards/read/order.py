@@ -202,12 +202,19 @@ class Order(ABC):
 
     def window_of(self, name: int) -> Window:
         """A window by its name."""
+        blocks = self.blocks_of(name)
+        rows = int(self.block_rows[blocks].sum())
+        return Window(blocks, permutation(rows, self.seed, *self._place(name)))
+
+    def blocks_of(self, name: int) -> np.ndarray:
+        """The blocks of a window, int64 [blocks]."""
+        epoch, lane, window = self._place(name)
+        if lane < self.all_lanes - 1:
+            return self._blocks(epoch, lane, window)
+        return self.short if self.groups else np.arange(len(self.block_rows))
+
+    def _place(self, name: int) -> tuple[int, int, int]:
+        """A window's epoch, its lane, and its number in that."""
         turn, lane = divmod(name, self.all_lanes)
         epoch, window = divmod(turn, self._turns)
-        window = min(window, self._windows_per_lane)
-        if lane < self.all_lanes - 1:
-            blocks = self._blocks(epoch, lane, window)
-        else:
-            blocks = self.short if self.groups else np.arange(len(self.block_rows))
-        rows = int(self.block_rows[blocks].sum())
-        return Window(blocks, permutation(rows, self.seed, epoch, lane, window))
+        return epoch, lane, min(window, self._windows_per_lane)

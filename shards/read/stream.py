@@ -130,6 +130,13 @@ class ShardStream:
         return sum(map(Windows.bytes_of, dealer.sources, opened))
 
     @property
+    def period(self) -> int:
+        """Positions in which each lane of the first dataset visits a block; an epoch's, where all
+        are one window."""
+        order = self._dealer.sources[0].order
+        return order.lanes * order.rows_per_block if order.groups else order.sequences
+
+    @property
     def epochs(self) -> dict[str, float]:
         """How often each dataset has been gone through, by its path."""
         taken = self._dealer.mixing.taken(np.array([self.consumed]))[0].tolist()

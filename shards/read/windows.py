@@ -114,7 +114,7 @@ class Windows:
     def bytes_of(self, names: set[int]) -> int:
         """What is read to open windows: their blocks' arrays, tar headers apart."""
         table = self.reader.table
-        blocks = [self.order.window_of(name).blocks for name in sorted(names)]
+        blocks = [self.order.blocks_of(name) for name in sorted(names)]
         own = table[np.concatenate(blocks)] if blocks else table[:0]
         item = self.tokens.dtype.itemsize
         return int(own["tokens"].sum()) * item + int(own["sequences"].sum()) * LENGTH_BYTES

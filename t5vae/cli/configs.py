@@ -127,19 +127,42 @@ def plan(
     gpu_memory: Annotated[
         float | None, typer.Option(help="GiB of one device: which micro batch fits?")
     ] = None,
+    device: Annotated[
+        str, typer.Option(help="The accelerators, for their peak and links: h100, a100, ...")
+    ] = "h100",
+    tflops: Annotated[
+        float | None,
+        typer.Option(help="10^12 operations a second of a rank's device; default the device's."),
+    ] = None,
+    utilisation: Annotated[
+        float, typer.Option(help="Share of these that is reached while a rank computes.")
+    ] = 0.4,
+    network: Annotated[float, typer.Option(help="Gbit/s of a node, all adapters together.")] = 400,
+    store: Annotated[
+        float, typer.Option(help="GB/s that all nodes together have from the shards' store.")
+    ] = 10,
+    disk: Annotated[
+        float, typer.Option(help="GB/s of the run folder's file system, all nodes together.")
+    ] = 10,
+    price: Annotated[
+        float | None, typer.Option(help="Dollars an hour of one device: what will it cost?")
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Say what a run will need: memory, communication, reads. Default: as its launcher section.
+    """Say what a run will need: memory, communication, reads, time, dollars.
 
-    Example: `t5vae plan large --nodes 8 --gpus-per-node 8 --gpu-memory 80`
+    Nodes and devices are its launcher section's unless they are given.
+
+    Example: `t5vae plan large --nodes 64 --gpus-per-node 8 --gpu-memory 80 --price 2.5`
     """
     from rich.console import Console
 
     from t5vae.config import load_config
 
     loaded = load_config(config, overrides or [])
+    from t5vae.planning.machine import Machine
     from t5vae.planning.plan import plan as make_plan
-    from t5vae.planning.plan import shown
+    from t5vae.planning.shown import shown
 
     quiet_transformers()
     launcher = loaded.launcher
@@ -148,6 +171,7 @@ def plan(
         nodes=launcher.nodes if nodes is None else nodes,
         gpus_per_node=launcher.gpus_per_node if gpus_per_node is None else gpus_per_node,
         gpu_memory=gpu_memory,
+        machine=Machine(device, tflops, utilisation, network, store, disk, price),
     )
     if json:
         print_json(found.as_json())

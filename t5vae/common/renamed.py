@@ -61,7 +61,7 @@ RENAMED = {  # where what a module held is in several now, each is looked up in 
     "t5vae.training.health": "t5vae.cluster.preflight",
     "t5vae.training.losses": "t5vae.training.step",
     "t5vae.training.memory": "t5vae.planning.memory",
-    "t5vae.training.plan": "t5vae.planning.plan",
+    "t5vae.training.plan": "t5vae.planning.plan t5vae.planning.shown",
     "t5vae.training.preemption": "t5vae.cluster.stopping t5vae.cluster.scheduler",
     "t5vae.training.probe": "t5vae.training.midrun",
     "t5vae.training.randomness": "t5vae.checkpoint.randomness",

@@ -116,21 +116,49 @@ class Data(Section):
         """How the global batch is dealt to ranks.
 
         Raises:
-            UserError: where it cannot be dealt evenly.
+            UserError: where it cannot be dealt evenly; the line says what can.
         """
-        batch = self.global_batch_size
-        if batch % ranks:
-            raise UserError(
-                f"data.global_batch_size {batch} cannot be dealt to {ranks} ranks; "
-                f"use a multiple of {ranks}"
-            )
-        micro = self.micro_batch_size or batch // ranks
-        if batch % (micro * ranks):
-            raise UserError(
-                f"data.global_batch_size {batch} is not a multiple of data.micro_batch_size "
-                f"{micro} x {ranks} ranks = {micro * ranks}"
-            )
-        return BatchSplit(batch, ranks, micro, batch // (micro * ranks))
+        nearest, *others = self.fitting(ranks)
+        if self.is_dealt(nearest):
+            return nearest
+        batch, micro = self.global_batch_size, self.micro_batch_size
+        told = f" in micro batches of {micro}" if micro else ""
+        ways = ", or ".join(self.typed(split) for split in (nearest, *others))
+        raise UserError(
+            f"data.global_batch_size {batch} cannot be dealt to {ranks} ranks{told}; use {ways}"
+        )
+
+    def fitting(self, ranks: int) -> list[BatchSplit]:
+        """Batches that can be dealt to ranks, from the nearest on; the first is ours if it can be.
+
+        One keeps the global batch where ranks divide it, with a smaller micro batch if it must;
+        others keep the micro batch, unless a rank's share of ours is less than that.
+        """
+        batch, micro = self.global_batch_size, self.micro_batch_size
+        share, rest = divmod(batch, ranks)
+        unit = micro or 1
+        shares = {share // unit * unit, share // unit * unit + unit}
+        if not rest or share < unit:
+            shares.add(max(1, share))
+        found = []
+        for own in shares - {0}:
+            rows = next(rows for rows in range(min(micro or own, own), 0, -1) if own % rows == 0)
+            found.append(BatchSplit(own * ranks, ranks, rows, own // rows))
+        return sorted(found, key=lambda split: (abs(split.sequences - batch), split.sequences))
+
+    def is_dealt(self, split: BatchSplit) -> bool:
+        """Whether a batch is the one that is configured."""
+        return (split.sequences, self.micro_batch_size or split.micro) == (
+            self.global_batch_size,
+            split.micro,
+        )
+
+    def typed(self, split: BatchSplit) -> str:
+        """What of these settings a batch needs otherwise, as it is typed."""
+        keys = {"data.global_batch_size": (self.global_batch_size, split.sequences)}
+        if self.micro_batch_size:
+            keys["data.micro_batch_size"] = (self.micro_batch_size, split.micro)
+        return " ".join(f"{key}={new}" for key, (old, new) in keys.items() if new != old)
 
 
 class Train(Section):

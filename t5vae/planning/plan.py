@@ -1,4 +1,4 @@
-"""`t5vae plan`: what a run will need before it starts: memory, communication, reads."""
+"""`t5vae plan`: what a run will need before it starts: memory, communication, reads, time."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -6,27 +6,34 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from rich.console import Group
-from rich.table import Table
-from rich.text import Text
 
 from shards import Dataset, ShardStream
-from shards.read.order import LANES, WINDOW
 from t5vae.common.errors import UserError
 from t5vae.config import BatchSplit, Config
 from t5vae.model import T5VAE
 from t5vae.planning.activations import activations
 from t5vae.planning.describe import open_if_there
+from t5vae.planning.machine import GIB, Machine, Rates
 from t5vae.planning.memory import Memory, Regime, Sizes, memory, regime_of, sizes_of
+from t5vae.planning.times import (
+    CheckpointTime,
+    Course,
+    StepTime,
+    checkpoint_time,
+    course,
+    operations,
+    step_time,
+    tokens_of,
+)
 from t5vae.training.build import is_installed, model_config
 from t5vae.training.precision import settle, settled
 
-GIB = 2**30
+MOST_RANKS = 1_000_000
 
 
 @dataclass(frozen=True)
 class Reads:
-    """What one rank reads of the shards, in bytes; of the ranks looked at, the one with most.
+    """What one rank, or node, reads of the shards, in bytes; of those looked at, the one with most.
 
     Attributes:
         per_step, per_epoch: on average.
@@ -40,66 +47,111 @@ class Reads:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will need, of each rank.
+    """What a run will need.
 
     Attributes:
+        undealt: why the configuration's own batch cannot be dealt to the ranks, and what can: the
+            plan is of the first of these. None where it is dealt.
+        ranks_per_node: all ranks over the hosts.
         parameters: of the model.
         length: tokens of the longest sequences, for which memory is planned.
-        memory: with the configuration's own micro batch.
+        memory: of a rank, with the configuration's own micro batch.
         sent: bytes that a rank sends in a step, by part, as rings send them.
-        reads: None where the configuration names no shards that exist.
+        reads, node_reads: of a rank, and of a node, whose ranks share what they read; None where
+            the configuration names no shards that exist.
+        rates: of the machine.
+        operations: of a rank in a step, by part: products of matrices, a multiply-add as two.
+        step: None where the peak of the device is not known.
+        checkpoint: one of them.
+        run: `train.steps` of such steps, without evaluations and saves; None as `step` is.
+        epoch: the same of all training sequences once; None where there are no shards either.
         gpu_memory: bytes that there are; None where that is not given.
         largest: the largest micro batch that fits in it, and the accumulation that follows; None
             where none does, or that is not asked.
     """
 
+    undealt: str | None
     world_size: int
+    ranks_per_node: int
     accelerated: bool
     parameters: int
     length: int
+    global_batch_size: int
     micro_batch_size: int
     accumulation: int
     memory: Memory
     sent: dict[str, int]
     reads: Reads | None
+    node_reads: Reads | None
+    rates: Rates
+    operations: dict[str, int]
+    step: StepTime | None
+    checkpoint: CheckpointTime
+    run: Course | None
+    epoch: Course | None
     gpu_memory: float | None = None
     largest: tuple[int, int] | None = None
 
     def as_json(self) -> dict[str, Any]:
-        return {**asdict(self), "peak": self.memory.peak, "fits": self.fits}
+        """All of it: bytes, operations, bytes or operations a second, seconds, hours, dollars."""
+        store = {"store_per_epoch": self.store_per_epoch}
+        return {**asdict(self), **store, "peak": self.memory.peak, "fits": self.fits}
 
     @property
     def fits(self) -> bool | None:
         """Whether the memory suffices; None where it is not known."""
         return None if self.gpu_memory is None else self.memory.peak <= self.gpu_memory
 
+    @property
+    def store_per_epoch(self) -> dict[str, float] | None:
+        """Bytes that a node, and all nodes, have from the store of the shards in the first epoch.
+
+        In later ones a node has from its cache what that holds.
+        """
+        if self.node_reads is None:
+            return None
+        of_node = self.node_reads.per_epoch
+        return {"node": of_node, "all": of_node * self.world_size / self.ranks_per_node}
+
 
 def plan(
-    config: Config, *, nodes: int, gpus_per_node: int, gpu_memory: float | None = None
+    config: Config,
+    *,
+    nodes: int,
+    gpus_per_node: int,
+    gpu_memory: float | None = None,
+    machine: Machine | None = None,
 ) -> Plan:
     """Plan a run; nothing is allocated, and of the shards the index alone is read.
 
     Args:
-        config: the run's.
+        config: the run's. A batch that its ranks cannot share is replaced by the nearest.
         nodes: hosts.
         gpus_per_node: 0 for one rank a host, on its CPU.
         gpu_memory: GiB of one rank's device; of a host's memory without devices.
+        machine: how fast it is; by default as `Machine` has it.
 
     Raises:
-        UserError: for what training would refuse of these, or memory that is not above 0.
+        UserError: for what else training would refuse of these, or numbers that are not above 0.
     """
     if gpu_memory is not None and not gpu_memory > 0:
         raise UserError(f"--gpu-memory is {gpu_memory:g}: give the GiB of one device")
-    world_size, accelerated = nodes * max(1, gpus_per_node), gpus_per_node > 0
-    split = config.data.split(world_size)
+    machine = machine or Machine()
+    ranks_per_node, accelerated = max(1, gpus_per_node), gpus_per_node > 0
+    world_size = nodes * ranks_per_node
+    if world_size > MOST_RANKS:
+        raise UserError(f"a run of {world_size} ranks: plans are of {MOST_RANKS} at most")
+    config, split, undealt = _dealt(config, world_size)
     dataset = open_if_there(config)
     settings = model_config(config.model, config.objective, dataset)
     with torch.device("meta"):
-        sizes = sizes_of(T5VAE(settings), config.optim.name)
+        model = T5VAE(settings)
+    sizes = sizes_of(model, config.optim.name)
     if accelerated:
         config = settled(config, "bf16")
     else:
         config, _ = settle(config, settings, split, torch.device("cpu"), {})
+    rates = machine.rates(accelerated=accelerated, half=config.train.half)
     fused = config.model.fused_cross_entropy
     kept = activations(
         settings,
@@ -114,19 +166,60 @@ def plan(
         return memory(regime_of(config, split), sizes, kept, accelerated=accelerated)
 
     there = None if gpu_memory is None else gpu_memory * GIB
+    regime = regime_of(config, split)
+    read = None if dataset is None else reads(config, dataset, world_size)
+    of_node = None if dataset is None else reads(config, dataset, nodes)
+    tokens = tokens_of(dataset, settings.sequence_length, accelerated=accelerated)
+    counts = operations(
+        settings,
+        regime,
+        model,
+        tokens,
+        checkpointing=config.model.gradient_checkpointing,
+        accelerated=accelerated,
+    )
+    rings = sent(regime, sizes)
+    per_step = read.per_step if read else 0.0
+    step = step_time(regime, counts, rings, per_step, rates, nodes=nodes, accelerated=accelerated)
+
+    def takes(steps: float) -> Course | None:
+        return None if step is None else course(steps, step, world_size, machine.price)
+
     return Plan(
+        undealt=undealt,
         world_size=world_size,
+        ranks_per_node=ranks_per_node,
         accelerated=accelerated,
         parameters=sizes.total,
         length=settings.sequence_length,
+        global_batch_size=split.sequences,
         micro_batch_size=split.micro,
         accumulation=split.accumulation,
         memory=needed(split),
-        sent=sent(regime_of(config, split), sizes),
-        reads=None if dataset is None else reads(config, dataset, world_size),
+        sent=rings,
+        reads=read,
+        node_reads=of_node,
+        rates=rates,
+        operations=counts,
+        step=step,
+        checkpoint=checkpoint_time(regime.saved(sizes), rates, ranks=world_size, nodes=nodes),
+        run=takes(config.train.steps),
+        epoch=takes(dataset.sequences("train") / split.sequences) if dataset else None,
         gpu_memory=there,
         largest=None if there is None else _largest(needed, split, there),
     )
+
+
+def _dealt(config: Config, ranks: int) -> tuple[Config, BatchSplit, str | None]:
+    """A configuration whose batch is dealt to ranks, how, and why its own could not be."""
+    data = config.data
+    try:
+        return config, data.split(ranks), None
+    except UserError as error:
+        split = data.fitting(ranks)[0]
+        micro = split.micro if data.micro_batch_size else None
+        batch = {"global_batch_size": split.sequences, "micro_batch_size": micro}
+        return config.with_("data", **batch), split, str(error)
 
 
 def _largest(
@@ -174,87 +267,26 @@ def sent(regime: Regime, sizes: Sizes) -> dict[str, int]:
     return {part: round(ring * size) for part, size in parts.items()}
 
 
-def reads(config: Config, dataset: Dataset, world_size: int) -> Reads:
-    """What a rank reads, found from the order of the data over a window of every lane."""
+def reads(config: Config, dataset: Dataset, parts: int) -> Reads:
+    """What a rank of so many reads, or a node, found from the order of the data."""
     batch = config.data.global_batch_size
-    window_of_every_lane = LANES * WINDOW * dataset.indexes[0].block_size
-    steps = max(1, min(window_of_every_lane, dataset.sequences("train")) // batch)
-    looked_at = {0, world_size // 2, world_size - 1}
-    amounts = []
-    for rank in looked_at:
-        with ShardStream(
+    amounts, steps = [], 1
+
+    def stream(part: int, parts: int) -> ShardStream:
+        return ShardStream(
             dataset,
             seed=config.run.seed,
             global_batch_size=batch,
-            rank=rank,
-            world_size=world_size,
-            sort_by_length=config.data.sort_by_length,
-        ) as stream:
-            amounts.append(stream.bytes_read(steps))
-    most, every = max(own for own, _ in amounts), amounts[0][1]
-    per_epoch = most * dataset.sequences("train") / (steps * batch)
-    return Reads(most / steps, per_epoch, most / (every / world_size))
-
-
-def shown(found: Plan) -> Group:
-    """A plan for people."""
-    where = "accelerator" if found.accelerated else "CPU"
-    ranks = f"{found.world_size} rank{'s' * (found.world_size > 1)}"
-    head = (
-        f"{found.parameters:,} parameters on {ranks}, one {where} each; a step of a rank is "
-        f"{found.accumulation} x {found.micro_batch_size} sequences of up to {found.length} tokens"
-    )
-    grid = Table("memory of a rank", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    moments = {"backward pass": found.memory.backward, "optimiser's step": found.memory.step}
-    for moment in moments:
-        grid.add_column(moment, justify="right")
-    for part in dict.fromkeys(part for parts in moments.values() for part in parts):
-        sizes = (parts.get(part, 0) for parts in moments.values())
-        grid.add_row(part, *(_size(size) if size else "-" for size in sizes))
-    sums = (_size(sum(parts.values())) for parts in moments.values())
-    grid.add_row("together", *sums, style="bold")
-    lines = [_verdict(found), _host(found.memory.host), _sent(found.sent), _reads(found.reads)]
-    return Group(Text(head), Text(), grid, Text(), *(Text(line) for line in lines if line))
-
-
-def _verdict(found: Plan) -> str:
-    if found.gpu_memory is None:
-        return f"memory: {_size(found.memory.peak)}"
-    answer = "fits in" if found.fits else "does not fit in"
-    text = f"memory: {_size(found.memory.peak)} {answer} {_size(found.gpu_memory)}; "
-    if found.largest is None:
-        return text + (
-            "no micro batch does: try a higher deepspeed.zero_stage, model.gradient_checkpointing, "
-            "deepspeed.offload_optimizer, or more ranks"
+            rank=part,
+            world_size=parts,
         )
-    micro, accumulation = found.largest
-    return text + (
-        f"the largest micro batch that does is data.micro_batch_size={micro} "
-        f"(accumulation {accumulation})"
-    )
 
-
-def _host(parts: dict[str, int]) -> str:
-    told = ", ".join(f"{part} {_size(size)}" for part, size in parts.items())
-    return f"host memory: {_size(sum(parts.values()))} ({told})" if parts else ""
-
-
-def _sent(parts: dict[str, int]) -> str:
-    told = ", ".join(f"{part} {_size(size)}" for part, size in parts.items() if size)
-    return f"sent in a step: {_size(sum(parts.values()))}" + (f" ({told})" if told else "")
-
-
-def _reads(found: Reads | None) -> str:
-    if found is None:
-        return ""
-    return (
-        f"read in a step: {_size(found.per_step)}; in an epoch: {_size(found.per_epoch)}, "
-        f"{found.over_fair:.2f} times a fair share"
-    )
-
-
-def _size(size: float) -> str:
-    for unit, name in ((GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if size >= unit:
-            return f"{size / unit:,.2f} {name}"
-    return f"{size:.0f} B"
+    for part in {0, parts // 2, parts - 1}:
+        with stream(part, parts) as own:
+            steps = max(1, min(own.period, dataset.sequences("train")) // batch)
+            amounts.append(own.bytes_read(steps))
+    most = max(amounts)
+    with stream(0, 1) as every:
+        fair = every.bytes_read(steps) / parts
+    per_epoch = most * dataset.sequences("train") / (steps * batch)
+    return Reads(most / steps, per_epoch, most / fair)

@@ -35,7 +35,7 @@ def node(order, rank: int, world_size: int, batch: int) -> Dealer:
 def blocks_read(order, rank: int, world_size: int, batch: int, steps: int, step: int = 0) -> set:
     dealer = node(order, rank, world_size, batch)
     (names,) = dealer.windows(step * batch, steps)
-    return {block for name in names for block in order.window_of(name).blocks.tolist()}
+    return {block for name in names for block in order.blocks_of(name).tolist()}
 
 
 @settings(max_examples=60, deadline=None)

@@ -407,6 +407,8 @@ COMMANDS = (
     "t5vae config show run/config.yaml train.steps=3 --world-size 2",
     "t5vae config schema --json",
     "t5vae plan run/config.yaml --nodes 2 --gpus-per-node 2 --gpu-memory 80",
+    "t5vae plan run/config.yaml --device a100 --network 100 --store 1 --price 2",
+    "t5vae plan run/config.yaml --gpus-per-node 0 --tflops 2 --utilisation 0.5 --disk 1",
     "t5vae checkpoints run --verify --remove 8",
     "t5vae export run --step 8 --dtype bf16",
     "t5vae compare run run --json",

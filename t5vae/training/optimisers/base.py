@@ -81,6 +81,11 @@ class Optimiser(ABC):
         """
         return {}
 
+    @staticmethod
+    def operations(rows: int, columns: int) -> int:
+        """Of the products of matrices that it makes in a step of one that it takes."""
+        return 0
+
     def settings(self) -> dict[str, Any]:
         """Of a group of the weights that it takes, "lr" included."""
         return {"lr": self.optim.lr}

@@ -33,6 +33,13 @@ class Muon(Optimiser):
     def extra_bytes(stage: int, weight_bytes: int) -> dict[str, int]:
         return {"staged momentum": weight_bytes} if stage in (1, 2) else {}
 
+    @staticmethod
+    def operations(rows: int, columns: int) -> int:
+        """Of five steps of the iteration, on the matrix or on its Gram matrix; see
+        `t5vae.training.muon`."""
+        m, n = sorted((rows, columns))
+        return min(5 * (4 * m**2 * n + 2 * m**3), 4 * m**2 * n + 17 * 2 * m**3)
+
     def settings(self) -> dict[str, Any]:
         return {"lr": self.optim.muon_lr, "momentum": self.optim.momentum}
 
