@@ -14,6 +14,7 @@ import pytest
 
 import shards
 from shards.storage.cache import Cache, CacheError, Copies
+from shards.storage.ranges import RangeCache
 from shards.storage.requests import Remote, check_url
 from shards.write.corpora import Corpus
 from t5vae.common.errors import UserError
@@ -360,3 +361,35 @@ def test_a_local_url_is_a_folder(handed):
     os.mkfifo(handed.shards / "index.json")
     with pytest.raises(UserError, match="no regular file"):
         shards.open_index(f"local://{handed.shards}")
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.tar.ranges"])
+@pytest.mark.parametrize("what", ["link", "dangling", "fifo", "folder"])
+def test_ranges_are_kept_in_files_of_this_user_alone(copies, tmp_path, capsys, name, what):
+    ranges = RangeCache(copies, "s3://bucket/data")
+    path = copies.folder / name
+    match what:
+        case "link":
+            path.symlink_to(tmp_path / "victim")
+        case "dangling":
+            path.symlink_to(tmp_path / "new")
+        case "fifo":
+            os.mkfifo(path)
+        case "folder":
+            path.mkdir()
+    with watched(tmp_path / "cache", tmp_path / "none") as watch:
+        for _ in range(2):
+            assert ranges.read("a.tar", 0, 3, lambda: b"abc") == b"abc"
+    assert watch.deeds == []
+    assert (tmp_path / "victim").read_text() == "mine"
+    assert not (tmp_path / "new").exists()
+    assert capsys.readouterr().err.count("what it has no copy of is read from s3://bucket") == 1
+
+
+@as_root
+def test_ranges_of_another_user_are_not_read(copies, capsys):
+    ranges = RangeCache(copies, "s3://bucket/data")
+    ranges.read("a.tar", 0, 3, lambda: b"abc")
+    os.chown(copies.folder / "a.tar", 12345, 12345)
+    assert ranges.read("a.tar", 0, 3, lambda: b"new") == b"new"
+    assert "belongs to another user" in capsys.readouterr().err
