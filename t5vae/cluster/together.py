@@ -376,7 +376,8 @@ class Together:
 
 def _failure(told: bytes) -> Failure:
     """What a rank has told the others, whose number goes before it."""
-    return Failure(**json.loads(told)[1])
+    _, failure = json.loads(told)
+    return Failure(**failure | {"lost": tuple(failure["lost"])})
 
 
 def _after(seconds: float, act: Callable[[], object]) -> threading.Timer:
