@@ -4,7 +4,7 @@ import resource
 from contextlib import suppress
 
 IN_STORE = 3  # connections of each rank to the store: two of its own, one of the process group's
-GROUPS = 2  # of gloo, where each rank connects to each other: bookkeeping, and on a CPU tensors
+GROUPS = 3  # of gloo on a CPU, each of which connects each rank to each other; one beside NCCL
 OTHERS = 512  # what else a process opens: shards, logs, libraries, an accelerator's driver
 
 
