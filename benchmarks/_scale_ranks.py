@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -35,6 +37,61 @@ PATIENCE = 600.0
 CONNECTION_CLOSED = "gloo: Connection closed by peer"
 
 
+class Memory:
+    """A store that wakes those alone who wait for a key; torch's in memory wakes all, each time."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, bytes] = {}
+        self.waiting: dict[str, list[threading.Event]] = {}
+        self.turn = threading.RLock()
+
+    def set(self, key: str, value: bytes | str) -> None:
+        with self.turn:
+            self.values[key] = value.encode() if isinstance(value, str) else value
+            for one in self.waiting.pop(key, ()):
+                one.set()
+
+    def wait(self, keys: list[str], timeout: timedelta) -> None:
+        end = time.monotonic() + timeout.total_seconds()
+        for key in keys:
+            with self.turn:
+                if key in self.values:
+                    continue
+                self.waiting.setdefault(key, []).append(there := threading.Event())
+            if not there.wait(max(0.0, end - time.monotonic())):
+                raise dist.DistStoreError(f"wait timeout: {key}")
+
+    def get(self, key: str) -> bytes:
+        self.wait([key], timedelta(seconds=PATIENCE))
+        return self.values[key]
+
+    def add(self, key: str, amount: int) -> int:
+        with self.turn:
+            total = int(self.values.get(key, 0)) + amount
+            self.set(key, str(total))
+            return total
+
+    def compare_set(self, key: str, expected: str, desired: str) -> bytes:
+        with self.turn:
+            if self.values.get(key, b"").decode() == expected:
+                self.set(key, desired)
+            return self.values[key]
+
+    def delete_key(self, key: str) -> bool:
+        with self.turn:
+            return self.values.pop(key, None) is not None
+
+    def check(self, keys: list[str]) -> bool:
+        return all(key in self.values for key in keys)
+
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        return [self.get(key) for key in keys]
+
+    def multi_set(self, keys: list[str], values: list[str]) -> None:
+        for key, value in zip(keys, values, strict=True):
+            self.set(key, value)
+
+
 class Counted(dist.Store):
     """A store whose calls are counted.
 
@@ -44,13 +101,13 @@ class Counted(dist.Store):
         phase: now.
     """
 
-    def __init__(self, store: dist.Store):
+    def __init__(self, store: Memory):
         super().__init__()
         self.store, self.phase = store, "meet"
         self.calls: Counter[str] = Counter()
         self.keys: Counter[str] = Counter()
 
-    def _count(self, keys: int = 1) -> dist.Store:
+    def _count(self, keys: int = 1) -> Memory:
         self.calls[self.phase] += 1
         self.keys[self.phase] += keys
         return self.store
@@ -95,22 +152,22 @@ class Fleet:
     """
 
     def __init__(self, world: int, folder: Path):
-        hosts, shared = tuple(f"node{rank // 8}" for rank in range(world)), dist.HashStore()
+        hosts, shared = tuple(f"node{rank // 8}" for rank in range(world)), Memory()
+        connection = SimpleNamespace(clone=lambda: None)
         self.all: list[Together] = []
         self.stores: list[Counted] = []
-        self._prefixed = dist.PrefixStore
         for rank in range(world):
             ranks = Ranks(rank, world, rank % 8, min(world, 8), "127.0.0.1", 29500, hosts)
             with (
-                patch.object(dist, "TCPStore", lambda *_, **__: shared),
-                patch.object(dist, "PrefixStore", self._counted),
+                patch.object(dist, "TCPStore", lambda *_, **__: connection),
+                patch.object(dist, "PrefixStore", lambda *_: self._counted(shared)),
             ):
                 self.all.append(Together(ranks, folder, PATIENCE).__enter__())
-            if world > 1:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self.all[-1].terminal)
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), self.all[-1].terminal)
 
-    def _counted(self, prefix: str, store: dist.Store) -> Counted:
-        self.stores.append(Counted(self._prefixed(prefix, store)))
+    def _counted(self, shared: Memory) -> Counted:
+        self.stores.append(Counted(shared))
         return self.stores[-1]
 
     def together(self, phase: str, do: Any, of: int) -> None:
