@@ -4,7 +4,6 @@ Ranks meet in a store of rank 0, since a host whose device or shards are missing
 process group.
 """
 
-import contextlib
 import json
 import os
 import shutil
@@ -20,9 +19,11 @@ import torch
 import torch.distributed as dist
 
 from t5vae.cluster.agreement import all_sum
+from t5vae.cluster.descriptors import too_few_files
 from t5vae.cluster.errors import SharedError, SharedStorageError, UnhealthyError
 from t5vae.cluster.process_group import device_index
 from t5vae.cluster.ranks import Ranks
+from t5vae.cluster.rendezvous import files_wanted, missing
 from t5vae.cluster.scheduler import host_name
 from t5vae.common.errors import StorageError, UserError
 from t5vae.common.files import SCRATCH, write_whole
@@ -84,6 +85,7 @@ class Preflight:
         scratch = shutil.disk_usage(temporary := tempfile.gettempdir()).free
         if scratch < SCRATCH:
             problem = problem or f"{temporary} has {scratch / 2**20:.0f} MiB free"
+        problem = problem or too_few_files(files_wanted(self.ranks))
         nearest = self.folder.absolute()
         while not nearest.exists():
             nearest = nearest.parent
@@ -109,13 +111,11 @@ class Preflight:
     def _judge(self, store: dist.Store) -> dict[str, Any]:
         """Wait for all ranks; then what is wrong, and the hosts where it is if not everywhere."""
         everyone = [str(rank) for rank in range(self.ranks.world_size)]
-        with contextlib.suppress(dist.DistStoreError):
-            store.wait(everyone, timedelta(seconds=self.patience))
-        here = [rank for rank in everyone if store.check([rank])]
-        missing = [int(rank) for rank in everyone if rank not in here]
-        self.rows = [json.loads(row) for row in store.multi_get(here)]
-        if missing:
-            hosts = [self.ranks.hosts[r] if self.ranks.hosts else f"of rank {r}" for r in missing]
+        absent = missing(store, everyone, self.patience)
+        here = sorted({*range(self.ranks.world_size)} - {*absent})
+        self.rows = [json.loads(row) for row in store.multi_get([everyone[r] for r in here])]
+        if absent:
+            hosts = [self.ranks.hosts[r] if self.ranks.hosts else f"of rank {r}" for r in absent]
             return _verdict({host: f"did not come within {self.patience:g} s" for host in hosts})
         devices = {row["device"] for row in self.rows}
         found = [row for row in reversed(self.rows) if row["problem"]]

@@ -16,6 +16,7 @@ from t5vae.cluster.scheduler import host_name
 from t5vae.common.cpus import cpus
 from t5vae.common.errors import UserError
 
+RESOLVER = "timeout:1 attempts:2"  # of a name server that does not answer; 5 s are the default
 RESOLVING = 10  # seconds in which a name server that fails is asked again
 LONGER = 60  # seconds that tensors of an accelerator are waited for beyond those of the CPU
 
@@ -39,9 +40,13 @@ def network_interface(ranks: Ranks) -> str | None:
 def require_address(ranks: Ranks) -> None:
     """Refuse a name of the first host that leads nowhere; ranks would wait for each other in vain.
 
+    The first look-up of a process settles how long it waits for name servers, which torch's store
+    asks for names of addresses in the only thread that it has.
+
     Raises:
         UserError: naming both hosts.
     """
+    os.environ.setdefault("RES_OPTIONS", RESOLVER)
     end = time.monotonic() + RESOLVING
     while True:
         try:

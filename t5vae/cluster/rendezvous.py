@@ -1,13 +1,16 @@
 """Where ranks meet: a store that rank 0's process has, or the agent of torchrun."""
 
+import contextlib
 import os
 from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
 
+from t5vae.cluster.descriptors import allow_files, files_of, too_few_files
 from t5vae.cluster.errors import UnhealthyError
 from t5vae.cluster.ranks import Ranks
+from t5vae.cluster.scheduler import host_name
 from t5vae.common.errors import UserError
 from t5vae.common.quiet import quiet_start
 
@@ -25,10 +28,14 @@ def meet(ranks: Ranks, folder: Path, patience: float) -> tuple[dist.Store, dist.
         holds its connection.
 
     Raises:
-        UserError: where another run has the port.
+        UserError: where another run has the port, or the host does not let rank 0 have as many
+            connections as the ranks need.
         UnhealthyError: rank 0 does not come.
     """
     held = is_agents()
+    allow_files(wanted := files_wanted(ranks))
+    if ranks.is_first and (problem := too_few_files(wanted)):
+        raise UserError(f"{host_name()}: {problem}")
     try:
         with quiet_start(Path(os.devnull)):  # the store wants names for addresses
             store = dist.TCPStore(
@@ -52,6 +59,32 @@ def meet(ranks: Ranks, folder: Path, patience: float) -> tuple[dist.Store, dist.
     if store.add(f"joined/{ranks.rank}", 1) > 1:  # that of the same run, which was started before
         raise _taken(ranks)
     return store, own
+
+
+def missing(store: dist.Store, keys: list[str], seconds: float) -> list[int]:
+    """The places of the keys that nobody has set after so long.
+
+    The store is asked once where all are there, and otherwise by halves, for which a few that are
+    not take a few questions each.
+    """
+    with contextlib.suppress(dist.DistStoreError):
+        store.wait(keys, timedelta(seconds=seconds))
+        return []
+    return _absent(store, keys, 0)
+
+
+def _absent(store: dist.Store, keys: list[str], first: int) -> list[int]:
+    if store.check(keys):
+        return []
+    if len(keys) == 1:
+        return [first]
+    half = len(keys) // 2
+    return _absent(store, keys[:half], first) + _absent(store, keys[half:], first + half)
+
+
+def files_wanted(ranks: Ranks) -> int:
+    """Open files that this rank may need."""
+    return files_of(ranks.world_size, has_store=ranks.is_first and not is_agents())
 
 
 def is_agents() -> bool:

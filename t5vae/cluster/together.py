@@ -5,6 +5,9 @@ an exception is written there before its rank leaves. A thread of every other ra
 and ends its process whatever the main thread is in: a collective, a device, a disk. Collectives
 cannot be called off from outside (gloo's never, NCCL's only by giving up what they compute), and
 NCCL's watchdog aborts a process without a word: so nobody waits for them.
+
+One rank speaks with all, on behalf of the others: the one that is first to fail. So what any other
+asks of the store does not grow with the ranks.
 """
 
 import json
@@ -13,8 +16,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -34,7 +37,7 @@ from t5vae.cluster.errors import (
 from t5vae.cluster.phases import failed_in, present
 from t5vae.cluster.process_group import leave_process_group
 from t5vae.cluster.ranks import Ranks
-from t5vae.cluster.rendezvous import is_agents, meet
+from t5vae.cluster.rendezvous import is_agents, meet, missing
 from t5vae.cluster.scheduler import host_name, queue_again
 from t5vae.common.errors import UserError
 from t5vae.common.quiet import log_file_of
@@ -43,6 +46,7 @@ GRACE = 2.0  # seconds in which a main thread may come to its end by itself
 LINGER = 8.0  # seconds that rank 0, whose process has the store, stays for the others
 ANSWER = 3.0  # seconds in which a process that lives answers
 SKEW = 5.0  # seconds between the first and the last of those who wait for the same rank in vain
+ASKING = ANSWER + SKEW + 1  # seconds in which a rank finds out by asking all others
 GO_ON = "the same command goes on from the newest checkpoint"
 COLLECTIVE = ("gloo", "nccl", "process group", "processgroup", "timed out", "connection")
 
@@ -191,7 +195,7 @@ class Together:
             return None
         store.delete_key(wake)
         if store.check(["failure"]):
-            return Failure(**json.loads(store.get("failure")))
+            return _failure(store.get("failure"))
         store.set(f"alive/{self.ranks.rank}", present())
         return None
 
@@ -199,14 +203,20 @@ class Together:
 
     def _find(self, error: BaseException) -> Failure:
         """Find out what an exception of this rank means, and tell the others."""
-        # The store of a process that is stopped, or of a host without power, never answers.
-        guard = _after(ANSWER + SKEW + 1, self._give_up)
         try:
             if _is_of_a_collective(error):
-                return self._ask_around(error)
-            return self._report(self._own(error))
+                return self._after_a_collective(error)
+            with self._in_time(ASKING):
+                return self._report(self._own(error))
         except RuntimeError:
             return self._lost_store()
+
+    @contextmanager
+    def _in_time(self, seconds: float) -> Iterator[None]:
+        """The store of a process that is stopped, or of a host without power, never answers."""
+        guard = _after(seconds, self._give_up)
+        try:
+            yield
         finally:
             guard.cancel()
 
@@ -235,12 +245,25 @@ class Together:
             return ""
         return f"; see {log}"
 
+    def _after_a_collective(self, error: BaseException) -> Failure:
+        """What the first rank whose collective failed finds out; the next, where that is lost."""
+        turn = 0
+        with self._in_time(ASKING):
+            self._store.set(f"failed/{self.ranks.rank}", "")
+        while True:
+            with self._in_time(ASKING):
+                if self._store.add(f"asks/{turn}", 1) == 1:
+                    return self._report(self._ask_around(error))
+            with self._in_time(ASKING + ANSWER), suppress(dist.DistStoreError):
+                self._store.wait(["failure"], timedelta(seconds=ASKING))
+                return _failure(self._store.get("failure"))
+            turn += 1
+
     def _ask_around(self, error: BaseException) -> Failure:
-        """After a collective failed: which ranks are lost, or hold the others up."""
-        self._store.set(f"failed/{self.ranks.rank}", "")
+        """Which ranks are lost, or hold the others up."""
         self._wake()
         if lost := self._silent("alive", ANSWER):
-            return self._report(self._lost(lost))
+            return self._lost(lost)
         timed_out = "timed out" in str(error).lower()
         held_up = self._silent("failed", SKEW if timed_out else GRACE)
         if timed_out and held_up:
@@ -249,21 +272,20 @@ class Together:
         else:
             own = f"{self._name([self.ranks.rank])}, {failed_in(error)}"
             why = f"{own}: the ranks lost touch ({judge(error).text}{self._write_down(error)})"
-        return self._report(Failure(f"{why}; {GO_ON}", code=1, requeue=True))
+        return Failure(f"{why}; {GO_ON}", code=1, requeue=True)
 
     def _silent(self, what: str, seconds: float) -> list[int]:
         """The ranks that have not said something after so long."""
         keys = [f"{what}/{rank}" for rank in range(self.ranks.world_size)]
-        with suppress(dist.DistStoreError):
-            self._store.wait(keys, timedelta(seconds=seconds))
-            return []
-        return [rank for rank, key in enumerate(keys) if not self._store.check([key])]
+        return missing(self._store, keys, seconds)
 
     def _report(self, failure: Failure) -> Failure:
         """Tell all ranks, unless another was faster; what they then end with."""
-        told = self._store.compare_set("failure", "", json.dumps(asdict(failure)))
-        self._wake()
-        return Failure(**json.loads(told))
+        own = json.dumps([self.ranks.rank, asdict(failure)])
+        told = self._store.compare_set("failure", "", own)
+        if told.decode() == own:
+            self._wake()
+        return _failure(told)
 
     def _wake(self) -> None:
         keys = [f"wake/{rank}" for rank in range(self.ranks.world_size)]
@@ -345,12 +367,17 @@ class Together:
             if threading.current_thread() is not self.watcher:
                 self._store.set(f"wake/{self.ranks.rank}", "1")
                 self.watcher.join(ANSWER)
-            left = self._store.add("left", 1)
-            end = time.monotonic() + LINGER
-            while self.ranks.is_first and left < others and time.monotonic() < end:
-                time.sleep(0.02)
-                left = self._store.add("left", 0)
+            if self._store.add("left", 1) >= others:
+                self._store.set("all left", "")
+            elif self.ranks.is_first:
+                self._store.wait(["all left"], timedelta(seconds=LINGER))
         guard.cancel()
+
+
+def _failure(told: bytes) -> Failure:
+    """What a rank has told the others, whose number goes before it."""
+    _, failure = json.loads(told)
+    return Failure(**failure | {"lost": tuple(failure["lost"])})
 
 
 def _after(seconds: float, act: Callable[[], object]) -> threading.Timer:
