@@ -34,16 +34,22 @@ def pair_sum(x_BD: Tensor, y_ND: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor
     unit, slope_unit, terms = _units(kernel)
     bounds = (0, None) if unit > 0 else (None, 0)
     left_BE = torch.cat([-2 * unit * x_BD, unit * x_norm_B1, torch.ones_like(x_norm_B1)], 1)
-    right_NE = torch.cat([y_ND, torch.ones_like(y_norm_N1), unit * y_norm_N1], 1)
+
+    def right(columns: slice) -> Tensor:
+        norm_c1 = y_norm_N1[columns]
+        return torch.cat([y_ND[columns], torch.ones_like(norm_c1), unit * norm_c1], 1)
+
     pull_BD, weight_B = torch.zeros_like(x_BD), torch.zeros_like(x_BD[:, 0])
     once, twice = [x_BD.new_zeros(())], [x_BD.new_zeros(())]
     height, width = _tile_size(x_BD, y_ND)
+    right_NE = right(slice(None)) if len(x_BD) > height else None  # else each tile is used once
     buffers = x_BD.new_empty(3, height * width)
     for rows, columns in _tiles(len(x_BD), len(y_ND), height, width, alone):
         x_rD, y_cD = x_BD[rows], y_ND[columns]
         pairs = len(x_rD) * len(y_cD)
         s_rc, slope_rc, spare_rc = buffers[:, :pairs].view(3, len(x_rD), len(y_cD))
-        torch.mm(left_BE[rows], right_NE[columns].T, out=s_rc)
+        right_cE = right(columns) if right_NE is None else right_NE[columns]
+        torch.mm(left_BE[rows], right_cE.T, out=s_rc)
         s_rc.clamp_(*bounds)  # what is nearly 0 can be negative, where a kernel has a pole
         sums = _phi(kernel, s_rc, slope_rc, spare_rc)
         pull_BD[rows].addmm_(slope_rc, y_cD)
