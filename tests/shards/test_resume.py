@@ -72,7 +72,7 @@ def test_a_killed_build_goes_on(
     """Killed in each stage, when it is about to touch a certain file."""
     done = 0
     for fatal in (
-        "read/00007-00001.arrow.part",
+        "read/00007-00001.rows.part",
         "tokenizer.part",
         "cut/00003.json.part",
         "tokens/00005.npz.part",
