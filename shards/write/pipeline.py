@@ -127,7 +127,12 @@ class Pipeline:
         assert isinstance(self.encoder, TextEncoder)
         options = self.options
         encoding = Encode(
-            self.folder / "encoded", self.spool, self.encoder, options.max_length, options.seed
+            self.folder / "encoded",
+            self.spool,
+            self.encoder,
+            options.max_length,
+            options.seed,
+            self.equal,
         )
         self.encoded = carry_out(encoding, self.workers)
         self._respool(encoding.folder, self.encoded, "tokens")

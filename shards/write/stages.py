@@ -161,9 +161,11 @@ class Encode(_SpoolAgain):
     title = "encoded the corpus"
 
     encoder: "TextEncoder"
+    equal: str
+    """The reason to note for texts that equal another."""
 
     def __call__(self, task: int, advance: Advance) -> Counts:
-        encoding = _Encoding(self.spool, self.encoder, self.max_length, advance)
+        encoding = _Encoding(self.spool, self.encoder, self.max_length, advance, self.equal)
         writer = SpoolWriter(self.folder, task, "tokens", self.seed, self.spool.dedupe)
         encoded = altered = 0
         lost: dict[int, Counter[str]] = defaultdict(Counter)

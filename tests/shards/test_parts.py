@@ -33,7 +33,7 @@ def trained(dataset):
 def tokens(folder: Path) -> Path:
     draw = np.random.default_rng(0)
     rows = [draw.integers(3, 200, draw.integers(1, 40)).astype("<i4") for _ in range(300)]
-    write_tar(folder / "ids.tar", "npy", rows + rows[:50])
+    write_tar(folder / "ids.tar", [{"npy": row} for row in rows + rows[:50]])
     return folder / "ids.tar"
 
 
