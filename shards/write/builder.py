@@ -172,6 +172,7 @@ def join(out: str | Path, *, workers: int = 1) -> Index:
     out = _named(out)
     if (out / "index.json").is_file():
         say(f"already built: {out}")
+        shutil.rmtree(folder_of_parts(out), ignore_errors=True)  # of a join halted at its very end
         return open_index(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} exists and is no dataset: choose another folder (--out)")

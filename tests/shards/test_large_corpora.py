@@ -78,7 +78,8 @@ def test_how_many_files_are_opened(tmp_path, monkeypatch):
         assert most - here <= 2 * 8 + 4
         assert 2 * runs <= opened[runs] < 2.5 * runs + 2 * 8 * merged.buckets
     maps = Path("/proc/self/maps").read_text()
-    assert ".items" not in maps and ".rows" not in maps
+    assert ".items" not in maps
+    assert ".rows" not in maps
 
 
 def test_merging_does_not_show(parts, tmp_path, digests, small_parts, monkeypatch):
@@ -129,3 +130,15 @@ def test_a_stamp_of_another_dataset_says_nothing(corpus, tmp_path):
     assert len(opened_again(corpus, tmp_path / "b", seed=1)) == 1
     (tmp_path / "b/.source").write_bytes(b"\xff\0")
     assert len(opened_again(corpus, tmp_path / "b", seed=1)) == 1
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_an_unchanged_url_is_read_again_only_if_nothing_tells(corpus, tmp_path, monkeypatch, told):
+    if not told:
+        monkeypatch.setattr("shards.write.corpora.VERSIONS", ())
+    url = f"file://{corpus}"
+    shards.build(url, tmp_path / "d", **OPTIONS)
+    assert (tmp_path / "d/.source").exists() == told
+    watched.clear()
+    shards.build(url, tmp_path / "d", **OPTIONS)
+    assert (str(corpus) in watched) == (not told)

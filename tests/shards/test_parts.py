@@ -163,6 +163,34 @@ def test_parts_that_do_not_go_together(corpus, tmp_path):
         shards.join(tmp_path / "e")
 
 
+@pytest.mark.parametrize(
+    ("given", "set_", "called"),
+    [
+        (["a *.txt", "o ut", "--seed", "1"], {"SLURM_ARRAY_TASK_MAX": "16"}, "3/16"),
+        (["a *.txt", "o ut", "--seed", "1"], {"SLURM_ARRAY_TASK_MIN": "3", "PARTS": "9"}, "3/9"),
+        (["--join", "o ut"], {}, None),
+        (["a *.txt", "o ut"], {"SLURM_ARRAY_TASK_MIN": "3", "SLURM_ARRAY_TASK_MAX": "5"}, 2),
+    ],
+)
+def test_the_job_script(tmp_path, given, set_, called):
+    python = tmp_path / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
+    python.chmod(0o755)
+    script = Path(__file__).parents[2] / "slurm/build.sh"
+    task = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3", "PATH": os.environ["PATH"]}
+    job = subprocess.run(
+        ["bash", script, *given], cwd=tmp_path, env=task | set_, capture_output=True, text=True
+    )
+    if called == 2:
+        assert job.returncode == 2
+        assert "--array=1-N" in job.stderr
+        return
+    build = ["build", "a *.txt", "--out", "o ut", "--part", called, "--seed", "1"]
+    words = ["-u", "-P", "-m", "t5vae", "shards", *(build if called else ["join", "o ut"])]
+    assert job.stdout.splitlines() == words
+
+
 def test_mistakes_are_one_line(corpus, tmp_path):
     def said(*arguments):
         result = CliRunner().invoke(app, [*map(str, arguments)])
