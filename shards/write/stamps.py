@@ -13,7 +13,7 @@ from dataclasses import astuple
 from pathlib import Path
 
 from shards.write.corpora import File
-from t5vae.common.files import write_whole
+from t5vae.common.files import head, write_whole
 
 STAMP = ".source"
 
@@ -34,8 +34,8 @@ def note_stamp(folder: Path, files: list[File]) -> None:
 def is_unchanged(folder: Path, files: list[File]) -> bool:
     """Whether all files have the names, sizes and times that they had."""
     try:
-        noted = (folder / STAMP).read_text().strip()
-    except (OSError, UnicodeDecodeError):
+        noted = head(folder / STAMP).decode(errors="replace").strip()
+    except OSError:
         return False
     return noted != "" and noted == _stamp(folder, files)
 

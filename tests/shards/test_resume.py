@@ -410,7 +410,7 @@ def test_rows_that_were_skipped_are_read_again_where_they_are_to_be_errors(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as later:
-        later.setattr("shards.write.builder.open_spool", halt)
+        later.setattr("shards.write.pipeline.open_spool", halt)
         with pytest.raises(KeyboardInterrupt):
             shards.build(tables, tmp_path / "d", bad_rows="skip", **options)
     with pytest.raises(UserError, match=r"6.jsonl, line 51"):
