@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from shards.read.stream import ShardStream
     from shards.read.verifier import Report, verify
     from shards.storage.cache import Cache
-    from shards.write.builder import build
+    from shards.write.builder import build, join
     from t5vae.common.errors import DamageError, UserError
 
 renamed.install()
@@ -36,6 +36,7 @@ _HOME = {
     "ShardStream": "shards.read.stream",
     "UserError": "t5vae.common.errors",
     "build": "shards.write.builder",
+    "join": "shards.write.builder",
     "load_tokenizer": "shards.format.tokenizers",
     "open_dataset": "shards.read.dataset",
     "open_index": "shards.format.index",
@@ -52,6 +53,7 @@ __all__ = [
     "ShardStream",
     "UserError",
     "build",
+    "join",
     "load_tokenizer",
     "open_dataset",
     "open_index",

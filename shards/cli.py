@@ -1,6 +1,7 @@
 """`t5vae shards`: build, verify and inspect datasets."""
 
 import unicodedata
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -88,6 +89,14 @@ def build(
             help="Processes to work in; by default one for each CPU that this one may use.", min=1
         ),
     ] = None,
+    part: Annotated[
+        str | None,
+        typer.Option(
+            help="Make part K of N alone, as `3/16`: any machine may make any, at any time. "
+            "`t5vae shards join` then makes the dataset.",
+            metavar="K/N",
+        ),
+    ] = None,
 ) -> None:
     """Build a dataset from text. Same input and options: the same bytes.
 
@@ -111,8 +120,43 @@ def build(
         dedupe=dedupe,
         seed=seed,
         workers=workers or cpus(),
+        part=None if part is None else _part(part),
     )
-    _print_totals(index)
+    if index:
+        _print_totals(index)
+    else:
+        typer.echo(f"part {part} of {out} is there: once all are, t5vae shards join {quote(out)}")
+
+
+@app.command()
+def join(
+    out: Annotated[
+        str,
+        typer.Argument(
+            help="The dataset's folder, as given to `build`.", show_default=False, callback=expand
+        ),
+    ],
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            help="Processes to work in; by default one for each CPU that this one may use.", min=1
+        ),
+    ] = None,
+) -> None:
+    """Make a dataset of the parts that `build --part` made: the bytes of a build in one go.
+
+    Example: `t5vae shards join data/tweets`
+    """
+    from shards.write.builder import join as join_parts
+
+    _print_totals(join_parts(out, workers=workers or cpus()))
+
+
+def _part(text: str) -> tuple[int, int]:
+    number, slash, of = text.partition("/")
+    if not (slash and number.isascii() and number.isdigit() and of.isascii() and of.isdigit()):
+        raise UserError(f"--part {text}: give K/N, as 3/16")
+    return int(number), int(of)
 
 
 @app.command()

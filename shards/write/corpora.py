@@ -25,6 +25,11 @@ from t5vae.common.files import reading
 from t5vae.common.storage import WEATHER, patiently
 
 BAD_ROW = "bad row"  # a reason to leave one out
+# What file systems of fsspec call what changes with a file.
+VERSIONS = (
+    *("ETag", "etag", "mtime", "updated", "created"),
+    *("LastModified", "Last-Modified", "last_modified", "Content-MD5"),
+)
 
 
 class BadRowError(UserError):
@@ -40,7 +45,7 @@ class File:
     bytes: int
     """0 if unknown."""
     stamp: str
-    """Changes when the file does."""
+    """Changes when the file does; empty if nothing is known that does."""
 
 
 class Corpus:
@@ -339,7 +344,8 @@ def _list_url(source: str, format: Format) -> list[File]:
         info = filesystem.info(path)
         if info["type"] == "file":
             info.pop("url", None)  # where a redirect led: may be signed anew each time
-            stamp = hashlib.sha256(repr(info).encode()).hexdigest()
+            told = any(info.get(name) for name in VERSIONS)
+            stamp = hashlib.sha256(repr(info).encode()).hexdigest() if told else ""
             url = f"{head}{path}{tail}" if same else filesystem.unstrip_protocol(path)
             files.append(File(url, info["size"] or 0, stamp))
     return files

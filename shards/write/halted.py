@@ -15,7 +15,14 @@ from t5vae.common.storage import patiently
 
 RECIPE = "recipe.json"
 READ = "read"
-OF_READING = ("version", "format", "column", "seed", "dedupe")  # and the files, decide what is read
+OF_READING = (
+    "version",
+    "format",
+    "column",
+    "seed",
+    "dedupe",
+    "part",
+)  # and the files, decide what is read
 OF_TOKENS = ("tokenizer",)
 STAGES = {READ: "reading", "cut": "cutting", "encoded": "encoding", "tokens": "tokenizing"}
 

@@ -22,7 +22,7 @@ Sequences = tuple[np.ndarray, np.ndarray]
 
 def write_splits(
     folder: Path,
-    tokens: Path,
+    tokens: list[Path],
     sequences: list[dict[str, int]],
     *,
     block_size: int,
@@ -32,8 +32,8 @@ def write_splits(
 
     Args:
         folder: where the shards go.
-        tokens: the folder of `shards.write.stages.Tokenize`, part N in `NNNNN.npz`.
-        sequences: how many each part holds of each split.
+        tokens: the files of `shards.write.stages.Tokenize`, in their order.
+        sequences: how many each of them holds of each split.
         block_size: sequences in a block.
         shard_size: a shard is closed once it holds this many bytes.
 
@@ -45,11 +45,13 @@ def write_splits(
     tables: list[np.ndarray] = []
     with stage("packed the sequences", sum(sum(part.values()) for part in sequences)) as advance:
         for split in ("train", "valid"):
-            holding = [number for number, part in enumerate(sequences) if part.get(split)]
+            holding = [
+                path for path, part in zip(tokens, sequences, strict=True) if part.get(split)
+            ]
             if not holding:
                 continue
             splits[split], its_shards, table = _write_split(
-                folder, split, _load(tokens, split, holding), block_size, shard_size, advance
+                folder, split, _load(split, holding), block_size, shard_size, advance
             )
             table["shard"] += len(shards)
             shards += its_shards
@@ -57,9 +59,9 @@ def write_splits(
     return splits, shards, np.concatenate(tables)
 
 
-def _load(folder: Path, split: str, numbers: list[int]) -> Iterator[Sequences]:
-    for number in numbers:
-        with np.load(folder / f"{number:05}.npz") as part:
+def _load(split: str, paths: list[Path]) -> Iterator[Sequences]:
+    for path in paths:
+        with np.load(path) as part:
             yield part[f"{split}_lengths"], part[f"{split}_tokens"]
 
 

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from shards.write.corpora import BAD_ROW, BadRowError, File, Reading
 from shards.write.formats.format import Format
-from shards.write.spool import FEWEST_BUCKETS, Spool, SpoolWriter
+from shards.write.spool import ALL, FEWEST_BUCKETS, Span, Spool, SpoolWriter
 from shards.write.workers import Counts, Job
 from t5vae.common.errors import UserError
 from t5vae.common.files import written
@@ -28,7 +28,8 @@ BATCH_BYTES = 2**19  # of items encoded at once
 # Reasons to drop.
 EQUAL, EQUAL_PIECES, EQUAL_IDS = "duplicate", "duplicate once cut", "duplicate once tokenized"
 TOO_LONG = "too long"
-BAD_ROWS, LOST = 1000, 100  # rows and characters that a task names
+BAD_ROWS = 1000  # that a task names
+EIGHTH = 61  # bits of a key below those that say in which eighth of all keys it lies
 LONGEST_COUNTED = 1024  # the last entry of Index.unique_lengths: this length or more
 LEAST_GROUP, MOST_GROUP = 2**20, 256 * 2**20  # bytes of files that one task reads
 GROUPS = 64  # of a corpus between the two
@@ -50,6 +51,8 @@ class Read(Job):
     dedupe: bool
     token_encoder: "TokenEncoder | None"
     """Of items of kind "tokens": so that equal sequences meet, however they end."""
+    span: Span = ALL
+    """The keys of the items to keep."""
 
     @property
     def tasks(self) -> int:
@@ -62,7 +65,7 @@ class Read(Job):
     def __call__(self, task: int, advance: Advance) -> Counts:
         reading = Reading(self.groups[task], self.format, self.column, self.bad_rows)
         kind = self.format.kind(self.column)
-        writer = SpoolWriter(self.folder, task, kind, self.seed, self.dedupe)
+        writer = SpoolWriter(self.folder, task, kind, self.seed, self.dedupe, self.span)
         before = 0
         try:
             for items in reading:
@@ -77,6 +80,7 @@ class Read(Job):
         return {
             "spool": writer.counts,
             "texts": writer.counts["items"]
+            + writer.counts["others"]
             + sum(dropped[reason] for reason in (EQUAL, "empty", BAD_ROW)),
             "dropped": dropped,
             "bad_rows": reading.bad_rows[:BAD_ROWS],
@@ -130,7 +134,7 @@ class Cut(_SpoolAgain):
         encoding = _Encoding(self.spool, self.encoder, self.max_length, advance)
         writer = SpoolWriter(self.folder, task, self.spool.kind, self.seed, self.spool.dedupe)
         for bucket in self._buckets(task):
-            for items, _, _, lengths, longer in encoding.batches(bucket):
+            for items, _, _, lengths, longer, _ in encoding.batches(bucket):
                 fits = lengths <= self.max_length
                 cuts = (
                     islice(self.encoder.cut(item, self.max_length), self.keep)
@@ -157,19 +161,21 @@ class Encode(_SpoolAgain):
     title = "encoded the corpus"
 
     encoder: "TextEncoder"
+    equal: str
+    """The reason to note for texts that equal another."""
 
     def __call__(self, task: int, advance: Advance) -> Counts:
-        encoding = _Encoding(self.spool, self.encoder, self.max_length, advance)
+        encoding = _Encoding(self.spool, self.encoder, self.max_length, advance, self.equal)
         writer = SpoolWriter(self.folder, task, "tokens", self.seed, self.spool.dedupe)
         encoded = altered = 0
-        lost: Counter[str] = Counter()
+        lost: dict[int, Counter[str]] = defaultdict(Counter)
         for bucket in self._buckets(task):
-            for texts, _, tokens, lengths, _ in encoding.batches(bucket):
+            for texts, _, tokens, lengths, _, keys in encoding.batches(bucket):
                 back = self.encoder.decode(tokens, lengths)
                 differ = [text != it for text, it in zip(texts, back, strict=True)]
                 encoded, altered = encoded + len(texts), altered + sum(differ)
-                given, returned = ("".join(compress(side, differ)) for side in (texts, back))
-                lost += Counter(given) - Counter(returned)
+                for key, given, returned in compress(zip(keys, texts, back, strict=True), differ):
+                    lost[int(key) >> EIGHTH].update(Counter(given) - Counter(returned))
                 ends = lengths.cumsum()
                 rows = [
                     tokens[end - n : end - 1].tobytes()
@@ -184,7 +190,7 @@ class Encode(_SpoolAgain):
             "spool": writer.counts,
             "encoded": encoded,
             "altered": altered,
-            "lost": dict(lost.most_common(LOST)),
+            "lost": lost,
         }
 
 
@@ -219,7 +225,7 @@ class Tokenize(Job):
         sequences: Counter[str] = Counter()
         kept_tokens = 0
         arrays: dict[str, list[np.ndarray]] = defaultdict(list)
-        for _, hashes, tokens, lengths, _ in encoding.batches(task):
+        for _, hashes, tokens, lengths, _, _ in encoding.batches(task):
             valid = in_valid(hashes, self.valid_fraction)
             fits = lengths <= self.max_length
             kept_tokens += int(lengths[fits].sum())
@@ -255,6 +261,7 @@ class _Batch(NamedTuple):
     tokens: np.ndarray  # int32 [sum of lengths]
     lengths: np.ndarray  # int64 [items]
     longer: list[Any]  # items so long that they were not encoded
+    keys: np.ndarray  # uint64 [items]
 
 
 class _Encoding:
@@ -276,7 +283,7 @@ class _Encoding:
 
     def batches(self, bucket: int) -> Iterator[_Batch]:
         """The usable items of a bucket, in the order of their keys."""
-        items, hashes, duplicates = self.spool.bucket(bucket)
+        items, hashes, duplicates, keys = self.spool.bucket(bucket)
         self.dropped[self.equal] += duplicates
         self.advance(duplicates)
         most = self.encoder.most(self.max_length)
@@ -292,7 +299,8 @@ class _Encoding:
             self.lengths += np.bincount(clipped, minlength=LONGEST_COUNTED + 1)
             self.lengths[LONGEST_COUNTED] += len(longer)
             self.overlong += int(np.count_nonzero(lengths > self.max_length)) + len(longer)
-            yield _Batch(kept, hashes[start:stop][chosen], tokens, lengths, longer)
+            its_hashes, its_keys = (column[start:stop][chosen] for column in (hashes, keys))
+            yield _Batch(kept, its_hashes, tokens, lengths, longer, its_keys)
             self.advance(len(batch))
 
     def counts(self) -> Counts:

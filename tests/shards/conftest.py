@@ -67,10 +67,10 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def digests() -> Callable[[Path], dict[str, str]]:
-    """The sha256 of each file of a dataset folder."""
+    """The sha256 of each file of a dataset folder, but for the stamp of when its input was made."""
 
     def of(folder: Path) -> dict[str, str]:
-        files = [path for path in folder.rglob("*") if path.is_file()]
+        files = [path for path in folder.rglob("[!.]*") if path.is_file()]
         assert {"index.json", "blocks.npy", "train-00000.tar"} <= {path.name for path in files}
         return {
             str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()

@@ -89,7 +89,7 @@ def test_the_way_through_the_disk_does_not_show(
     replace = os.replace
     monkeypatch.setattr(os, "replace", lambda *names: (written.append(names[1]), replace(*names)))
     shards.build(parts, tmp_path / "parts", **options)
-    assert len([path for path in written if path.suffix == ".arrow"]) >= 40
+    assert len([path for path in written if path.suffix == ".rows"]) >= 40
     assert len([path for path in written if path.suffix == ".npz"]) > 20
     assert digests(tmp_path / "whole") == digests(tmp_path / "parts")
     assert sorted(os.listdir(tmp_path)) == ["parts", "whole"]

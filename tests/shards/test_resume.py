@@ -72,7 +72,7 @@ def test_a_killed_build_goes_on(
     """Killed in each stage, when it is about to touch a certain file."""
     done = 0
     for fatal in (
-        "read/00007-00001.arrow.part",
+        "read/00007-00001.rows.part",
         "tokenizer.part",
         "cut/00003.json.part",
         "tokens/00005.npz.part",
@@ -410,7 +410,7 @@ def test_rows_that_were_skipped_are_read_again_where_they_are_to_be_errors(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as later:
-        later.setattr("shards.write.builder.open_spool", halt)
+        later.setattr("shards.write.pipeline.open_spool", halt)
         with pytest.raises(KeyboardInterrupt):
             shards.build(tables, tmp_path / "d", bad_rows="skip", **options)
     with pytest.raises(UserError, match=r"6.jsonl, line 51"):
