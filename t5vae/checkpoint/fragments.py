@@ -130,10 +130,17 @@ def load_weights(engine: Any, saved: Fragments) -> None:
 
 @torch.no_grad()
 def fill_model(model: nn.Module, saved: Fragments) -> None:
-    """Set a plain model's parameters to the weights saved."""
-    for name, parameter in model.named_parameters():
-        weight = saved.read(WEIGHT, name, 0, parameter.numel())
-        parameter.copy_(weight.view_as(parameter))
+    """Set a plain model's parameters to the weights saved.
+
+    Raises:
+        ValueError: it has other parameters.
+    """
+    flat = {name: parameter.view(-1) for name, parameter in model.named_parameters()}
+    held = {name: saved.length(kind, name) for kind, name in saved.contents() if kind == WEIGHT}
+    if held != {name: parameter.numel() for name, parameter in flat.items()}:
+        raise ValueError("the weights saved are those of other parameters")
+    for name, start, length in saved.file_by_file(WEIGHT):
+        flat[name][start : start + length].copy_(saved.read(WEIGHT, name, start, length))
 
 
 def _held(engine: Any) -> Iterator[tuple[Part, dict[str, Tensor]]]:

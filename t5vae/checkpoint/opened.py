@@ -6,7 +6,7 @@ from pathlib import Path
 
 from t5vae.checkpoint.files import reach
 
-KEPT = 8  # files that are open at once
+KEPT = 16  # files that are open at once
 
 
 class OpenFiles:

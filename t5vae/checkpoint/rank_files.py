@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -135,6 +135,23 @@ class Fragments:
             at = piece.offset + (low - piece.start) * piece.dtype.itemsize
             self._read(piece.path, at, memoryview(content))
         return read
+
+    def file_by_file(self, kind: str) -> Iterator[tuple[str, int, int]]:
+        """Ranges, each a parameter, start and length, of all that there is of a kind.
+
+        Whoever reads them in their order opens each file once, and needs one header at a time.
+        Without places, whose headers are there already, each is a whole parameter.
+        """
+        if self.places is None:
+            yield from ((name, 0, self.length(of, name)) for of, name in self.pieces if of == kind)
+            return
+        places = {name: placed.place for (of, name), placed in self.places.items() if of == kind}
+        for rank, path in enumerate(self.paths):
+            for name, place in places.items():
+                start, length = place.part(rank)
+                if length:
+                    yield name, start, length
+            self.headers.pop(path, None)
 
     def read_piece(self, piece: Piece) -> Tensor:
         """All of it, as `header` gives it."""

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from t5vae.checkpoint import rank_files
+from t5vae.checkpoint.fragments import fill_model
 from t5vae.checkpoint.manifest import FORMAT, fragments_of, read_manifest, seal
 from t5vae.checkpoint.places import Place, grouped, places_of
 from t5vae.checkpoint.rank_files import Fragments, file_name, write
@@ -144,6 +145,38 @@ def test_every_element_is_right_at_any_other_layout(
     for rank in range(now):
         found = load(checkpoint, laid_out(stages[1], now, named), rank)
         assert (found.places is not None) == is_placed
+
+
+class Plain(torch.nn.Module):
+    """A model of these parameters."""
+
+    def __init__(self, lengths: dict[str, int]):
+        super().__init__()
+        for name, length in lengths.items():
+            self.register_parameter(name, torch.nn.Parameter(torch.zeros(1, length)))
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_plain_model_is_filled_file_by_file_with_one_header_at_a_time(tmp_path, opens, stage):
+    checkpoint = saved(tmp_path / "step-00000001", laid_out(stage, 64), 64)
+    model = Plain(LENGTHS)
+    opens.clear()
+    with fragments_of(checkpoint, read_manifest(checkpoint)) as found:
+        fill_model(model, found)
+        assert found.headers == {}
+    assert len(opens) == len(set(opens)) == 64
+    for name, parameter in model.named_parameters():
+        assert parameter[0].equal(whole("weight", name, LENGTHS[name]))
+
+
+@pytest.mark.parametrize("other", [{"matrix": 1023}, {"bias": 2}, {"more": 1}])
+@pytest.mark.parametrize("more", [{}, {"ranges": []}])
+def test_a_plain_model_of_other_parameters_is_refused(tmp_path, other, more):
+    checkpoint = saved(tmp_path / "step-00000001", laid_out(3, 4), 4, **more)
+    for lengths in (LENGTHS | other, {name: LENGTHS[name] for name in ("matrix", "bias")}):
+        found = fragments_of(checkpoint, read_manifest(checkpoint))
+        with found, pytest.raises(ValueError, match="other parameters"):
+            fill_model(Plain(lengths), found)
 
 
 # What a manifest may say.
