@@ -1,17 +1,24 @@
 """A checkpoint compared with its hashes by ranks, here threads, together."""
 
 import errno
+import hashlib
 import os
+import sys
 import threading
+import time
 from collections import Counter
+from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from t5vae.checkpoint import verifying
 from t5vae.checkpoint.manifest import read_manifest, verify
 from t5vae.checkpoint.rank_files import file_name, write
 from t5vae.checkpoint.verifying import verify_together
+from t5vae.cluster.agreement import gather_objects
 from t5vae.common.errors import StorageError, UserError
 
 
@@ -162,3 +169,41 @@ def test_a_file_of_many_chunks_is_opened_once_and_takes_the_memory_of_one(
     assert together(1).run(lambda _: verify_together(tmp_path, files))[0].result() is None
     assert made == [2**10]
     assert len(opened) == 1
+
+
+PATIENCE, SLOW = 2.0, 4.0  # seconds
+
+
+def rank_main(rank: int, folder: Path) -> None:
+    """Rank 1's disk takes twice as long as ranks wait for each other."""
+    limit = timedelta(seconds=PATIENCE)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=limit
+    )
+    path, content = folder / file_name(rank), os.urandom(2**14)
+    path.write_bytes(content)
+    of = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    files = {name: each for name, each in gather_objects((path.name, of))}
+    verifying.CHUNK, verifying.SECONDS, preadv = 2**10, 0.5, os.preadv
+
+    def reading(*args):
+        time.sleep(SLOW / 16)
+        return preadv(*args)
+
+    if rank == 1:
+        os.preadv = reading
+    began = time.monotonic()
+    assert verify_together(folder, files) is None
+    (folder / f"{rank}.seconds").write_text(str(time.monotonic() - began))
+    dist.destroy_process_group()
+
+
+@pytest.mark.distributed
+def test_a_rank_may_hash_for_longer_than_ranks_wait_for_each_other(run_ranks, tmp_path):
+    run_ranks(__file__, 2, tmp_path, PYTHONPATH=str(Path(__file__).parents[2]))
+    for rank in range(2):
+        assert float((tmp_path / f"{rank}.seconds").read_text()) > PATIENCE
+
+
+if __name__ == "__main__":
+    rank_main(int(sys.argv[1]), Path(sys.argv[2]))
