@@ -121,7 +121,7 @@ class Saver:
         reports = gather_objects((files, problem, fingerprint(self.ranges)))
         problem = next((found for _, found, _ in reports if found), None)
         self.manifest["files"] = {name: of for files, *_ in reports for name, of in files.items()}
-        if len({ranges for *_, ranges in reports}) == 1:  # each has something of every kind
+        if len({ranges for *_, ranges in reports}) == 1:  # else files' headers tell
             self.manifest["ranges"] = self.ranges
         if dist.get_rank() == 0 and problem is None:
             try:
