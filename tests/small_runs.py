@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import shards
-from t5vae.checkpoint import fragments, resuming, saving
+from t5vae.checkpoint import fragments, resuming, saving, verifying
 from t5vae.cluster import agreement
 from t5vae.config import Config
 from t5vae.training.anomalies import Anomalies
@@ -130,7 +130,7 @@ def together(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Together]:
 
     def make(world: int) -> Together:
         ranks = Together(world)
-        for module in (agreement, fragments, resuming, saving):
+        for module in (agreement, fragments, resuming, saving, verifying):
             monkeypatch.setattr(module, "dist", ranks)
         return ranks
 

@@ -11,7 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from t5vae.checkpoint import retention
 from t5vae.checkpoint.card import write_card
 from t5vae.checkpoint.fragments import WEIGHT, fill_model
-from t5vae.checkpoint.manifest import digest, open_fragments, read_manifest
+from t5vae.checkpoint.manifest import digest, fragments_of, read_manifest
 from t5vae.common.errors import UserError, first_line
 from t5vae.common.links import refuse_links
 from t5vae.common.quiet import quiet_start
@@ -95,21 +95,19 @@ def export(
 
 
 def _model(checkpoint: Path, manifest: dict[str, Any]) -> T5VAE:
-    saved = open_fragments(checkpoint)
-    held = {
-        name: (sum(piece.length for piece in pieces),)
-        for (kind, name), pieces in saved.ranges.items()
-        if kind == WEIGHT
-    }
-    try:
-        settings = known(manifest["model"])
-        check(settings, held)
-        model = T5VAE(settings)
-        fill_model(model, saved)
-    except (KeyError, TypeError, ValueError, RuntimeError, StrictDataclassError) as error:
-        raise UserError(
-            f"{checkpoint} does not hold the model that its manifest describes "
-            f"({first_line(error)})"
-        ) from None
+    with fragments_of(checkpoint, manifest) as saved:
+        held = {
+            name: (saved.length(kind, name),) for kind, name in saved.contents() if kind == WEIGHT
+        }
+        try:
+            settings = known(manifest["model"])
+            check(settings, held)
+            model = T5VAE(settings)
+            fill_model(model, saved)
+        except (KeyError, TypeError, ValueError, RuntimeError, StrictDataclassError) as error:
+            raise UserError(
+                f"{checkpoint} does not hold the model that its manifest describes "
+                f"({first_line(error)})"
+            ) from None
     model.tie_weights()
     return model

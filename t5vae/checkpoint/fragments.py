@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from t5vae.checkpoint.places import Place, grouped
 from t5vae.checkpoint.rank_files import Fragments
 
 WEIGHT, MOMENTUM = "weight", "momentum_buffer"
@@ -34,11 +35,13 @@ class Part(NamedTuple):
         master: fp32 weights; the key of the optimiser's state.
         slots: what it is made of.
         momentum_slots: what Muon's momentum is made of.
+        places: of all the parameters that it is a rank's share of.
     """
 
     master: Tensor
     slots: list[Slot]
     momentum_slots: list[Slot]
+    places: dict[str, Place]
 
 
 def fragments(engine: Any) -> dict[str, Tensor]:
@@ -49,22 +52,24 @@ def fragments(engine: Any) -> dict[str, Tensor]:
     Returns:
         1-D tensors by "KIND/PARAMETER/START"; kinds are "weight" (fp32) and the optimiser's.
     """
-    found = {}
-    parts = list(_parts(engine))
-    owned = _owned(engine, parts)
-    state = _base(engine).state
-    for part in parts:
-        for kind, tensor in {WEIGHT: part.master, **state.get(part.master, {})}.items():
-            if not torch.is_tensor(tensor) or not tensor.ndim:
-                continue  # the step
-            flat = tensor.detach().view(-1)
+    found, rank = {}, dist.get_rank()
+    for part, kinds in _held(engine):
+        for kind, flat in kinds.items():
             for slot in part.momentum_slots if kind == MOMENTUM else part.slots:
-                low = max(slot.start, owned[slot.name][0])
-                high = min(slot.start + slot.length, owned[slot.name][1])
+                start, length = part.places[slot.name].part(rank)
+                low, high = max(slot.start, start), min(slot.start + slot.length, start + length)
                 if low < high:
                     at = slot.offset + low - slot.start
                     found[f"{kind}/{slot.name}/{low}"] = flat[at : at + high - low]
     return found
+
+
+def ranges(engine: Any) -> list[Any]:
+    """Where all ranks have their fragments, as a manifest says it (see `places`)."""
+    return grouped(
+        ({kind: flat.dtype for kind, flat in kinds.items()}, part.places)
+        for part, kinds in _held(engine)
+    )
 
 
 def scalars(engine: Any) -> dict[str, Any]:
@@ -125,10 +130,32 @@ def load_weights(engine: Any, saved: Fragments) -> None:
 
 @torch.no_grad()
 def fill_model(model: nn.Module, saved: Fragments) -> None:
-    """Set a plain model's parameters to the weights saved."""
-    for name, parameter in model.named_parameters():
-        weight = saved.read(WEIGHT, name, 0, parameter.numel())
-        parameter.copy_(weight.view_as(parameter))
+    """Set a plain model's parameters to the weights saved.
+
+    Raises:
+        ValueError: it has other parameters.
+    """
+    flat = {name: parameter.view(-1) for name, parameter in model.named_parameters()}
+    held = {name: saved.length(kind, name) for kind, name in saved.contents() if kind == WEIGHT}
+    if held != {name: parameter.numel() for name, parameter in flat.items()}:
+        raise ValueError("the weights saved are those of other parameters")
+    for name, start, length in saved.file_by_file(WEIGHT):
+        flat[name][start : start + length].copy_(saved.read(WEIGHT, name, start, length))
+
+
+def _held(engine: Any) -> Iterator[tuple[Part, dict[str, Tensor]]]:
+    """What this rank's optimiser updates, and what it has of it by kind, flattened."""
+    state = _base(engine).state
+    for part in _parts(engine):
+        kinds = {WEIGHT: part.master, **state.get(part.master, {})}
+        yield (
+            part,
+            {
+                kind: tensor.detach().view(-1)
+                for kind, tensor in kinds.items()
+                if torch.is_tensor(tensor) and tensor.ndim  # not the step
+            },
+        )
 
 
 def _parts(engine: Any) -> Iterator[Part]:
@@ -141,14 +168,14 @@ def _parts(engine: Any) -> Iterator[Part]:
         for master, parameters in zip(
             optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True
         ):
-            slots, offset = [], 0
+            slots, places, offset = [], {}, 0
             for parameter in parameters:
-                size = parameter.partition_numel()
-                start = min(rank * size, parameter.ds_numel)
-                length = min(size, parameter.ds_numel - start)
-                slots.append(Slot(name_of[parameter], start, offset, length))
-                offset += size
-            yield Part(master, slots, slots)
+                name = name_of[parameter]
+                places[name] = Place(0, parameter.ds_numel, parameter.partition_numel())
+                start, length = places[name].part(rank)
+                slots.append(Slot(name, start, offset, length))
+                offset += places[name].size
+            yield Part(master, slots, slots, places)
     elif stage:
         for master, parameters, offsets, touched in zip(
             optimizer.single_partition_of_fp32_groups,
@@ -157,21 +184,26 @@ def _parts(engine: Any) -> Iterator[Part]:
             optimizer.params_in_partition,
             strict=True,
         ):
-            begin = rank * master.numel()
+            size = master.numel()
+            places = {
+                name_of[parameter]: Place(offset, parameter.numel(), size)
+                for parameter, offset in zip(parameters, offsets, strict=True)
+            }
             slots = []
-            for parameter, offset in zip(parameters, offsets, strict=True):
-                start = max(begin - offset, 0)
-                stop = min(begin + master.numel() - offset, parameter.numel())
-                if start < stop:
-                    at = offset + start - begin
-                    slots.append(Slot(name_of[parameter], start, at, stop - start))
+            for name, place in places.items():
+                start, length = place.part(rank)
+                if length:
+                    slots.append(Slot(name, start, place.offset + start - rank * size, length))
             # Unless it is offloaded, Muon's momentum is that of whole matrices.
             whole = getattr(parameters[0], "use_muon", False) and not optimizer.cpu_offload
-            yield Part(master, slots, _whole(touched, name_of) if whole else slots)
+            momentum_slots = _whole(touched, name_of) if whole else slots
+            yield Part(master, slots, momentum_slots, places)
     else:
+        world = dist.get_world_size()
         for master, parameter in _unpartitioned(engine):
-            slots = [Slot(name_of[parameter], 0, 0, parameter.numel())]
-            yield Part(master, slots, slots)
+            name, elements = name_of[parameter], parameter.numel()
+            slots = [Slot(name, 0, 0, elements)]
+            yield Part(master, slots, slots, {name: Place(0, elements, -(-elements // world))})
 
 
 def _whole(parameters: list[Tensor], name_of: dict[Tensor, str]) -> list[Slot]:
@@ -188,18 +220,6 @@ def _unpartitioned(engine: Any) -> Iterator[tuple[Tensor, Tensor]]:
     masters = [group["params"] for group in optimizer.param_groups]
     for group, parameters in zip(masters, getattr(optimizer, "fp16_groups", masters), strict=True):
         yield from zip(group, parameters, strict=True)
-
-
-def _owned(engine: Any, parts: list[Part]) -> dict[str, tuple[int, int]]:
-    """The range of each parameter that this rank answers for."""
-    slots = [slot for part in parts for slot in part.slots]
-    if engine.zero_optimization_stage():
-        return {slot.name: (slot.start, slot.start + slot.length) for slot in slots}
-    rank, world = dist.get_rank(), dist.get_world_size()
-    return {
-        slot.name: (slot.length * rank // world, slot.length * (rank + 1) // world)
-        for slot in slots
-    }
 
 
 def _base(engine: Any) -> Any:

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from t5vae.checkpoint.files import ABSENT, reach
 from t5vae.checkpoint.fragments import LOSS_SCALE, WEIGHT
-from t5vae.checkpoint.rank_files import Fragments
+from t5vae.checkpoint.places import DTYPES, places_of
+from t5vae.checkpoint.rank_files import Fragments, file_name
 from t5vae.common import records
 from t5vae.common.cpus import cpus
 from t5vae.common.errors import UserError
@@ -37,6 +38,16 @@ class _Files(Record):
     """What a manifest of any version holds."""
 
     files: dict[Annotated[str, Field(pattern=r"^rank-[0-9]{5}\.safetensors$")], _File]
+
+
+class _Group(Record):
+    """Parameters of the same kinds: of each its offset, its elements, and the size of a piece."""
+
+    kinds: dict[str, Annotated[str, Field(pattern=f"^({'|'.join(DTYPES)})$")]]
+    parameters: dict[
+        str,
+        Annotated[list[Annotated[int, Field(ge=0, lt=2**63)]], Field(min_length=3, max_length=3)],
+    ]
 
 
 class _Layout(Record):
@@ -63,6 +74,23 @@ class _Manifest(_Files):
     watch: dict[str, int | float | dict[str, float]]
     held_out: float | None
     weights_from: str | None
+    ranges: list[_Group] = Field(default=[])
+
+    @field_validator("ranges")
+    @classmethod
+    def _lie_in_the_files(cls, ranges: list[_Group], info: ValidationInfo) -> list[_Group]:
+        files = info.data.get("files", {})
+        if ranges and set(files) != {file_name(rank) for rank in range(len(files))}:
+            raise ValueError("files of some ranks are missing")
+        held = 0
+        for (kind, name), (place, dtype) in places_of(map(dict, ranges)).items():
+            end = place.offset + place.elements
+            if not (place.elements > 0 and 0 < end <= place.size * len(files)):
+                raise ValueError(f"{kind} of {name} lies elsewhere")
+            held += place.elements * dtype.itemsize
+        if held > sum(file.bytes for file in files.values()):
+            raise ValueError("more than the files hold")
+        return ranges
 
 
 def verify(checkpoint: Path, *, hashes: bool = True) -> str | None:
@@ -102,7 +130,7 @@ def _sha256(path: Path) -> str:
 
 def seal(manifest: dict[str, Any]) -> bytes:
     """A manifest's file: itself, and its own hash."""
-    return json.dumps({**manifest, "seal": _hash(manifest)}, indent=1).encode()
+    return json.dumps({**manifest, "seal": fingerprint(manifest)}, indent=1).encode()
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
@@ -128,7 +156,7 @@ def parse(content: bytes) -> dict[str, Any]:
     """
     manifest = parse_json(content)
     try:
-        if not isinstance(manifest, dict) or manifest.pop("seal", None) != _hash(manifest):
+        if not isinstance(manifest, dict) or manifest.pop("seal", None) != fingerprint(manifest):
             raise ValueError("it has changed")
     except RecursionError:
         raise ValueError("nested too deep") from None
@@ -136,8 +164,9 @@ def parse(content: bytes) -> dict[str, Any]:
     return manifest
 
 
-def _hash(manifest: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+def fingerprint(said: Any) -> str:
+    """Of what a manifest says, or of a part of it."""
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def digest(checkpoint: Path) -> str:
@@ -175,11 +204,18 @@ def _brief(value: Any) -> str:
 
 def open_fragments(checkpoint: Path) -> Fragments:
     """What all ranks saved."""
-    return Fragments([checkpoint / name for name in read_manifest(checkpoint)["files"]])
+    return fragments_of(checkpoint, read_manifest(checkpoint))
+
+
+def fragments_of(checkpoint: Path, manifest: dict[str, Any]) -> Fragments:
+    """The same, of a manifest that has been read."""
+    paths = [checkpoint / name for name in sorted(manifest["files"])]
+    ranges = manifest.get("ranges") if manifest.get("format") == FORMAT else None
+    return Fragments(paths, places_of(ranges) if ranges else None)
 
 
 def consolidated_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     """The model's fp32 weights by parameter, flattened, on the CPU."""
-    saved = open_fragments(checkpoint)
-    names = [name for kind, name in saved.ranges if kind == WEIGHT]
-    return {name: saved.read(WEIGHT, name, 0, saved.length(WEIGHT, name)) for name in names}
+    with open_fragments(checkpoint) as saved:
+        names = [name for kind, name in saved.contents() if kind == WEIGHT]
+        return {name: saved.read(WEIGHT, name, 0, saved.length(WEIGHT, name)) for name in names}

@@ -2,7 +2,7 @@
 
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,8 @@ from typing import Any
 from t5vae.checkpoint.files import ABSENT, free, move, names, reach
 from t5vae.checkpoint.manifest import FORMAT, MANIFEST, parse, read_manifest, verify
 from t5vae.common.errors import StorageError, UserError, first_line
+
+Search = Generator[Path, str | None, Path | None]
 
 UNFINISHED, DELETED, DAMAGED = ".tmp", ".deleted", ".damaged"
 
@@ -28,10 +30,27 @@ def newest_valid(
         StorageError: the storage failed for minutes, which makes no checkpoint a damaged one.
         UserError: a file may not be read, or a damaged one not be set aside.
     """
+    finding = find_valid(folder, report, step=step)
+    problem = None
+    while True:
+        try:
+            problem = verify(finding.send(problem))
+        except StopIteration as end:
+            return end.value
+
+
+def find_valid(
+    folder: Path, report: Callable[[str], None] | None = None, *, step: int | None = None
+) -> Search:
+    """The same, for whoever compares hashes otherwise.
+
+    Yields:
+        A checkpoint whose sizes are right; what else is wrong with it is to be sent, or None.
+    """
     for candidate in reversed(list_checkpoints(folder)):
         if step is not None and step_of(candidate) != step:
             continue
-        problem = verify(candidate)
+        problem = verify(candidate, hashes=False) or (yield candidate)
         if problem is None:
             return candidate
         try:
@@ -137,8 +156,8 @@ def remove(folder: Path, name: str) -> Path:
         raise UserError(
             f"there is no checkpoint {name} in {folder}; there are: {', '.join(there) or 'none'}"
         )
-    whole = [path for path in list_checkpoints(folder) if verify(path) is None]
-    if whole and target == whole[-1]:
+    newest_first = reversed(list_checkpoints(folder))
+    if target == next((path for path in newest_first if verify(path) is None), None):
         raise UserError(
             f"{target.name} is the newest whole checkpoint, from which the run would go on; to "
             f"delete all of the run, delete {folder.parent}"

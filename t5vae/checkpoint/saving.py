@@ -17,10 +17,10 @@ from torch import Tensor
 
 from t5vae.checkpoint import retention
 from t5vae.checkpoint.files import exists, move
-from t5vae.checkpoint.fragments import fragments, scalars
-from t5vae.checkpoint.manifest import MANIFEST, seal
+from t5vae.checkpoint.fragments import fragments, ranges, scalars
+from t5vae.checkpoint.manifest import MANIFEST, fingerprint, seal
 from t5vae.checkpoint.randomness import random_state
-from t5vae.checkpoint.rank_files import write
+from t5vae.checkpoint.rank_files import file_name, write
 from t5vae.checkpoint.staging import Staging
 from t5vae.cluster.agreement import from_first, gather_objects
 from t5vae.cluster.scheduler import host_name
@@ -91,7 +91,8 @@ class Saver:
         tensors |= {f"random/{name}/0": state for name, state in generators.items()}
         if self.asynchronous:
             tensors = self.staging.copy(tensors)
-        path = self.tmp / f"rank-{dist.get_rank():05d}.safetensors"
+        self.ranges = ranges(engine)
+        path = self.tmp / file_name(dist.get_rank())
         self.pending = self.thread.submit(_write, path, tensors, plain)
         self.stall = time.perf_counter() - self.started
 
@@ -117,9 +118,11 @@ class Saver:
         except FAILURES as error:
             problem = problem or _told(error)
         self.pending = None
-        reports = gather_objects((files, problem))
-        problem = next((found for _, found in reports if found), None)
-        self.manifest["files"] = {name: of for files, _ in reports for name, of in files.items()}
+        reports = gather_objects((files, problem, fingerprint(self.ranges)))
+        problem = next((found for _, found, _ in reports if found), None)
+        self.manifest["files"] = {name: of for files, *_ in reports for name, of in files.items()}
+        if len({ranges for *_, ranges in reports}) == 1:  # else files' headers tell
+            self.manifest["ranges"] = self.ranges
         if dist.get_rank() == 0 and problem is None:
             try:
                 _commit(self.tmp, self.target, self.manifest)

@@ -124,7 +124,7 @@ class Job:
         return every > 0 and (step % every == 0 or self.saves_after(step))
 
     def is_finished(self) -> bool:
-        """Whether the run's steps are all done.
+        """Whether the run's steps are all done, as far as sizes of files tell.
 
         Raises:
             UserError: if the run that is there is another one.
@@ -135,7 +135,8 @@ class Job:
         check_identity(manifest, self.identity)
         if manifest["step"] < self.steps:
             return False
-        return verify(self.folder / f"checkpoints/step-{manifest['step']:08d}") is None
+        newest = self.folder / f"checkpoints/step-{manifest['step']:08d}"
+        return verify(newest, hashes=False) is None
 
 
 def resolve(config: Config, ranks: Ranks) -> Job:
@@ -233,8 +234,8 @@ def with_steps_before(config: Config) -> Config:
     Other minutes than those of that run are as many more steps, or fewer. A run that began with a
     fixed number of steps keeps that, and has no minutes.
     """
-    minutes, before = config.train.minutes, train_before(config)
-    if minutes is None or before is None:
+    minutes = config.train.minutes
+    if minutes is None or (before := train_before(config)) is None:
         return config
     if before.minutes is None:
         return config.with_("train", steps=before.steps, minutes=None)

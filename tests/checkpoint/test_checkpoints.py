@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from t5vae.checkpoint import saving
+from t5vae.checkpoint import retention, saving
 from t5vae.checkpoint.checkpoints import Checkpoints
 from t5vae.checkpoint.manifest import read_manifest
 from t5vae.cluster.scheduler import host_name
@@ -195,3 +195,14 @@ def test_every_rank_saves_and_the_first_alone_deletes(tmp_path, together, make_e
         told.result()
     assert names(tmp_path) == ["step-00000020"]
     assert [[times["step"] for times in log.saves] for log in logs] == [[10, 20]] * 2
+
+
+def test_to_remove_a_checkpoint_the_newest_alone_is_hashed(tmp_path, save, monkeypatch):
+    for step in (10, 20, 30):
+        save(tmp_path, step)
+    verified, verify = [], retention.verify
+    monkeypatch.setattr(
+        retention, "verify", lambda path: verified.append(path.name) or verify(path)
+    )
+    retention.remove(tmp_path, "10")
+    assert verified == ["step-00000030"]

@@ -278,6 +278,7 @@ def test_storage_that_fails_in_a_read_ends_no_process_and_leaves_nothing_open(
     tmp_path, failing, monkeypatch, times
 ):
     saved, whole = deal(tmp_path, 6, [0, 4, 6], [0, 1])
+    saved.files.close()
     before, preadv, met = os.listdir("/proc/self/fd"), os.preadv, []
     failing("open", "nothing", errno.EIO)  # makes patience short
 
@@ -288,11 +289,12 @@ def test_storage_that_fails_in_a_read_ends_no_process_and_leaves_nothing_open(
         return preadv(*args)
 
     monkeypatch.setattr(os, "preadv", fail)
-    if times == 2:
-        assert saved.read("weight", "layers.0.w", 0, 6).equal(whole)
-    else:
-        with pytest.raises(StorageError, match=r"0\.safetensors: the storage fails"):
-            saved.read("weight", "layers.0.w", 0, 6)
+    with saved:
+        if times == 2:
+            assert saved.read("weight", "layers.0.w", 0, 6).equal(whole)
+        else:
+            with pytest.raises(StorageError, match=r"0\.safetensors: the storage fails"):
+                saved.read("weight", "layers.0.w", 0, 6)
     assert os.listdir("/proc/self/fd") == before
 
 
@@ -306,6 +308,7 @@ def test_reads_that_give_less_than_was_asked_for_go_on(tmp_path, monkeypatch, mo
 
 def test_a_file_that_may_not_be_read_is_told(tmp_path, failing):
     saved, _ = deal(tmp_path, 6, [0, 4, 6], [0, 1])
+    saved.files.close()
     failing("open", "1.safetensors", errno.EACCES)
     with pytest.raises(UserError, match=r"cannot reach .*1\.safetensors: Permission denied"):
         saved.read("weight", "layers.0.w", 0, 6)

@@ -229,6 +229,64 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_taken(begin, run, save,
     assert are_weights_of(began.engines[1], make_engine(seed=10))
 
 
+def flip(file):
+    """A bit, which no size tells."""
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+@pytest.mark.parametrize("world", [1, 3])
+def test_what_one_rank_finds_changed_is_left_by_all(begin, run, save, make_engine, world, rank):
+    for step in (10, 20, 30):
+        save(run / "checkpoints", step, IDENTITY, make_engine(seed=step), world=3)
+    for step in (20, 30):
+        flip(run / f"checkpoints/step-000000{step}/rank-0000{rank}.safetensors")
+    began = begin(world)
+    assert began.where == (10, None)
+    assert [text.split("; ")[0] for text in began.said[:2]] == [
+        f"step-000000{step} is damaged (rank-0000{rank}.safetensors has changed)"
+        for step in (30, 20)
+    ]
+    assert all(are_weights_of(engine, make_engine(seed=10)) for engine in began.engines)
+    assert began.dropped == [10]
+
+
+@pytest.mark.parametrize("by", ["run", "checkpoint"])
+def test_a_source_that_one_rank_finds_changed_is_not_taken(begin, other, by):
+    flip(other / "checkpoints/step-00000020/rank-00001.safetensors")
+    if by == "run":
+        began = begin(2, checkpoint=from_weights(other))
+        assert began.start.weights_from == str(other / "checkpoints/step-00000010")
+    else:
+        path = other / "checkpoints/step-00000020"
+        message = begin.refused(2, checkpoint=from_weights(path))
+        assert f"{path} holds no whole checkpoint" in message
+    assert names(other / "checkpoints") == ["step-00000010", "step-00000020"]
+
+
+def test_on_as_many_ranks_nobody_opens_a_file_but_to_hash_it_and_to_load_its_own(
+    begin, run, save, monkeypatch
+):
+    """But for weights and moments, of which these ranks, without ZeRO, have all."""
+    world = 5
+    save(run / "checkpoints", 10, IDENTITY, world=world)
+    opened, opens = [], os.open
+
+    def opening(path, *args, **more):
+        if str(path).endswith(".safetensors"):
+            opened.append((resuming.dist.get_rank(), os.path.basename(path)))
+        return opens(path, *args, **more)
+
+    monkeypatch.setattr(os, "open", opening)
+    monkeypatch.setattr(resuming.fragments, "load", lambda *args: None)
+    assert begin(world).where == (10, None)
+    assert sorted(opened) == sorted(
+        2 * [(rank, f"rank-0000{rank}.safetensors") for rank in range(world)]
+    )
+
+
 @pytest.mark.parametrize("rule", ["auto", "weights"])
 def test_a_run_whose_checkpoints_are_all_damaged_is_refused_every_time(begin, run, save, rule):
     for step in (10, 20):

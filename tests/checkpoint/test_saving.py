@@ -13,7 +13,13 @@ import torch
 from safetensors import safe_open
 
 from t5vae.checkpoint import retention, saving
-from t5vae.checkpoint.manifest import consolidated_weights, open_fragments, read_manifest, verify
+from t5vae.checkpoint.manifest import (
+    FORMAT,
+    consolidated_weights,
+    open_fragments,
+    read_manifest,
+    verify,
+)
 from t5vae.checkpoint.randomness import set_random_state
 from t5vae.checkpoint.rank_files import write
 from t5vae.cluster.scheduler import host_name
@@ -67,6 +73,34 @@ def test_a_manifest_says_what_was_saved_and_by_how_many(tmp_path, save):
         path.name: path.stat().st_size for path in saved.glob("rank-*")
     }
     assert verify(saved) is None
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("world", [1, 3, 40])
+def test_a_manifest_says_where_everything_is_unless_ranks_differ_in_that(
+    tmp_path, save, make_engine, monkeypatch, optimizer, world
+):
+    engine = make_engine(optimizer)
+    identity = {"format": FORMAT, "model": {}}
+    told = save(tmp_path / "told", 10, identity, engine, world=world)
+    real = saving.ranges
+    monkeypatch.setattr(saving, "ranges", lambda engine: real(engine)[saving.dist.get_rank() % 2 :])
+    untold = save(tmp_path / "untold", 10, identity, engine, world=world)
+    assert ("ranges" in read_manifest(untold)) == (world == 1)
+    with open_fragments(told) as placed:
+        assert placed.places
+        headers = [placed.header(path).pieces for path in placed.paths]
+        everything = {key for pieces in headers for key in pieces if key[0] != "random"}
+        assert set(placed.contents()) == everything
+        for kind, name in everything:
+            length = placed.length(kind, name)
+            held = sum(len(pieces.get((kind, name), [])) for pieces in headers)
+            assert held == len(placed.places[kind, name].place.ranks(0, length))
+            placed.read(kind, name, 0, length)
+    weights = dict(engine.module.named_parameters())
+    for checkpoint in (told, untold):
+        for name, weight in consolidated_weights(checkpoint).items():
+            assert weight.equal(weights[name].detach().view(-1))
 
 
 def test_every_rank_is_told_what_was_saved(tmp_path, together, make_engine):

@@ -209,7 +209,7 @@ def test_pieces_that_claim_more_than_their_file_holds_are_damage(tmp_path):
     with pytest.raises(Exception, match="is damaged"):
         rank_files.Fragments([write(**{"weight/a/0": whole, "weight/a/2": whole})])
     far = rank_files.Fragments([write(**{f"weight/a/{2**60}": whole})])
-    with pytest.raises(ValueError, match="of 1152921504606846978 elements are saved"):
+    with pytest.raises(ValueError, match="0 of 2 elements are saved"):
         far.read("weight", "a", 0, far.length("weight", "a"))
 
 

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.distributed
 def state_of(saved: Path) -> dict[tuple[str, str], torch.Tensor]:
     """Weights and moments of a checkpoint, flattened, by kind and parameter."""
     found = open_fragments(saved)
-    keys = [key for key in found.ranges if key[0] != "random"]
+    keys = [key for key in found.contents() if key[0] != "random"]
     return {key: found.read(*key, 0, found.length(*key)) for key in keys}
 
 
@@ -88,6 +88,7 @@ def test_a_run_that_goes_on_in_new_processes_repeats_metrics_weights_and_moments
     manifests = [read_manifest(exact.last(out)) for out in (name, golden)]
     for key in ("step", "scalars", "data", "watch", "layout"):
         assert manifests[0][key] == manifests[1][key], key
+    assert manifests[0]["ranges"]
     found, wanted = state_of(exact.last(name)), state_of(exact.last(golden))
     assert found.keys() == wanted.keys()
     assert len({kind for kind, _ in found}) == KINDS[EXACT[name]["optim.name"]]
@@ -208,6 +209,8 @@ def test_a_run_goes_on_at_other_ranks_and_stages_with_the_same_losses(elastic, n
             absolute = mean_of_kernels if key == "mmd" else 0
             close = pytest.approx(wanted[key], rel=rounded, abs=absolute)
             assert line[key] == close, (line["step"], key)
+    for saved in retention.list_checkpoints(elastic.path / name / "checkpoints"):
+        assert read_manifest(saved)["ranges"], saved
 
 
 @pytest.mark.parametrize("name", JOURNEYS)

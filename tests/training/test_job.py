@@ -1,5 +1,6 @@
 """What follows from a run's configuration, and what is refused before it starts."""
 
+import os
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 import yaml
 
 from shards import open_index
+from t5vae.checkpoint import manifest
 from t5vae.checkpoint.retention import list_checkpoints
 from t5vae.cluster.ranks import Ranks
 from t5vae.config import Config, load_config
@@ -115,6 +117,18 @@ def test_a_run_is_finished_when_its_newest_checkpoint_has_all_steps(make_config,
         save(job.folder / "checkpoints", step, job.identity)
         assert job.is_finished() is finished
     assert not job_of(make_config(train={"steps": 31})).is_finished()
+
+
+def test_whether_a_run_is_finished_is_told_without_reading_what_ranks_saved(
+    make_config, save, monkeypatch
+):
+    job = job_of(make_config(train={"steps": 10}))
+    saved = save(job.folder / "checkpoints", 10, job.identity, world=2)
+    monkeypatch.setattr(manifest, "_sha256", None)  # what reads a file
+    assert job.is_finished()
+    path = saved / "rank-00001.safetensors"
+    os.truncate(path, path.stat().st_size - 1)
+    assert not job.is_finished()
 
 
 def test_garbage_in_place_of_the_newest_manifest_hides_no_earlier_one(make_config, save):

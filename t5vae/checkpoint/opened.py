@@ -1,0 +1,54 @@
+"""Files that stay open from one read to the next: servers of metadata see few opens."""
+
+import os
+from functools import partial
+from pathlib import Path
+
+from t5vae.checkpoint.files import reach
+
+KEPT = 16  # files that are open at once
+
+
+class OpenFiles:
+    """Reads files at any place, each opened once, or afresh after a read of it that failed.
+
+    A context manager, which closes them.
+    """
+
+    def __init__(self) -> None:
+        self.descriptors: dict[Path, int] = {}
+
+    def __enter__(self) -> "OpenFiles":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        while self.descriptors:
+            os.close(self.descriptors.popitem()[1])
+
+    def fill(self, path: Path, offset: int, into: memoryview) -> bool:
+        """Fill a buffer from a file; whether the file goes so far.
+
+        Raises:
+            FileNotFoundError, StorageError, UserError: see `reach`.
+        """
+        return reach(path, partial(self._fill, path, offset, into))
+
+    def _fill(self, path: Path, offset: int, into: memoryview) -> bool:
+        descriptor, at = self._descriptor(path), 0
+        try:
+            while at < len(into) and (count := os.preadv(descriptor, [into[at:]], offset + at)):
+                at += count
+        finally:
+            if at < len(into):
+                os.close(self.descriptors.pop(path))
+        return at == len(into)
+
+    def _descriptor(self, path: Path) -> int:
+        if path not in self.descriptors:
+            if len(self.descriptors) == KEPT:
+                os.close(self.descriptors.pop(next(iter(self.descriptors))))
+            self.descriptors[path] = os.open(path, os.O_RDONLY)
+        return self.descriptors[path]
