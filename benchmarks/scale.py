@@ -15,7 +15,11 @@ from pathlib import Path
 
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
+import _scale_build
+import _scale_checkpoint
 import _scale_data as data
+import _scale_mmd
+import _scale_ranks
 from _report import Block, Page, Target, figure, installed, output, say, short, table
 
 AMONG = (1, 3, 8, 60, 128, 1024)
@@ -114,11 +118,96 @@ def evaluation(quick: bool) -> Block:
     return Block("evaluation", table(("sequences", "s", "million/s", "MiB"), rows), [target])
 
 
+def checkpoints(quick: bool) -> Block:
+    found = _scale_checkpoint.rows((64,) if quick else (1, 8, 64, 1024))
+    rows = [
+        (
+            f"ZeRO {row['stage']}, {row['ranks']:,}",
+            short(row["manifest"] / 1e3),
+            short(row["hashed"] / 1e6),
+            f"{row['opened']:,}",
+            short(row["header"] / 1e3),
+            f"{row['opened_by_fewer']:,}",
+            f"{row['opened_before']:,}",
+            short(row["headers_before"] / 1e6),
+        )
+        for row in found
+    ]
+    header = (
+        "ranks",
+        "manifest, kB",
+        "hashed, MB",
+        "files opened",
+        "header, kB",
+        "files opened by 3/4 as many ranks, at most",
+        "files opened before",
+        "headers before, MB",
+    )
+    largest = max(found, key=lambda row: row["manifest"])
+    targets = [
+        Target("1,024 ranks: MB of the manifest", 1, largest["manifest"] / 1e6, at_most=True),
+        Target("files that a rank opens", 1, max(row["opened"] for row in found), at_most=True),
+    ]
+    return Block("checkpoints", table(header, rows), targets)
+
+
+def stores(quick: bool) -> Block:
+    found = _scale_ranks.rows((1, 8) if quick else (1, 8, 64, 1024))
+    rows = [
+        (
+            f"{row['phase']}, {row['ranks']:,}",
+            f"{row['other_calls']:,}",
+            f"{row['other_keys']:,}",
+            f"{row['speaker_calls']:,}",
+            f"{row['speaker_keys']:,}",
+            f"{row['all_calls']:,}",
+        )
+        for row in found
+    ]
+    header = (
+        "phase, ranks",
+        "calls of a rank",
+        "keys in them",
+        "calls of the one with most",
+        "keys in them",
+        "calls of all",
+    )
+    return Block("stores", table(header, rows))
+
+
+def mmd(quick: bool) -> Block:
+    found = _scale_mmd.rows(N=8192, D=256, worlds=(64,)) if quick else _scale_mmd.rows()
+    rows = [
+        (
+            f"{row['ranks']:,}",
+            f"{row['rows']:,}",
+            figure(row["seconds"]),
+            f"{row['ratio']:.2f} ({row['least']:.2f} to {row['most']:.2f})",
+            short(row["MiB"]),
+            short(row["codes_MiB"]),
+        )
+        for row in found
+    ]
+    header = ("ranks", "rows of one", "s", "over its products", "MiB", "MiB of all codes")
+    return Block("mmd", table(header, rows))
+
+
+def merges(quick: bool) -> Block:
+    found = _scale_build.rows((256,) if quick else (64, 256, 1024, 4096))
+    header = ("runs", "opens to merge", "runs left", "buckets", "opens to read them", "before")
+    names = ("runs", "merging", "left", "buckets", "reading", "before")
+    return Block("merges", table(header, [tuple(f"{row[n]:,}" for n in names) for row in found]))
+
+
 SECTIONS: dict[str, Callable[[bool], Block]] = {
     "data": data_of_ranks,
     "nodes": data_of_nodes,
     "restarts": restarts,
     "evaluation": evaluation,
+    "checkpoints": checkpoints,
+    "stores": stores,
+    "mmd": mmd,
+    "merges": merges,
 }
 
 

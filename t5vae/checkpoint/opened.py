@@ -2,6 +2,7 @@
 
 import os
 from functools import partial
+from io import FileIO
 from pathlib import Path
 
 from t5vae.checkpoint.files import reach
@@ -16,7 +17,7 @@ class OpenFiles:
     """
 
     def __init__(self) -> None:
-        self.descriptors: dict[Path, int] = {}
+        self.files: dict[Path, FileIO] = {}  # the one opened last comes last
 
     def __enter__(self) -> "OpenFiles":
         return self
@@ -25,8 +26,8 @@ class OpenFiles:
         self.close()
 
     def close(self) -> None:
-        while self.descriptors:
-            os.close(self.descriptors.popitem()[1])
+        while self.files:
+            self.files.popitem()[1].close()
 
     def fill(self, path: Path, offset: int, into: memoryview) -> bool:
         """Fill a buffer from a file; whether the file goes so far.
@@ -37,18 +38,18 @@ class OpenFiles:
         return reach(path, partial(self._fill, path, offset, into))
 
     def _fill(self, path: Path, offset: int, into: memoryview) -> bool:
-        descriptor, at = self._descriptor(path), 0
+        descriptor, at = self._opened(path).fileno(), 0
         try:
             while at < len(into) and (count := os.preadv(descriptor, [into[at:]], offset + at)):
                 at += count
         finally:
             if at < len(into):
-                os.close(self.descriptors.pop(path))
+                self.files.pop(path).close()
         return at == len(into)
 
-    def _descriptor(self, path: Path) -> int:
-        if path not in self.descriptors:
-            if len(self.descriptors) == KEPT:
-                os.close(self.descriptors.pop(next(iter(self.descriptors))))
-            self.descriptors[path] = os.open(path, os.O_RDONLY)
-        return self.descriptors[path]
+    def _opened(self, path: Path) -> FileIO:
+        if path not in self.files:
+            if len(self.files) == KEPT:
+                self.files.pop(next(iter(self.files))).close()
+            self.files[path] = FileIO(os.open(path, os.O_RDONLY))
+        return self.files[path]

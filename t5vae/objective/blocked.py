@@ -14,41 +14,52 @@ from t5vae.objective.kernels import Gaussians, InverseMultiquadric, Kernel
 FARTHEST = 64.0  # times the kernel's reach: where |x|^2 is more, fp32 loses what the kernel sees
 
 
-def pair_sum(x_BD: Tensor, y_ND: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor]:
+def pair_sum(
+    x_BD: Tensor, y_ND: Tensor, kernel: Kernel, centre_D: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Sum phi over all pairs, and what pulls each x; half the work where `y_ND` is `x_BD`.
 
     Distances come from a product, so their error grows with the norms: in fp32 about 1e-7 |x|^2.
 
     Args:
-        x_BD: float32 or float64 [b, D], centred for accuracy: a common shift changes nothing.
+        x_BD: float32 or float64 [b, D].
         y_ND: like x, [N, D].
         kernel: phi; P = -phi'.
+        centre_D: like x, [D], taken from all for accuracy: a common shift changes nothing.
 
     Returns:
         float64 scalar: sum_ij (phi(s_ij) - 1); like x: sum_j P(s_ij) (y_j - x_i).
     """
     alone = y_ND is x_BD
-    x_norm_B1 = _squared_norms(x_BD)
-    y_norm_N1 = x_norm_B1 if alone else _squared_norms(y_ND)
-    # One product of augmented rows gives unit * |x - y|^2.
+    height, width = _tile_size(x_BD, y_ND)
     unit, slope_unit, terms = _units(kernel)
     bounds = (0, None) if unit > 0 else (None, 0)
+
+    def right(y_cD: Tensor) -> tuple[Tensor, Tensor]:
+        if centre_D is not None:
+            y_cD = y_cD - centre_D
+        norm_c1 = _squared_norms(y_cD)
+        return y_cD, torch.cat([y_cD, torch.ones_like(norm_c1), unit * norm_c1], 1)
+
+    whole = None  # where each tile of columns is used once
+    if alone:
+        x_BD, _ = whole = right(y_ND)
+    else:
+        if centre_D is not None:
+            x_BD = x_BD - centre_D
+        if len(x_BD) > height:
+            whole = right(y_ND)
+    # One product of augmented rows gives unit * |x - y|^2.
+    x_norm_B1 = _squared_norms(x_BD)
     left_BE = torch.cat([-2 * unit * x_BD, unit * x_norm_B1, torch.ones_like(x_norm_B1)], 1)
-
-    def right(columns: slice) -> Tensor:
-        norm_c1 = y_norm_N1[columns]
-        return torch.cat([y_ND[columns], torch.ones_like(norm_c1), unit * norm_c1], 1)
-
     pull_BD, weight_B = torch.zeros_like(x_BD), torch.zeros_like(x_BD[:, 0])
     once, twice = [x_BD.new_zeros(())], [x_BD.new_zeros(())]
-    height, width = _tile_size(x_BD, y_ND)
-    right_NE = right(slice(None)) if len(x_BD) > height else None  # else each tile is used once
     buffers = x_BD.new_empty(3, height * width)
     for rows, columns in _tiles(len(x_BD), len(y_ND), height, width, alone):
-        x_rD, y_cD = x_BD[rows], y_ND[columns]
+        x_rD = x_BD[rows]
+        y_cD, right_cE = (part[columns] for part in whole) if whole else right(y_ND[columns])
         pairs = len(x_rD) * len(y_cD)
         s_rc, slope_rc, spare_rc = buffers[:, :pairs].view(3, len(x_rD), len(y_cD))
-        right_cE = right(columns) if right_NE is None else right_NE[columns]
         torch.mm(left_BE[rows], right_cE.T, out=s_rc)
         s_rc.clamp_(*bounds)  # what is nearly 0 can be negative, where a kernel has a pole
         sums = _phi(kernel, s_rc, slope_rc, spare_rc)
@@ -67,10 +78,13 @@ def pair_sum(x_BD: Tensor, y_ND: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor
     return total, pull_BD.addcmul_(weight_B[:, None], x_BD, value=-1).mul_(slope_unit)
 
 
-def exact_pair_sum(x_BD: Tensor, y_ND: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor]:
+def exact_pair_sum(
+    x_BD: Tensor, y_ND: Tensor, kernel: Kernel, centre_D: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """`pair_sum` of float32 codes in float64."""
     x_64 = x_BD.double()
-    total, pull_BD = pair_sum(x_64, x_64 if y_ND is x_BD else y_ND.double(), kernel)
+    y_64 = x_64 if y_ND is x_BD else y_ND.double()
+    total, pull_BD = pair_sum(x_64, y_64, kernel, None if centre_D is None else centre_D.double())
     return total, pull_BD.float()
 
 

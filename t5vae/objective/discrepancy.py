@@ -24,7 +24,7 @@ from t5vae.objective.priors import CLOSED, draws
 
 log = logging.getLogger(__name__)
 
-PairSum = Callable[[Tensor, Tensor, Kernel], tuple[Tensor, Tensor]]
+PairSum = Callable[[Tensor, Tensor, Kernel, Tensor | None], tuple[Tensor, Tensor]]
 
 
 def mmd(
@@ -119,17 +119,17 @@ def mmd_of(
     with torch.autocast(gathering.z_BD.device.type, enabled=False):
         # The kernel's value at 0 cancels between the terms: all of them are taken minus 1.
         centre_D = everyone_ND.mean(0)
-        centred_ND = everyone_ND - centre_D
-        centred_BD = own_BD - centre_D if gathering.work else centred_ND
-        total, pull_BD = pair_sum(centred_BD, centred_ND, phi)
+        total, pull_BD = pair_sum(
+            own_BD if gathering.work else everyone_ND, everyone_ND, phi, centre_D
+        )
         value, gradient_BD = total / pairs, pull_BD.mul_(4 / pairs)
         value += 0 * centre_D.sum()  # NaN where a code is not finite, whatever a kernel clamps
         if prior == "sampled":
             drawn_ND = sent(draws(count, dimensions, sigma, generator_seed), own_BD.device)
-            total, pull_BD = pair_sum(own_BD, drawn_ND, phi)
+            total, pull_BD = pair_sum(own_BD, drawn_ND, phi, None)
             value -= 2 / count**2 * total
             gradient_BD.sub_(pull_BD, alpha=4 / count**2)
-            value += pair_sum(gathering.share(drawn_ND), drawn_ND, phi)[0] / pairs
+            value += pair_sum(gathering.share(drawn_ND), drawn_ND, phi, None)[0] / pairs
             constant = 0.0
         else:
             cross, of_prior = CLOSED[prior]
@@ -164,7 +164,7 @@ def _pair_sum(implementation: str, *, exact: bool) -> PairSum:
     if implementation == "triton":
         from t5vae.objective import fused
 
-        return fused.pair_sum
+        return fused.centred_pair_sum
     return blocked.pair_sum
 
 

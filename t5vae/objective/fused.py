@@ -122,6 +122,17 @@ def _milliseconds(
         return math.inf
 
 
+def centred_pair_sum(
+    x_BD: Tensor, y_ND: Tensor, kernel: Kernel, centre_D: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`pair_sum` of codes from which a centre is taken first, as `blocked.pair_sum` does it."""
+    if centre_D is None:
+        return pair_sum(x_BD, y_ND, kernel)
+    y_centred_ND = y_ND - centre_D
+    x_centred_BD = y_centred_ND if y_ND is x_BD else x_BD - centre_D
+    return pair_sum(x_centred_BD, y_centred_ND, kernel)
+
+
 def pair_sum(
     x_BD: Tensor,
     y_ND: Tensor,

@@ -99,10 +99,12 @@ class MMD(Term):
     def cost(self, rows: int, every: int, latent_size: int, *, accelerated: bool) -> Cost:
         """Two products of b x D by D x N; the codes of all ranks, copies of them, and tiles.
 
-        Of all: gathered, centred, and with their norms; of a rank's own: in fp32, centred, with
-        their norms, and their gradient.
+        Of all: gathered; centred and with their norms, all of them or, where a rank has few, a
+        tile's; of a rank's own: in fp32, centred, with their norms, and their gradient.
         """
         height, width = (4096, 8192) if accelerated else (1152, 2304)
         tiles = 3 * min(height, rows) * min(width, every)
-        codes = (2 * every + 3 * rows) * latent_size + (every + rows) * (latent_size + 2)
+        few = height >= rows < every and self.implementation == "blocked"
+        copied = min(width, every) if few else every
+        codes = (every + copied + 3 * rows) * latent_size + (copied + rows) * (latent_size + 2)
         return Cost(4 * rows * every * latent_size, 4 * (codes + tiles), 4 * every * latent_size)
