@@ -63,9 +63,10 @@ COMMANDS = {
     "config copy": [],
     "config show": ["--json", "--world-size"],
     "config schema": ["--json"],
-    "shards build": ["--tokenizer", "--max-length"],
+    "shards build": ["--tokenizer", "--max-length", "--part"],
+    "shards join": ["--workers"],
     "shards verify": [],
-    "shards inspect": ["--json"],
+    "shards inspect": ["--json", "--order-version"],
 }
 
 

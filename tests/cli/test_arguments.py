@@ -30,6 +30,7 @@ PATHS = {
     "dedupe": ["PATH", "--file", "PATH", "--corpus", "PATH"],
     "config copy": ["vae", "PATH"],
     "shards build": ["PATH", "--out", "PATH", "--tokenizer", "PATH", "--max-length", "9"],
+    "shards join": ["PATH"],
     "shards verify": ["PATH"],
     "shards inspect": ["PATH", "PATH", "--position", "0"],
 }
