@@ -446,8 +446,8 @@ def test_files_of_every_format_are_read_and_their_rows_known(tmp_path, name, col
         ("t.csv", "s", b"\x00\x01\x02", "t.csv"),
         ("t.csv", "s", b"", "t.csv"),
         ("-", "s", None, "leave --column out, or give a file"),
-        ("/dev/fd/77", "s", None, "leave --column out, or give a file"),
-        ("/dev/fd/77", None, None, "cannot read /dev/fd/77: No such file"),
+        ("/dev/fd/977", "s", None, "leave --column out, or give a file"),
+        ("/dev/fd/977", None, None, "cannot read /dev/fd/977: No such file"),
     ],
 )
 def test_what_cannot_be_read_is_one_line(tmp_path, name, column, content, message):
