@@ -79,7 +79,8 @@ def check(config: T5VAEConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
         raise ValueError(f"{len(shapes)} weights are there, fewer than layers")
     for name in ("pad_token_id", "eos_token_id", "decoder_start_token_id"):
         token = getattr(t5, name, None)
-        if token is not None and token not in range(t5.vocab_size):
+        is_left_out = token is None and name == "decoder_start_token_id"
+        if not is_left_out and token not in range(t5.vocab_size):
             raise ValueError(f"{name} is {token!r}, which is no piece's")
     with torch.device("meta"):
         model = T5VAE(config)

@@ -6,6 +6,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModel
 
 from t5vae.model import T5VAE, T5VAEConfig
+from t5vae.model.files import check
 
 
 @pytest.mark.parametrize("architecture", ["t5", "t5-v1.1", "mt5", "umt5"])
@@ -124,3 +125,14 @@ def test_every_field_of_a_configuration_survives_saving(tmp_path):
 def test_an_impossible_configuration_is_a_value_error(field, value):
     with pytest.raises(ValueError, match=field):
         T5VAEConfig(**{field: value})
+
+
+@pytest.mark.parametrize("token", [None, -1, 10**6])
+@pytest.mark.parametrize("name", ["pad_token_id", "eos_token_id"])
+def test_a_configuration_without_a_token_that_is_needed_is_refused(build, name, token):
+    model = build()
+    shapes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+    check(model.config, shapes)
+    model.config.t5[name] = token
+    with pytest.raises(ValueError, match=f"{name} is {token!r}, which is no piece's"):
+        check(model.config, shapes)
