@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -66,23 +68,36 @@ def make_sequences(data: Path, lines: list[str]) -> None:
 
 def make_billion(data: Path) -> None:
     """DATA/billion/t5vae: the dataset's full blocks listed again and again, as other shards'."""
+    import shards
+
     source, folder = data / "t5vae", data / "billion" / "t5vae"
-    folder.mkdir(parents=True)
-    for path in source.iterdir():
-        if path.name not in ("index.json", "blocks.npy"):
-            (folder / path.name).symlink_to(path.resolve())
+    shutil.copytree(source, folder, copy_function=os.link)
+    for name in ("index.json", "blocks.npy"):
+        (folder / name).unlink()
     index = json.loads((source / "index.json").read_text())
-    once = np.load(source / "blocks.npy")
-    once = once[once["sequences"] == index["block_size"]]
-    blocks = np.resize(once, -(-BILLION // index["block_size"]))
-    times = np.arange(len(blocks)) // len(once)
-    blocks["shard"] += times * len(index["shards"])
+    reader = shards.open_index(source).reader("train")
+    full = np.flatnonzero(reader.table["sequences"] == index["block_size"])
+    once, histogram = reader.table[full], np.zeros(index["max_length"] + 1, np.int64)
+    for number in full.tolist():
+        histogram += np.bincount(reader.read(number)[0], minlength=len(histogram))
+    times = -(-BILLION // int(once["sequences"].sum()))
+    own = []
+    for number in range(once["shard"].max() + 1):
+        its = once[once["shard"] == number]
+        totals = {name: int(its[name].sum()) for name in ("sequences", "tokens")}
+        end = int(its["tokens_offset"][-1]) + 2 * int(its["tokens"][-1])
+        own.append(index["shards"][number] | totals | {"blocks": len(its), "bytes": end})
+    blocks = np.tile(once, times)
+    blocks["shard"] += np.arange(times).repeat(len(once)) * len(own)
     np.save(folder / "blocks.npy", blocks)
-    index["shards"] *= int(times[-1]) + 1
+    index["shards"] = own * times
     index["blocks_sha256"] = hashlib.sha256((folder / "blocks.npy").read_bytes()).hexdigest()
-    index["splits"]["train"] |= {
-        name: int(blocks[name].sum()) for name in ("sequences", "tokens")
-    } | {"blocks": len(blocks)}
+    index["splits"]["train"] = {
+        "sequences": int(blocks["sequences"].sum()),
+        "tokens": int(blocks["tokens"].sum()),
+        "blocks": len(blocks),
+        "length_histogram": np.trim_zeros(histogram * times, "b").tolist(),
+    }
     (folder / "index.json").write_text(json.dumps(index))
 
 

@@ -177,6 +177,11 @@ class Dealer:
     def _ranges(self, consumed: int, steps: int) -> tuple[Ranges, np.ndarray]:
         """What this rank has to find for several global batches, and the source of each range."""
         positions = consumed + np.arange(steps + 1) * self.global_batch_size
+        if len(self.sources) == 1:
+            low = self.rank * self._share
+            own = self.sources[0].order.share(positions, low, low + self._share)
+            if own is not None:
+                return own, np.zeros(len(own.step), np.int64)
         bounds = self.mixing.taken(positions)
         each = [source.order.ranges(bounds[:, s]) for s, source in enumerate(self.sources)]
         ranges = Ranges(*map(np.concatenate, zip(*each, strict=True)))

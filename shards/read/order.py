@@ -125,7 +125,7 @@ class Order(ABC):
         self.blocks_per_window = window if self.groups else len(self.block_rows)
         self._windows_per_lane = -(-self.lane_blocks // window)
         # What comes after the windows of the first group's lanes is counted as theirs are.
-        self._first_lanes = np.cumsum([group.lanes for group in self.groups])
+        self._first_lanes = np.cumsum([group.lanes for group in self.groups], dtype=np.int64)
         self._turns = self._windows_per_lane + max(1, len(self.groups))
 
     @abstractmethod
@@ -150,15 +150,10 @@ class Order(ABC):
             The ranges, by step; the left-over blocks are lanes of their own, and the short block
             or a small data set is the last lane.
         """
-        epochs = np.arange(bounds[0] // self.sequences + 1, -(-bounds[-1] // self.sequences))
-        cuts = np.unique(np.concatenate([bounds, epochs * self.sequences]))
-        start, end = cuts[:-1], cuts[1:]
-        epoch = start // self.sequences
-        first, last = start - epoch * self.sequences, end - epoch * self.sequences
-        place = self._visited(first)
-        count = self._visited(last) - place
+        cuts, step, epoch = self._pieces(bounds)
+        place = self._visited(cuts[:-1] - epoch * self.sequences)
+        count = self._visited(cuts[1:] - epoch * self.sequences) - place
         piece, lane = np.nonzero(count)
-        step = np.searchsorted(bounds, start, side="right") - 1
         since = epoch - bounds[step] // self.sequences
         return Ranges(
             step[piece],
@@ -168,6 +163,40 @@ class Order(ABC):
             place[piece, lane],
             count[piece, lane],
         )
+
+    def share(self, bounds: np.ndarray, low: int, high: int) -> Ranges | None:
+        """What `ranges` gives of some rows of each batch alone, in the order in which it is dealt.
+
+        Args:
+            bounds: as of `ranges`.
+            low, high: of the rows, counted from the first of each batch.
+
+        Returns:
+            The ranges; None where several groups of lanes take part in an epoch of a batch, whose
+            lanes then are not in the order in which they are dealt.
+        """
+        cuts, step, epoch = self._pieces(bounds)
+        before = self._visited(cuts[:-1] - epoch * self.sequences)
+        count = self._visited(cuts[1:] - epoch * self.sequences) - before
+        firsts = np.concatenate([[0], self._first_lanes])
+        if (np.add.reduceat(count, firsts, axis=1) > 0).sum(1).max() > 1:
+            return None
+        end = np.cumsum(count, axis=1)
+        end += (cuts[:-1] - bounds[step])[:, None]
+        begin = end - count
+        piece, lane = np.nonzero((end > low) & (begin < high) & (count > 0))
+        first = np.maximum(begin[piece, lane], low)
+        size = np.minimum(end[piece, lane], high) - first
+        place = before[piece, lane] + first - begin[piece, lane]
+        across = self._across[lane] + (epoch - bounds[step] // self.sequences)[piece]
+        return Ranges(step[piece], epoch[piece], lane, across, place, size)
+
+    def _pieces(self, bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Where batches and epochs end, and each piece between these: its batch, its epoch."""
+        epochs = np.arange(bounds[0] // self.sequences + 1, -(-bounds[-1] // self.sequences))
+        cuts = np.unique(np.concatenate([bounds, epochs * self.sequences]))
+        step = np.searchsorted(bounds, cuts[:-1], side="right") - 1
+        return cuts, step, cuts[:-1] // self.sequences
 
     def _visited(self, q: np.ndarray) -> np.ndarray:
         """How many places of each lane come before place q of an epoch, int64 [n, all_lanes]."""

@@ -1,6 +1,7 @@
 """The versions of the order: a position that was saved is worth something only in its own."""
 
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 
@@ -8,7 +9,7 @@ from shards.format.blocks import BlockReader
 from shards.read.order import Order, key_state, permutation
 
 CHUNK = 16  # rows of a turn in version 2, of which those of a full block are a multiple
-WHOLE = 256  # fewer full blocks than that are shuffled as a whole
+WHOLE = 64  # fewer full blocks than that are shuffled as a whole
 SHARE = 1 / 4  # of the full blocks, the most that are open at a time
 MOST_LANES = 2048
 MOST_OPEN = 384 * 2**20  # bytes of the blocks that are open
@@ -133,6 +134,7 @@ class DealtOrder(Order):
         return self._epochs[epoch]
 
 
+@cache
 def reversed_bits(numbers: int) -> np.ndarray:
     """Each of 0 .. numbers - 1, a power of two of them, with its bits reversed, int64 [numbers]."""
     found = np.zeros(1, np.int64)

@@ -1,6 +1,7 @@
 """The order of version 3: lanes of regions."""
 
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -87,7 +88,8 @@ def test_lanes_turn_in_the_order_of_reversed_bits():
 @pytest.mark.parametrize(
     ("blocks", "size", "lanes"),
     [
-        (255, 10**5, 0),
+        (63, 10**5, 0),
+        (64, 10**5, 16),
         (256, 10**5, 64),
         (4095, 10**5, 512),
         (8192, 10**5, 2048),
@@ -126,6 +128,27 @@ def test_in_an_epoch_nodes_read_their_own_part_the_same_in_the_next(nodes):
         assert len(blocks_read(before, part, nodes, batch, n // batch)) > 0.9 * min(
             6000, 6000 / min(nodes, 64)
         )
+
+
+@pytest.mark.parametrize("blocks", [3, 64, 300, 515])
+@pytest.mark.parametrize("world", [1, 3, 8])
+def test_a_share_is_that_part_of_what_all_ranks_visit(blocks, world):
+    lanes = RegionOrder.lanes_of(blocks, 100)
+    order = RegionOrder(sizes(blocks, 5), 2, lanes)
+    share, n, found = 24 // world, order.sequences, 0
+    for start in (0, n // 2, n - n % 24, n - blocks % max(1, lanes) * 16 - 48, 2 * n - 30):
+        bounds = start + 24 * np.arange(5)
+        for rank in range(world):
+            own = order.share(bounds, rank * share, (rank + 1) * share)
+            if own is None:
+                continue
+            found += 1
+            dealer = node(order, rank, world, 24)
+            with patch.object(order, "share", lambda *_: None):
+                expected, _ = dealer._ranges(start, 4)
+            for one, other in zip(own, expected, strict=True):
+                assert one.tolist() == other.tolist()
+    assert found >= 2 * world
 
 
 def test_a_rank_has_its_own_lanes_whatever_the_batch():
