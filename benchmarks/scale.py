@@ -45,6 +45,7 @@ def data_of_ranks(quick: bool) -> Block:
             short(row["stream_mib"]),
             f"{row['files']:,.0f}",
             short(row["bytes"] / 1e6),
+            f"{row['bytes'] * row['ranks'] / found[0]['bytes']:.3f}",
         )
         for row in found
     ]
@@ -57,6 +58,7 @@ def data_of_ranks(quick: bool) -> Block:
         "stream, MiB",
         "files",
         "MB read",
+        "over a straight line",
     )
     last = found[-1]
     targets = [

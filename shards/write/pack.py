@@ -9,11 +9,13 @@ import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
 from shards.format.blocks import BLOCK
 from shards.format.index import Shard, Split
+from shards.write.spool import damaged
 from t5vae.common.progress import Advance, stage
 
 Sequences = tuple[np.ndarray, np.ndarray]
@@ -61,8 +63,12 @@ def write_splits(
 
 def _load(split: str, paths: list[Path]) -> Iterator[Sequences]:
     for path in paths:
-        with np.load(path) as part:
-            yield part[f"{split}_lengths"], part[f"{split}_tokens"]
+        try:
+            with np.load(path) as part:
+                sequences = part[f"{split}_lengths"], part[f"{split}_tokens"]
+        except (BadZipFile, EOFError, KeyError, ValueError, zlib.error):
+            raise damaged(path) from None
+        yield sequences
 
 
 def _write_split(

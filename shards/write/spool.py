@@ -25,6 +25,7 @@ import pyarrow.compute as pc
 import xxhash
 
 from shards.read.order import key_state, splitmix64
+from t5vae.common.errors import DamageError
 from t5vae.common.files import written
 
 RUN_BYTES = 64 * 2**20  # of items held in memory until they are written as a run
@@ -141,8 +142,17 @@ def _content(items: pa.Array) -> memoryview:
     return memoryview(content)[ends[0] : ends[-1]]
 
 
+def damaged(path: Path) -> DamageError:
+    """What is said of a file in the folder of a build, or of a part, that is not as it was."""
+    return DamageError(f"{path} is damaged: remove {path.parents[1]}, and build again what it was")
+
+
 class Run(Sequence[int]):
-    """A run's keys, and the items of a range of them, read from the disk when asked for."""
+    """A run's keys, and the items of a range of them, read from the disk when asked for.
+
+    Raises:
+        DamageError: its two files do not go together: one was cut off.
+    """
 
     def __init__(self, path: Path, kind: str):
         self.kind = kind
@@ -153,7 +163,11 @@ class Run(Sequence[int]):
             self._rows.close()
             raise
         self.bytes = os.fstat(self._items.fileno()).st_size
-        self._length = os.fstat(self._rows.fileno()).st_size // ROW.itemsize
+        self._length, more = divmod(os.fstat(self._rows.fileno()).st_size, ROW.itemsize)
+        end = int(self._read_rows(self._length - 1, self._length)["end"][0]) if self._length else 0
+        if more or end != self.bytes:
+            self.__exit__()
+            raise damaged(path)
 
     def __enter__(self) -> "Run":
         return self

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import shards
 from shards.cli import app
-from t5vae.common.errors import UserError
+from t5vae.common.errors import DamageError, UserError
 from tests.shards.sources import write_tar
 from tests.shards.test_splits import CASED, normalising
 
@@ -161,6 +161,31 @@ def test_parts_that_do_not_go_together(corpus, tmp_path):
     shutil.copytree(tmp_path / ".d.parts/1-of-2", tmp_path / ".e.parts/1-of-1")
     with pytest.raises(UserError, match="was made elsewhere"):
         shards.join(tmp_path / "e")
+
+
+@pytest.mark.parametrize("size", [0, 9, 100])
+@pytest.mark.parametrize(
+    ("overflow", "suffix"), [("drop", ".npz"), ("split", ".rows"), ("split", ".items")]
+)
+def test_a_part_that_was_cut_off_is_named_and_built_again(
+    corpus, tmp_path, digests, overflow, suffix, size
+):
+    options = OPTIONS | {"tokenizer": "byte", "max_length": 8 if overflow == "split" else 24}
+    options |= {"overflow": overflow}
+    shards.build(corpus, tmp_path / "whole", **options)
+    for number in (1, 2):
+        shards.build(corpus, tmp_path / "d", part=(number, 2), **options)
+    part = tmp_path / ".d.parts/2-of-2"
+    file = max(part.rglob(f"*{suffix}"), key=lambda path: path.stat().st_size)
+    os.truncate(file, min(size, file.stat().st_size - 1))
+    with pytest.raises(
+        DamageError, match=rf"{file.stem}\.\w+ is damaged: remove {part}, and build"
+    ):
+        shards.join(tmp_path / "d")
+    shutil.rmtree(part)
+    shards.build(corpus, tmp_path / "d", part=(2, 2), **options)
+    shards.join(tmp_path / "d")
+    assert digests(tmp_path / "d") == digests(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(

@@ -79,10 +79,8 @@ def test_the_cache_is_its_users_alone(tmp_path, copies, make):
     }
 
 
-@pytest.mark.parametrize("name", ["a.lock", "../all.lock"])
-@pytest.mark.parametrize("what", ["link", "dangling", "fifo", "folder"])
-def test_a_lock_that_is_none_is_refused(copies, make, tmp_path, name, what):
-    path = copies.folder / name
+def put(what: str, path: Path, tmp_path: Path) -> None:
+    """Put something that is no file in a file's place."""
     match what:
         case "link":
             path.symlink_to(tmp_path / "victim")
@@ -92,6 +90,12 @@ def test_a_lock_that_is_none_is_refused(copies, make, tmp_path, name, what):
             os.mkfifo(path)
         case "folder":
             path.mkdir()
+
+
+@pytest.mark.parametrize("name", ["a.lock", "../all.lock"])
+@pytest.mark.parametrize("what", ["link", "dangling", "fifo", "folder"])
+def test_a_lock_that_is_none_is_refused(copies, make, tmp_path, name, what):
+    put(what, copies.folder / name, tmp_path)
     with pytest.raises(CacheError, match="T5VAE_CACHE"):
         make()
     assert not (tmp_path / "new").exists()
@@ -367,16 +371,7 @@ def test_a_local_url_is_a_folder(handed):
 @pytest.mark.parametrize("what", ["link", "dangling", "fifo", "folder"])
 def test_ranges_are_kept_in_files_of_this_user_alone(copies, tmp_path, capsys, name, what):
     ranges = RangeCache(copies, "s3://bucket/data")
-    path = copies.folder / name
-    match what:
-        case "link":
-            path.symlink_to(tmp_path / "victim")
-        case "dangling":
-            path.symlink_to(tmp_path / "new")
-        case "fifo":
-            os.mkfifo(path)
-        case "folder":
-            path.mkdir()
+    put(what, copies.folder / name, tmp_path)
     with watched(tmp_path / "cache", tmp_path / "none") as watch:
         for _ in range(2):
             assert ranges.read("a.tar", 0, 3, lambda: b"abc") == b"abc"
