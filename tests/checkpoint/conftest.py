@@ -6,6 +6,7 @@ import pytest
 
 from t5vae.checkpoint import saving
 from t5vae.checkpoint.rank_files import write
+from tests.checkpoint.beginning import _own_generators, begin, other, run  # noqa: F401
 from tests.failing import failing  # noqa: F401
 from tests.small_runs import (  # noqa: F401
     damaged_dataset,
