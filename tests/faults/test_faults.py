@@ -117,7 +117,8 @@ def test_a_fault_ends_all_ranks_alike_or_none(outcomes, golden, case):
 
 def test_the_table_holds_every_call_that_a_run_makes(golden):
     made = {
-        (rank, call.phase, call.operation, call.path)
+        # The thread that reads ahead does so in whatever phase the rank is.
+        (rank, "step" if "/train-" in call.path else call.phase, call.operation, call.path)
         for trial in golden.trials
         for rank in (0, 1)
         for call in trial.calls(rank)
